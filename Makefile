@@ -1,0 +1,103 @@
+# Dovetail. `make help` lists the targets.
+
+SHELL := /bin/bash
+
+CARGO ?= cargo
+# Such as --offline.
+CARGO_FLAGS ?=
+DESTDIR ?=
+DOVECOT_CONFIG ?= /usr/lib/dovecot/dovecot-config
+# Folders of the installed Dovecot; read from dovecot-config, which is there after `make deps`.
+dovecot = $(shell . $(DOVECOT_CONFIG) 2>/dev/null && echo $$dovecot_$(1))
+MODULEDIR = $(or $(call dovecot,moduledir),/usr/lib/dovecot/modules)
+LIBEXECDIR = $(or $(call dovecot,pkglibexecdir),/usr/lib/dovecot)
+DOCDIR = /usr/share/doc/dovetail
+INCLUDEDIR = /usr/include/dovetail
+
+TARGET_DIR = $(or $(CARGO_TARGET_DIR),target)
+# Where the tests and the demo find the installed files. Absolute.
+STAGE ?= $(abspath $(TARGET_DIR))/stage
+
+LIBRARY = lib20_dovetail_plugin.so
+INSTALLED = $(MODULEDIR)/$(LIBRARY) \
+	$(MODULEDIR)/doveadm/lib20_doveadm_dovetail_plugin.so \
+	$(MODULEDIR)/settings/libdovetail_settings.so \
+	$(LIBEXECDIR)/dovetail \
+	$(INCLUDEDIR)/dovetail.h
+
+.DEFAULT_GOAL := build
+
+.PHONY: help
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: deps
+deps: ## Install by apt what building and testing need, if something is missing
+	@./tests/deps.sh
+
+.PHONY: build
+build: deps ## The plugin and the executable, optimized
+	$(CARGO) build $(CARGO_FLAGS) --locked --release
+
+.PHONY: stage
+stage: build ## What `make install` installs, below target/stage
+	@rm -rf $(STAGE)
+	@$(MAKE) --no-print-directory install-files DESTDIR=$(STAGE)
+
+.PHONY: demo
+demo: stage ## Two Dovecots that replicate to each other, until Ctrl-C (ONCE=1: check both directions and end)
+	$(CARGO) build $(CARGO_FLAGS) --locked --no-default-features --example demo
+	@# cat ends only after the last of the demo's processes: nothing is left when the prompt returns.
+	@set -o pipefail; trap : INT; \
+	DOVETAIL_TEST_STAGE=$(STAGE) DOVETAIL_DEMO_ONCE=$(ONCE) $(TARGET_DIR)/debug/examples/demo | (trap '' INT; exec cat)
+
+.PHONY: test
+test: stage ## All tests, end-to-end tests against this machine's Dovecot included
+	DOVETAIL_TEST_STAGE=$(STAGE) $(CARGO) test $(CARGO_FLAGS) --locked --no-default-features
+
+.PHONY: bench
+bench: stage ## Lag, throughput and cost beside no replication and Dovecot 2.3's own (QUICK=1; docs/PERFORMANCE.md has more)
+	DOVETAIL_TEST_STAGE=$(STAGE) DOVETAIL_BENCH_QUICK=$(QUICK) DOVETAIL_BENCH_VARIANTS="$(VARIANTS)" \
+	DOVETAIL_BENCH_PARTS="$(PARTS)" DOVETAIL_BENCH_MAILS=$(MAILS) DOVETAIL_BENCH_JSON=$(abspath $(TARGET_DIR))/bench.json \
+	$(CARGO) bench $(CARGO_FLAGS) --locked --bench replication
+
+.PHONY: test-matrix
+test-matrix: stage ## The same against the other Debian releases, and against pairs of different versions
+	./tests/matrix.sh
+
+.PHONY: header
+header: ## Write include/dovetail.h anew, after a change in src/host
+	DOVETAIL_WRITE_HEADER=1 $(CARGO) test $(CARGO_FLAGS) --locked --no-default-features --test house the_c_header_is_fresh
+
+.PHONY: lint
+lint: deps ## Formatting and clippy, warnings denied
+	$(CARGO) fmt -- --check
+	$(CARGO) clippy $(CARGO_FLAGS) --locked --all-targets --no-default-features -- -D warnings
+	$(CARGO) clippy $(CARGO_FLAGS) --locked --lib --bins -- -D warnings
+
+.PHONY: install
+install: build install-files ## Install beside the installed Dovecot (DESTDIR=...)
+
+.PHONY: install-files
+install-files:
+	install -d $(DESTDIR)$(MODULEDIR)/doveadm $(DESTDIR)$(LIBEXECDIR) $(DESTDIR)$(DOCDIR) $(DESTDIR)$(INCLUDEDIR)
+	install -m 644 $(TARGET_DIR)/release/libdovetail.so $(DESTDIR)$(MODULEDIR)/$(LIBRARY)
+	ln -sf ../$(LIBRARY) $(DESTDIR)$(MODULEDIR)/doveadm/lib20_doveadm_dovetail_plugin.so
+	@# Dovecot 2.4 has typed settings: its config process reads ours from a module.
+	case "$$(dovecot --version)" in 2.3.*) ;; *) \
+		install -d $(DESTDIR)$(MODULEDIR)/settings && \
+		ln -sf ../$(LIBRARY) $(DESTDIR)$(MODULEDIR)/settings/libdovetail_settings.so ;; \
+	esac
+	install -m 755 $(TARGET_DIR)/release/dovetail $(DESTDIR)$(LIBEXECDIR)/dovetail
+	install -m 644 dovecot-plugin.conf.example dovecot-plugin-2.3.conf.example $(DESTDIR)$(DOCDIR)/
+	@# The C contract, for those who link to the library.
+	if [ -e include/dovetail.h ]; then install -m 644 include/dovetail.h $(DESTDIR)$(INCLUDEDIR)/; fi
+
+.PHONY: uninstall
+uninstall: ## Remove what `make install` installed (DESTDIR=...)
+	rm -f $(addprefix $(DESTDIR),$(INSTALLED))
+	rm -rf $(DESTDIR)$(DOCDIR) $(DESTDIR)$(INCLUDEDIR)
+
+.PHONY: clean
+clean: ## Remove everything that was built, cached Debian roots included
+	rm -rf target

@@ -1,0 +1,340 @@
+/* What the C shim and Rust say to each other. Generated from src/host by cbindgen: `make header`. */
+
+#ifndef DOVETAIL_H
+#define DOVETAIL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define DT_MAILBOX_CREATE 0
+
+#define DT_MAILBOX_DELETE 1
+
+#define DT_MAILBOX_RENAME 2
+
+#define DT_MAILBOX_SUBSCRIBE 3
+
+#define DT_MAILBOX_UNSUBSCRIBE 4
+
+/*
+ A mailbox, as the relay knows it.
+
+ Strings everywhere here are NUL-terminated and valid for the duration of the call only.
+ */
+struct dt_mailbox {
+  /*
+   Its owner.
+   */
+  const char *user;
+  /*
+   All zero: not known.
+   */
+  uint8_t guid[16];
+  /*
+   Below the owner's inbox namespace.
+   */
+  const char *name;
+  /*
+   Between the parts of `name`.
+   */
+  char separator;
+  /*
+   0: not known, like the next two.
+   */
+  uint32_t uid_validity;
+  uint32_t uid_next;
+  uint64_t highest_modseq;
+};
+
+/*
+ A message that is being saved or copied.
+ */
+struct dt_save {
+  /*
+   NULL: known only after the commit.
+   */
+  const char *guid;
+  uint32_t flags;
+  /*
+   NULL-terminated.
+   */
+  const char *const *keywords;
+  /*
+   Seconds since 1970, like `save_date`. 0: not known.
+   */
+  int64_t received_date;
+  int64_t save_date;
+  /*
+   0 without a body: not known.
+   */
+  uint64_t size;
+  /*
+   NULL: not sent along.
+   */
+  const uint8_t *body;
+  /*
+   NULL: not a copy.
+   */
+  const struct dt_mailbox *copied_from;
+  uint32_t copied_from_uid;
+};
+
+/*
+ A saved message got its UID.
+ */
+struct dt_saved {
+  uint32_t uid;
+  /*
+   NULL: as told in dt_save.
+   */
+  const char *guid;
+};
+
+/*
+ What a commit wrote to the transaction log of a mailbox's index.
+ */
+struct dt_span {
+  /*
+   The mailbox's owner.
+   */
+  const char *user;
+  /*
+   All zero if it could not be found out.
+   */
+  uint8_t mailbox_guid[16];
+  /*
+   Whose private (.pvt) index was written; NULL for the mailbox's main index.
+   */
+  const char *private_user;
+  /*
+   mail_index_header.indexid
+   */
+  uint32_t index_id;
+  /*
+   Written: bytes begin..end-1 of the log file log_seq.
+   */
+  uint32_t log_seq;
+  uint64_t begin;
+  uint64_t end;
+  /*
+   Where the file before this one ended, if this is the first span of its file that this process reports for the
+   open mailbox; otherwise (and if there is no file before) 0.
+   */
+  uint32_t prev_log_seq;
+  uint64_t prev_log_end;
+  /*
+   HIGHESTMODSEQ as of `end`; 0 if not known.
+   */
+  uint64_t highest_modseq;
+  /*
+   enum mail_index_transaction_change
+   */
+  uint32_t changes_mask;
+  /*
+   The `struct mailbox`; NULL if the span could only be reported after the mailbox was gone.
+   */
+  void *mailbox;
+};
+
+/*
+ A row of `doveadm dovetail status`.
+ */
+struct dt_status_row {
+  const char *peer;
+  const char *state;
+  const char *last_error;
+  uint64_t pending;
+  uint64_t behind_secs;
+  uint64_t dropped;
+};
+
+/*
+ Called with each setting.
+ */
+typedef void (*dt_setting_each)(void *context, const char *name, const char *value);
+
+/*
+ State of the open mailbox as of the last sync.
+ */
+struct dt_mailbox_status {
+  uint8_t guid[16];
+  uint32_t uid_validity;
+  uint32_t uid_next;
+  uint32_t messages;
+  uint64_t highest_modseq;
+};
+
+/*
+ What to set of a mailbox; zero leaves it as it is.
+ */
+struct dt_mailbox_update {
+  uint8_t guid[16];
+  uint32_t uid_validity;
+  uint32_t min_uid_next;
+  uint64_t min_highest_modseq;
+};
+
+/*
+ A message that the worker saves or copies.
+ */
+struct dt_worker_save {
+  const char *guid;
+  /*
+   0: the next one.
+   */
+  uint32_t uid;
+  uint32_t flags;
+  /*
+   NULL-terminated.
+   */
+  const char *const *keywords;
+  /*
+   Seconds since 1970, like `save_date`. There 0: now.
+   */
+  int64_t received_date;
+  int64_t save_date;
+};
+
+/*
+ What to change of messages.
+ */
+struct dt_worker_flags {
+  uint32_t add;
+  uint32_t remove;
+  /*
+   NULL-terminated, like `remove_keywords`.
+   */
+  const char *const *add_keywords;
+  const char *const *remove_keywords;
+};
+
+/*
+ Settings of the first user decide for the process.
+ */
+void dt_rs_capture_init(void *user, const char *process);
+
+void dt_rs_capture_deinit(void);
+
+uint64_t dt_rs_inline_body_size(void);
+
+void *dt_rs_transaction_begin(const struct dt_mailbox *mailbox);
+
+void dt_rs_save(void *txn, const struct dt_save *save);
+
+void dt_rs_flags(void *txn, uint32_t uid, const char *guid, uint32_t add, uint32_t remove);
+
+void dt_rs_keywords(void *txn,
+                    uint32_t uid,
+                    const char *guid,
+                    const char *const *old,
+                    const char *const *new_);
+
+void dt_rs_expunge(void *txn, uint32_t uid, const char *guid);
+
+void dt_rs_commit(void *txn,
+                  const struct dt_mailbox *mailbox,
+                  const struct dt_saved *saved,
+                  uintptr_t saved_count);
+
+void dt_rs_rollback(void *txn);
+
+void dt_rs_mailbox_op(int op,
+                      const struct dt_mailbox *mailbox,
+                      const char *new_name,
+                      bool directory);
+
+/*
+ Called inside of a commit: only copies.
+ */
+void dt_rs_span(const struct dt_span *span);
+
+int dt_rs_status(void (*row)(void*, const struct dt_status_row*),
+                 void *context,
+                 char *error,
+                 uintptr_t error_size);
+
+/*
+ A service begins: its main thread is woken for what other threads say.
+ */
+void dt_rs_service_init(void);
+
+/*
+ The service ends.
+ */
+void dt_rs_service_deinit(void);
+
+/*
+ Another thread has something for the main thread.
+ */
+void dt_rs_service_wakeup(void);
+
+/*
+ Loaded by mail_plugins.
+ */
+void dovetail_plugin_init(void *module);
+
+/*
+ The process ends.
+ */
+void dovetail_plugin_deinit(void);
+
+/*
+ Loaded by doveadm.
+ */
+void doveadm_dovetail_plugin_init(void *_module);
+
+/*
+ Nothing is to be undone: doveadm frees its commands itself.
+ */
+void doveadm_dovetail_plugin_deinit(void);
+
+/*
+ Reads the settings, while the process may. 0 if ok; otherwise it was logged what is wrong.
+ */
+int dt_rs_relay_configure(void);
+
+/*
+ Starts the engine. 0 if ok; otherwise the reason was logged.
+ */
+int dt_rs_relay_start(void);
+
+/*
+ A connection begins; the fd is ours. `is_peer`: it did not come over a Unix socket.
+ */
+void dt_rs_relay_accept(int fd, bool is_peer);
+
+/*
+ The process ends: says goodbye to whom it can.
+ */
+void dt_rs_relay_stop(void);
+
+/*
+ Reads the settings, while the process may. 0 if ok; otherwise it was logged what is wrong.
+ */
+int dt_rs_worker_configure(void);
+
+/*
+ A connection from the relay begins; there is none so far.
+ */
+void dt_rs_worker_connected(int fd);
+
+/*
+ There is input from the relay, or its end.
+ */
+void dt_rs_worker_input(void);
+
+/*
+ The process ends.
+ */
+void dt_rs_worker_disconnect(void);
+
+/*
+ One of our commits has written something.
+
+ # Safety
+ The span is valid during the call.
+ */
+void dt_rs_worker_span(const struct dt_span *span);
+
+#endif  /* DOVETAIL_H */

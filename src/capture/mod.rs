@@ -1,0 +1,107 @@
+//! From a mailbox transaction in a mail process to a record on its way to the relay.
+//!
+//! [`transaction`] collects what a transaction does, [`Capture`] is the process's own end: it keeps the spans until
+//! their change is known and hands records to [`link`]'s thread through a bounded queue. Nothing here waits: what does
+//! not fit is dropped and counted, and the spans' gap tells the relay where.
+
+mod link;
+pub mod transaction;
+
+pub use link::{Link, LinkConfig};
+pub use transaction::{mailbox_change, Saved, Transaction};
+
+use crate::wire::proto;
+use std::collections::{HashMap, HashSet};
+
+/// Most spans that wait for their change: a transaction that writes more is told in pieces.
+const PENDING_SPANS_MAX: usize = 256;
+
+/// The transactions and spans of one mail process.
+pub struct Capture {
+    link: Link,
+    /// (user, mailbox GUID) that the relay knows we write to.
+    intents: HashSet<(String, Vec<u8>)>,
+    /// Per mailbox: open transactions that have something to tell, and the spans that belong to their changes.
+    open: HashMap<Vec<u8>, OpenMailbox>,
+}
+
+#[derive(Default)]
+struct OpenMailbox {
+    transactions: usize,
+    spans: Vec<proto::Span>,
+}
+
+impl Capture {
+    /// Nothing is connected before the first write.
+    pub fn new(config: LinkConfig) -> Capture {
+        Capture { link: Link::new(config), intents: HashSet::new(), open: HashMap::new() }
+    }
+
+    /// A transaction on this mailbox is about to write. The first one tells the relay, before anything is committed.
+    pub fn begin(&mut self, user: &str, mailbox: &proto::Mailbox) {
+        self.intend(user, mailbox);
+        self.open.entry(mailbox.guid.clone()).or_default().transactions += 1;
+    }
+
+    /// Says that this process may write to this mailbox, once.
+    pub fn intend(&mut self, user: &str, mailbox: &proto::Mailbox) {
+        if self.intents.insert((user.to_owned(), mailbox.guid.clone())) {
+            self.link.intent(proto::Intent { user: user.to_owned(), mailbox: Some(mailbox.clone()) });
+        }
+    }
+
+    /// The transaction that `begin` announced was committed as these changes.
+    pub fn commit(&mut self, mailbox_guid: &[u8], changes: Vec<proto::Change>) {
+        let mut spans = self.end(mailbox_guid);
+        let count = changes.len();
+        for (i, change) in changes.into_iter().enumerate() {
+            // The last part completes what the spans cover.
+            let spans = if i + 1 == count { std::mem::take(&mut spans) } else { Vec::new() };
+            self.link.send(proto::Record { change: Some(change), spans, dropped: 0 });
+        }
+        self.send_spans(spans);
+    }
+
+    /// The transaction that `begin` announced did not happen.
+    pub fn rollback(&mut self, mailbox_guid: &[u8]) {
+        let spans = self.end(mailbox_guid);
+        self.send_spans(spans);
+    }
+
+    /// A change without a transaction: of a mailbox itself.
+    pub fn mailbox(&mut self, change: proto::Change) {
+        self.link.send(proto::Record { change: Some(change), spans: Vec::new(), dropped: 0 });
+    }
+
+    /// A commit wrote this. It waits for its change if there is one to come.
+    pub fn span(&mut self, span: proto::Span) {
+        match self.open.get_mut(&span.mailbox_guid) {
+            Some(open) if open.spans.len() < PENDING_SPANS_MAX => open.spans.push(span),
+            _ => self.send_spans(vec![span]),
+        }
+    }
+
+    /// Sends what is left within the link's deadline, says goodbye and ends the thread.
+    pub fn finish(mut self) {
+        let spans: Vec<_> = self.open.drain().flat_map(|(_, open)| open.spans).collect();
+        self.send_spans(spans);
+        self.link.finish();
+    }
+
+    /// Spans of the mailbox, if no other transaction is open that may claim the later ones.
+    fn end(&mut self, mailbox_guid: &[u8]) -> Vec<proto::Span> {
+        let Some(open) = self.open.get_mut(mailbox_guid) else { return Vec::new() };
+        open.transactions = open.transactions.saturating_sub(1);
+        let spans = std::mem::take(&mut open.spans);
+        if open.transactions == 0 {
+            self.open.remove(mailbox_guid);
+        }
+        spans
+    }
+
+    fn send_spans(&mut self, spans: Vec<proto::Span>) {
+        if !spans.is_empty() {
+            self.link.send(proto::Record { change: None, spans, dropped: 0 });
+        }
+    }
+}

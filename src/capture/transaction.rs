@@ -1,0 +1,230 @@
+//! Collects what one mailbox transaction does and turns it into changes at its commit.
+//!
+//! Pure: knows nothing of Dovecot, sockets or threads. What it guarantees: the changes of one transaction, applied in
+//! order, do what the transaction did; each fits into one frame.
+
+use crate::wire::proto;
+use prost::Message as _;
+
+/// Aim for the encoded size of a change: a frame holds 64 KiB, and spans and stamp are added later.
+const CHANGE_SIZE_AIM: usize = 48 << 10;
+
+/// Most messages that one flag change names: their ranges must fit into a frame.
+const RANGES_PER_OP_MAX: usize = 512;
+
+/// What one mailbox transaction has done so far.
+#[derive(Debug, Default)]
+pub struct Transaction {
+    saves: Vec<proto::Save>,
+    flags: Vec<proto::FlagUpdate>,
+    expunges: Vec<proto::MessageRange>,
+    bytes: usize,
+}
+
+/// A message that got its UID at the commit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Saved {
+    /// Its UID.
+    pub uid: u32,
+    /// Its GUID, where the storage knows it only now (maildir).
+    pub guid: Option<String>,
+}
+
+impl Transaction {
+    /// Bytes of memory that inline bodies hold, roughly.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// A message was saved or copied; its UID comes with the commit.
+    pub fn save(&mut self, save: proto::Save) {
+        self.bytes += save.body.len();
+        self.saves.push(save);
+    }
+
+    /// Gives up the bodies that were to ride along: they are read from the mailbox later.
+    pub fn drop_bodies(&mut self) {
+        for save in &mut self.saves {
+            save.body = Vec::new();
+            save.body_inline = false;
+        }
+        self.bytes = 0;
+    }
+
+    /// Flags and keywords of one message changed.
+    pub fn flags(&mut self, uid: u32, guid: Option<String>, delta: proto::FlagUpdate) {
+        if let Some(last) = self.flags.last_mut() {
+            if same_delta(last, &delta) && last.messages.len() < RANGES_PER_OP_MAX {
+                push_message(&mut last.messages, uid, guid);
+                return;
+            }
+        }
+        let mut update = delta;
+        push_message(&mut update.messages, uid, guid);
+        self.flags.push(update);
+    }
+
+    /// One message was expunged. Each keeps its GUID, even in a run: the peer must not expunge another one by mistake.
+    pub fn expunge(&mut self, uid: u32, guid: Option<String>) {
+        match guid {
+            Some(guid) => self.expunges.push(proto::MessageRange { first_uid: uid, last_uid: uid, guid }),
+            None => push_message(&mut self.expunges, uid, None),
+        }
+    }
+
+    /// The changes, in the order in which they have to be applied. `saved` are the UIDs (and GUIDs) in the order of
+    /// the saves; a save without one was not assigned a UID and cannot be told.
+    pub fn into_changes(
+        self,
+        user: &str,
+        mailbox: &proto::Mailbox,
+        saved: &[Saved],
+        clock: u64,
+        generate_birth_guid: impl Fn(&str) -> Vec<u8>,
+    ) -> Vec<proto::Change> {
+        let mut ops = Vec::new();
+        ops.extend(self.flags.into_iter().map(proto::op::What::Flags));
+        for (mut save, saved) in self.saves.into_iter().zip(saved) {
+            if let Some(guid) = &saved.guid {
+                save.guid.clone_from(guid);
+            }
+            save.birth =
+                Some(proto::Birth { guid: generate_birth_guid(&save.guid), origin: String::new(), uid: saved.uid });
+            ops.push(proto::op::What::Save(save));
+        }
+        for messages in self.expunges.chunks(RANGES_PER_OP_MAX) {
+            ops.push(proto::op::What::Expunge(proto::Expunge { messages: messages.to_vec() }));
+        }
+        split(ops, user, mailbox, clock)
+    }
+}
+
+/// A change of a mailbox itself.
+pub fn mailbox_change(user: &str, mailbox: proto::Mailbox, what: proto::op::What, clock: u64) -> proto::Change {
+    proto::Change {
+        stamp: Some(proto::Stamp { clock, ..Default::default() }),
+        user: user.to_owned(),
+        mailbox: Some(mailbox),
+        ops: vec![proto::Op { what: Some(what) }],
+        spans: Vec::new(),
+    }
+}
+
+/// As many changes as it takes for each to fit into a frame. Only the last one tells the mailbox's state behind all.
+fn split(ops: Vec<proto::op::What>, user: &str, mailbox: &proto::Mailbox, clock: u64) -> Vec<proto::Change> {
+    let mut changes: Vec<proto::Change> = Vec::new();
+    let mut size = usize::MAX;
+    for what in ops {
+        let op = proto::Op { what: Some(what) };
+        let op_size = op.encoded_len() + 8;
+        if size.saturating_add(op_size) > CHANGE_SIZE_AIM {
+            changes.push(proto::Change {
+                stamp: Some(proto::Stamp { clock, ..Default::default() }),
+                user: user.to_owned(),
+                mailbox: Some(proto::Mailbox { uid_next: 0, highest_modseq: 0, ..mailbox.clone() }),
+                ..Default::default()
+            });
+            size = 0;
+        }
+        size += op_size;
+        if let Some(change) = changes.last_mut() {
+            change.ops.push(op);
+        }
+    }
+    if let Some(change) = changes.last_mut() {
+        change.mailbox = Some(mailbox.clone());
+    }
+    changes
+}
+
+fn same_delta(a: &proto::FlagUpdate, b: &proto::FlagUpdate) -> bool {
+    a.add == b.add && a.remove == b.remove && a.add_keywords == b.add_keywords && a.remove_keywords == b.remove_keywords
+}
+
+/// Extends the last range where UID follows on UID and no GUID is to be kept for a single message.
+fn push_message(messages: &mut Vec<proto::MessageRange>, uid: u32, guid: Option<String>) {
+    let previous_uid = uid.wrapping_sub(1);
+    if let Some(last) = messages.last_mut() {
+        if last.last_uid == previous_uid && last.last_uid != 0 {
+            // A run is named by its UIDs alone.
+            last.last_uid = uid;
+            last.guid.clear();
+            return;
+        }
+    }
+    messages.push(proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.unwrap_or_default() });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn delta(add: u32) -> proto::FlagUpdate {
+        proto::FlagUpdate { add, ..Default::default() }
+    }
+
+    fn mailbox() -> proto::Mailbox {
+        proto::Mailbox { guid: vec![1; 16], path: vec!["INBOX".into()], uid_next: 9, ..Default::default() }
+    }
+
+    fn changes(transaction: Transaction, saved: &[Saved]) -> Vec<proto::Change> {
+        transaction.into_changes("u", &mailbox(), saved, 1, |guid| guid.as_bytes().to_vec())
+    }
+
+    #[test]
+    fn the_same_flag_on_a_run_of_messages_is_one_range() {
+        let mut transaction = Transaction::default();
+        for uid in 1..=100_000 {
+            transaction.flags(uid, Some("g".into()), delta(2));
+        }
+        let changes = changes(transaction, &[]);
+        assert_eq!(changes.len(), 1);
+        let Some(proto::op::What::Flags(flags)) = &changes[0].ops[0].what else { panic!() };
+        assert_eq!(flags.messages, [proto::MessageRange { first_uid: 1, last_uid: 100_000, guid: String::new() }]);
+    }
+
+    #[test]
+    fn saves_get_their_uids_in_order_and_come_before_expunges() {
+        let mut transaction = Transaction::default();
+        transaction.expunge(3, None);
+        transaction.save(proto::Save { guid: "x".into(), ..Default::default() });
+        transaction.save(proto::Save::default());
+        let saved = [Saved { uid: 7, guid: None }, Saved { uid: 8, guid: Some("late".into()) }];
+        let changes = changes(transaction, &saved);
+        let kinds: Vec<_> = changes[0].ops.iter().map(|op| op.what.clone().unwrap()).collect();
+        let proto::op::What::Save(first) = &kinds[0] else { panic!() };
+        let proto::op::What::Save(second) = &kinds[1] else { panic!() };
+        assert_eq!((first.birth.as_ref().unwrap().uid, first.guid.as_str()), (7, "x"));
+        assert_eq!((second.birth.as_ref().unwrap().uid, second.guid.as_str()), (8, "late"));
+        assert!(matches!(kinds[2], proto::op::What::Expunge(_)));
+    }
+
+    #[test]
+    fn each_of_a_run_of_expunged_messages_keeps_its_guid() {
+        let mut transaction = Transaction::default();
+        transaction.expunge(1, Some("a".into()));
+        transaction.expunge(2, Some("b".into()));
+        let changes = changes(transaction, &[]);
+        let Some(proto::op::What::Expunge(expunge)) = &changes[0].ops[0].what else { panic!() };
+        let named: Vec<_> = expunge.messages.iter().map(|m| (m.first_uid, m.last_uid, m.guid.as_str())).collect();
+        assert_eq!(named, [(1, 1, "a"), (2, 2, "b")]);
+    }
+
+    #[test]
+    fn a_large_transaction_becomes_changes_that_fit_into_frames() {
+        let mut transaction = Transaction::default();
+        let mut saved = Vec::new();
+        for uid in 1..=20 {
+            transaction.save(proto::Save { body: vec![b'x'; 30_000], body_inline: true, ..Default::default() });
+            saved.push(Saved { uid, guid: None });
+        }
+        for uid in (1..200_000).step_by(2) {
+            transaction.flags(uid, Some("0123456789abcdef0123456789abcdef".into()), delta(1));
+        }
+        let changes = changes(transaction, &saved);
+        assert!(changes.iter().all(|change| change.encoded_len() < 60 << 10));
+        let (last, others) = changes.split_last().unwrap();
+        assert_eq!(last.mailbox.as_ref().unwrap().uid_next, 9);
+        assert!(others.iter().all(|change| change.mailbox.as_ref().unwrap().uid_next == 0));
+    }
+}

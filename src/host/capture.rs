@@ -1,0 +1,348 @@
+//! The entries from src/shim/capture.c: C structs become records of the protocol.
+
+use super::settings::{read, text};
+use super::{ffi, guard::guard};
+use crate::capture::{mailbox_change, Capture, LinkConfig, Saved, Transaction};
+use crate::wire::proto;
+use std::cell::RefCell;
+use std::ffi::{c_char, c_int, c_void, CStr};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Waiting longer for the relay would hold up the end of the process.
+const FINISH_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// What this process captures. A mail process has one thread of Dovecot's; our own never gets here.
+struct Process {
+    capture: Capture,
+    inline_body_size: u64,
+    process_queue_size: u64,
+}
+
+thread_local! {
+    static PROCESS: RefCell<Option<Process>> = const { RefCell::new(None) };
+}
+
+/// An open transaction, owned by C as a pointer.
+struct OpenTransaction {
+    user: String,
+    mailbox_guid: Vec<u8>,
+    transaction: Transaction,
+}
+
+fn with_process<T>(f: impl FnOnce(&mut Process) -> T) -> Option<T> {
+    super::log::drain();
+    PROCESS.with(|process| process.try_borrow_mut().ok()?.as_mut().map(f))
+}
+
+/// Settings of the first user decide for the process.
+#[no_mangle]
+extern "C" fn dt_rs_capture_init(user: *mut c_void, process: *const c_char) {
+    guard("capture_init", (), || {
+        let exists = PROCESS.with(|process| process.borrow().is_some());
+        if exists {
+            return;
+        }
+        let settings = match read(user) {
+            Ok(settings) => settings,
+            Err(errors) => {
+                for error in errors {
+                    log::error!("{error} - mail goes on, changes of this session are not replicated");
+                }
+                return;
+            }
+        };
+        if settings.peers.is_empty() {
+            return;
+        }
+        let config = LinkConfig {
+            socket: settings.socket,
+            queue_size: settings.process_queue_size,
+            process: text(process),
+            finish_timeout: FINISH_TIMEOUT,
+            spawn: super::thread::spawn_with_signals_blocked,
+        };
+        let process = Process {
+            capture: Capture::new(config),
+            inline_body_size: settings.inline_body_size,
+            process_queue_size: settings.process_queue_size,
+        };
+        PROCESS.with(|slot| *slot.borrow_mut() = Some(process));
+    });
+}
+
+#[no_mangle]
+extern "C" fn dt_rs_capture_deinit() {
+    guard("capture_deinit", (), || {
+        if let Some(process) = PROCESS.with(|slot| slot.borrow_mut().take()) {
+            process.capture.finish();
+        }
+        super::log::drain();
+    });
+}
+
+#[no_mangle]
+extern "C" fn dt_rs_inline_body_size() -> u64 {
+    guard("inline_body_size", 0, || with_process(|process| process.inline_body_size).unwrap_or(0))
+}
+
+#[no_mangle]
+extern "C" fn dt_rs_transaction_begin(mailbox: *const ffi::DtMailbox) -> *mut c_void {
+    guard("transaction_begin", std::ptr::null_mut(), || {
+        // SAFETY: the shim passes a valid struct for the duration of the call.
+        let (user, mailbox) = unsafe { owned_mailbox(&*mailbox) };
+        let began = with_process(|process| process.capture.begin(&user, &mailbox));
+        if began.is_none() {
+            return std::ptr::null_mut();
+        }
+        let open = OpenTransaction { user, mailbox_guid: mailbox.guid, transaction: Transaction::default() };
+        Box::into_raw(Box::new(open)).cast()
+    })
+}
+
+/// The transaction behind C's pointer; none if nothing is captured.
+///
+/// # Safety
+///
+/// `txn` comes from `dt_rs_transaction_begin()` and was not given to commit or rollback.
+unsafe fn open_transaction<'a>(txn: *mut c_void) -> Option<&'a mut OpenTransaction> {
+    // SAFETY: see above; C uses it from one thread only.
+    unsafe { txn.cast::<OpenTransaction>().as_mut() }
+}
+
+#[no_mangle]
+extern "C" fn dt_rs_save(txn: *mut c_void, save: *const ffi::DtSave) {
+    guard("save", (), || {
+        // SAFETY: the shim passes an open transaction and a valid struct.
+        let (Some(open), save) = (unsafe { open_transaction(txn) }, unsafe { &*save }) else { return };
+        // SAFETY: as above.
+        let save = unsafe { owned_save(save) };
+        open.transaction.save(save);
+        let limit = with_process(|process| process.process_queue_size).unwrap_or(0);
+        if open.transaction.bytes() as u64 > limit / 4 {
+            open.transaction.drop_bodies();
+        }
+    });
+}
+
+#[no_mangle]
+extern "C" fn dt_rs_flags(txn: *mut c_void, uid: u32, guid: *const c_char, add: u32, remove: u32) {
+    guard("flags", (), || {
+        // SAFETY: the shim passes an open transaction.
+        let Some(open) = (unsafe { open_transaction(txn) }) else { return };
+        let delta = proto::FlagUpdate { add, remove, ..Default::default() };
+        open.transaction.flags(uid, optional_text(guid), delta);
+    });
+}
+
+#[no_mangle]
+extern "C" fn dt_rs_keywords(
+    txn: *mut c_void,
+    uid: u32,
+    guid: *const c_char,
+    old: *const *const c_char,
+    new: *const *const c_char,
+) {
+    guard("keywords", (), || {
+        // SAFETY: the shim passes an open transaction and NULL-terminated lists.
+        let (Some(open), old, new) = (unsafe { open_transaction(txn) }, unsafe { list(old) }, unsafe { list(new) })
+        else {
+            return;
+        };
+        let missing = |from: &[String], list: &[String]| -> Vec<String> {
+            list.iter().filter(|keyword| !from.contains(keyword)).cloned().collect()
+        };
+        let (add_keywords, remove_keywords) = (missing(&old, &new), missing(&new, &old));
+        if add_keywords.is_empty() && remove_keywords.is_empty() {
+            return;
+        }
+        let delta = proto::FlagUpdate { add_keywords, remove_keywords, ..Default::default() };
+        open.transaction.flags(uid, optional_text(guid), delta);
+    });
+}
+
+#[no_mangle]
+extern "C" fn dt_rs_expunge(txn: *mut c_void, uid: u32, guid: *const c_char) {
+    guard("expunge", (), || {
+        // SAFETY: the shim passes an open transaction.
+        if let Some(open) = unsafe { open_transaction(txn) } {
+            open.transaction.expunge(uid, optional_text(guid));
+        }
+    });
+}
+
+#[no_mangle]
+extern "C" fn dt_rs_commit(
+    txn: *mut c_void,
+    mailbox: *const ffi::DtMailbox,
+    saved: *const ffi::DtSaved,
+    saved_count: usize,
+) {
+    guard("commit", (), || {
+        if txn.is_null() {
+            return;
+        }
+        // SAFETY: from dt_rs_transaction_begin(); C forgets it now.
+        let open = unsafe { Box::from_raw(txn.cast::<OpenTransaction>()) };
+        // SAFETY: valid during the call.
+        let (_, mailbox) = unsafe { owned_mailbox(&*mailbox) };
+        let saved: Vec<Saved> = if saved_count == 0 {
+            Vec::new()
+        } else {
+            // SAFETY: an array of that many, valid during the call.
+            let saved = unsafe { std::slice::from_raw_parts(saved, saved_count) };
+            saved.iter().map(|s| Saved { uid: s.uid, guid: optional_text(s.guid) }).collect()
+        };
+        let changes = open.transaction.into_changes(&open.user, &mailbox, &saved, now_usecs(), birth_guid);
+        with_process(|process| process.capture.commit(&open.mailbox_guid, changes));
+    });
+}
+
+#[no_mangle]
+extern "C" fn dt_rs_rollback(txn: *mut c_void) {
+    guard("rollback", (), || {
+        if txn.is_null() {
+            return;
+        }
+        // SAFETY: from dt_rs_transaction_begin(); C forgets it now.
+        let open = unsafe { Box::from_raw(txn.cast::<OpenTransaction>()) };
+        with_process(|process| process.capture.rollback(&open.mailbox_guid));
+    });
+}
+
+#[no_mangle]
+extern "C" fn dt_rs_mailbox_op(op: c_int, mailbox: *const ffi::DtMailbox, new_name: *const c_char, directory: bool) {
+    guard("mailbox_op", (), || {
+        // SAFETY: valid during the call.
+        let (mailbox, separator) = unsafe { (&*mailbox, (*mailbox).separator) };
+        // SAFETY: as above.
+        let (user, mailbox) = unsafe { owned_mailbox(mailbox) };
+        let what = match op {
+            ffi::DT_MAILBOX_CREATE => proto::op::What::Create(proto::MailboxCreate { directory }),
+            ffi::DT_MAILBOX_DELETE => proto::op::What::Delete(proto::MailboxDelete { directory }),
+            ffi::DT_MAILBOX_RENAME => {
+                proto::op::What::Rename(proto::MailboxRename { new_path: path(&text(new_name), separator) })
+            }
+            ffi::DT_MAILBOX_SUBSCRIBE => proto::op::What::Subscription(proto::Subscription { subscribed: true }),
+            ffi::DT_MAILBOX_UNSUBSCRIBE => proto::op::What::Subscription(proto::Subscription { subscribed: false }),
+            other => return log::error!("Internal error: unknown mailbox operation {other}"),
+        };
+        with_process(|process| {
+            process.capture.intend(&user, &mailbox);
+            process.capture.mailbox(mailbox_change(&user, mailbox, what, now_usecs()));
+        });
+    });
+}
+
+/// Called inside of a commit: only copies.
+#[no_mangle]
+extern "C" fn dt_rs_span(span: *const ffi::DtSpan) {
+    guard("span", (), || {
+        // SAFETY: valid during the call.
+        let span = unsafe { &*span };
+        let span = proto::Span {
+            user: text(span.user),
+            mailbox_guid: span.mailbox_guid.to_vec(),
+            private_user: text(span.private_user),
+            index_id: span.index_id,
+            log_seq: span.log_seq,
+            begin: span.begin,
+            end: span.end,
+            prev_log_seq: span.prev_log_seq,
+            prev_log_end: span.prev_log_end,
+            applied: Vec::new(),
+        };
+        with_process(|process| process.capture.span(span));
+    });
+}
+
+/// # Safety
+///
+/// The strings are NUL-terminated.
+unsafe fn owned_mailbox(mailbox: &ffi::DtMailbox) -> (String, proto::Mailbox) {
+    let guid = if mailbox.guid == [0; 16] { Vec::new() } else { mailbox.guid.to_vec() };
+    let owned = proto::Mailbox {
+        guid,
+        path: path(&text(mailbox.name), mailbox.separator),
+        uid_validity: mailbox.uid_validity,
+        uid_next: mailbox.uid_next,
+        highest_modseq: mailbox.highest_modseq,
+    };
+    (text(mailbox.user), owned)
+}
+
+/// # Safety
+///
+/// The strings are NUL-terminated, the keywords NULL-terminated, and `body` has `size` bytes if it is not null.
+unsafe fn owned_save(save: &ffi::DtSave) -> proto::Save {
+    let copied_from = (!save.copied_from.is_null()).then(|| {
+        // SAFETY: see above.
+        let (_, mailbox) = unsafe { owned_mailbox(&*save.copied_from) };
+        proto::CopiedFrom { mailbox: Some(mailbox), uid: save.copied_from_uid }
+    });
+    let body = if save.body.is_null() {
+        Vec::new()
+    } else {
+        // SAFETY: see above.
+        unsafe { std::slice::from_raw_parts(save.body, save.size as usize) }.to_vec()
+    };
+    proto::Save {
+        birth: None,
+        guid: text(save.guid),
+        flags: save.flags,
+        // SAFETY: see above.
+        keywords: unsafe { list(save.keywords) },
+        received_date: save.received_date,
+        save_date: save.save_date,
+        size: save.size,
+        body_inline: !save.body.is_null(),
+        body,
+        copied_from,
+    }
+}
+
+/// # Safety
+///
+/// A NULL-terminated list of NUL-terminated strings, or null.
+unsafe fn list(strings: *const *const c_char) -> Vec<String> {
+    let mut owned = Vec::new();
+    if strings.is_null() {
+        return owned;
+    }
+    for i in 0.. {
+        // SAFETY: within the list, which ends with NULL.
+        let string = unsafe { *strings.add(i) };
+        if string.is_null() {
+            break;
+        }
+        owned.push(text(string));
+    }
+    owned
+}
+
+fn optional_text(string: *const c_char) -> Option<String> {
+    (!string.is_null()).then(|| text(string)).filter(|s| !s.is_empty())
+}
+
+/// The parts of a mailbox name; INBOX in any case is INBOX.
+fn path(name: &str, separator: c_char) -> Vec<String> {
+    let mut parts: Vec<String> = name.split(char::from(separator as u8)).map(str::to_owned).collect();
+    if parts[0].eq_ignore_ascii_case("INBOX") {
+        parts[0] = "INBOX".into();
+    }
+    parts
+}
+
+fn birth_guid(guid: &str) -> Vec<u8> {
+    let mut hash = [0u8; 16];
+    let mut terminated = guid.as_bytes().to_vec();
+    terminated.push(0);
+    if let Ok(guid) = CStr::from_bytes_with_nul(&terminated) {
+        // SAFETY: a terminated string and room for 16 bytes.
+        unsafe { ffi::mail_generate_guid_128_hash(guid.as_ptr(), hash.as_mut_ptr()) };
+    }
+    hash.to_vec()
+}
+
+fn now_usecs() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}

@@ -1,0 +1,117 @@
+//! What crosses the boundary: the structs (include/dovetail.h is made of them) and the shim's functions.
+
+use std::ffi::{c_char, c_int, c_void};
+
+/// A mailbox, as the relay knows it.
+///
+/// Strings everywhere here are NUL-terminated and valid for the duration of the call only.
+#[repr(C)]
+pub struct DtMailbox {
+    /// Its owner.
+    pub user: *const c_char,
+    /// All zero: not known.
+    pub guid: [u8; 16],
+    /// Below the owner's inbox namespace.
+    pub name: *const c_char,
+    /// Between the parts of `name`.
+    pub separator: c_char,
+    /// 0: not known, like the next two.
+    pub uid_validity: u32,
+    pub uid_next: u32,
+    pub highest_modseq: u64,
+}
+
+/// A message that is being saved or copied.
+#[repr(C)]
+pub struct DtSave {
+    /// NULL: known only after the commit.
+    pub guid: *const c_char,
+    pub flags: u32,
+    /// NULL-terminated.
+    pub keywords: *const *const c_char,
+    /// Seconds since 1970, like `save_date`. 0: not known.
+    pub received_date: i64,
+    pub save_date: i64,
+    /// 0 without a body: not known.
+    pub size: u64,
+    /// NULL: not sent along.
+    pub body: *const u8,
+    /// NULL: not a copy.
+    pub copied_from: *const DtMailbox,
+    pub copied_from_uid: u32,
+}
+
+/// A saved message got its UID.
+#[repr(C)]
+pub struct DtSaved {
+    pub uid: u32,
+    /// NULL: as told in dt_save.
+    pub guid: *const c_char,
+}
+
+/// What a commit wrote to the transaction log of a mailbox's index.
+#[repr(C)]
+pub struct DtSpan {
+    /// The mailbox's owner.
+    pub user: *const c_char,
+    /// All zero if it could not be found out.
+    pub mailbox_guid: [u8; 16],
+    /// Whose private (.pvt) index was written; NULL for the mailbox's main index.
+    pub private_user: *const c_char,
+    /// mail_index_header.indexid
+    pub index_id: u32,
+    /// Written: bytes begin..end-1 of the log file log_seq.
+    pub log_seq: u32,
+    pub begin: u64,
+    pub end: u64,
+    /// Where the file before this one ended, if this is the first span of its file that this process reports for the
+    /// open mailbox; otherwise (and if there is no file before) 0.
+    pub prev_log_seq: u32,
+    pub prev_log_end: u64,
+    /// HIGHESTMODSEQ as of `end`; 0 if not known.
+    pub highest_modseq: u64,
+    /// enum mail_index_transaction_change
+    pub changes_mask: u32,
+    /// The `struct mailbox`; NULL if the span could only be reported after the mailbox was gone.
+    pub mailbox: *mut c_void,
+}
+
+/// A row of `doveadm dovetail status`.
+#[repr(C)]
+pub struct DtStatusRow {
+    pub peer: *const c_char,
+    pub state: *const c_char,
+    pub last_error: *const c_char,
+    pub pending: u64,
+    pub behind_secs: u64,
+    pub dropped: u64,
+}
+
+pub const DT_MAILBOX_CREATE: c_int = 0;
+pub const DT_MAILBOX_DELETE: c_int = 1;
+pub const DT_MAILBOX_RENAME: c_int = 2;
+pub const DT_MAILBOX_SUBSCRIBE: c_int = 3;
+pub const DT_MAILBOX_UNSUBSCRIBE: c_int = 4;
+
+/// Called with each setting.
+pub type DtSettingEach = extern "C" fn(context: *mut c_void, name: *const c_char, value: *const c_char);
+
+#[allow(unused_doc_comments)]
+/// cbindgen:ignore
+extern "C" {
+    pub fn dt_settings_each(
+        user: *mut c_void,
+        each: DtSettingEach,
+        context: *mut c_void,
+        error_r: *mut *const c_char,
+    ) -> c_int;
+    pub fn dt_capture_init(module: *mut c_void);
+    pub fn dt_capture_deinit();
+    pub fn dt_doveadm_init();
+    pub fn dt_log(level: c_int, text: *const c_char);
+    /// `mail_generate_guid_128_hash()`.
+    pub fn mail_generate_guid_128_hash(guid: *const c_char, guid_128_r: *mut u8);
+    pub static dt_abi_version: c_char;
+    pub static dt_dovecot_version: c_char;
+    pub static dovetail_setting_parser_info: c_char;
+}

@@ -1,0 +1,134 @@
+//! The executable's unsafe half: the relay's engine inside of a Dovecot service.
+//!
+//! The engine has its own thread, which never calls Dovecot; the main thread accepts connections and hands them over.
+use std::cell::RefCell;
+use std::ffi::{c_char, c_int};
+use std::os::fd::{FromRawFd, OwnedFd};
+
+use super::guard::guard;
+use super::settings::{read, text};
+use super::{ffi, thread};
+use crate::relay;
+
+/// Dovecot's exit status for a fatal error.
+const FATAL_DEFAULT: c_int = 89;
+
+#[allow(unused_doc_comments)]
+/// cbindgen:ignore
+extern "C" {
+    fn dt_service_main(argc: c_int, argv: *mut *mut c_char) -> c_int;
+}
+
+/// The relay of this process.
+enum Relay {
+    None,
+    Configured(relay::Config),
+    Running(relay::Handle),
+}
+
+thread_local! {
+    static RELAY: RefCell<Relay> = const { RefCell::new(Relay::None) };
+}
+
+/// What the executable `dovetail` calls.
+///
+/// # Safety
+/// As main()'s arguments, and they are never freed.
+/// cbindgen:ignore
+#[no_mangle]
+pub unsafe extern "C" fn dovetail_main(argc: c_int, argv: *mut *mut c_char) -> c_int {
+    // SAFETY: the caller's. Errors in there end the process or come back as status.
+    guard("dovetail_main", FATAL_DEFAULT, || unsafe { dt_service_main(argc, argv) })
+}
+
+/// Reads the settings, while the process may. 0 if ok; otherwise it was logged what is wrong.
+#[no_mangle]
+extern "C" fn dt_rs_relay_configure() -> c_int {
+    guard("relay_configure", -1, || match read(std::ptr::null_mut()) {
+        Ok(settings) => {
+            let config = relay::Config {
+                server: settings.server,
+                peers: settings
+                    .peers
+                    .into_iter()
+                    .map(|peer| relay::Peer { name: peer.name, address: peer.address })
+                    .collect(),
+                worker_socket: settings.worker_socket,
+                workers: settings.workers,
+                queue_bytes_max: usize::try_from(settings.relay_queue_size).unwrap_or(usize::MAX),
+                insecure_plaintext: settings.insecure_plaintext,
+                software: software(),
+            };
+            RELAY.with_borrow_mut(|relay| *relay = Relay::Configured(config));
+            0
+        }
+        Err(errors) => {
+            for error in errors {
+                log::error!("{error} - mail goes on, nothing is replicated");
+            }
+            -1
+        }
+    })
+}
+
+/// Starts the engine. 0 if ok; otherwise the reason was logged.
+#[no_mangle]
+extern "C" fn dt_rs_relay_start() -> c_int {
+    guard("relay_start", -1, || {
+        RELAY.with_borrow_mut(|relay| {
+            let Relay::Configured(config) = std::mem::replace(relay, Relay::None) else { return -1 };
+            // The engine's thread inherits the mask: signals are the main thread's.
+            match thread::with_signals_blocked(|| relay::start(config, super::log::connection_closed)) {
+                Ok(handle) => {
+                    *relay = Relay::Running(handle);
+                    0
+                }
+                Err(error) => {
+                    log::error!("Can't start the relay: {error} - mail goes on, nothing is replicated");
+                    -1
+                }
+            }
+        })
+    })
+}
+
+/// A connection begins; the fd is ours. `is_peer`: it did not come over a Unix socket.
+#[no_mangle]
+extern "C" fn dt_rs_relay_accept(fd: c_int, is_peer: bool) {
+    guard("relay_accept", (), || {
+        // SAFETY: the shim gives the fd away.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let kind = if is_peer { relay::Connection::Peer } else { relay::Connection::Local };
+        RELAY.with_borrow(|relay| {
+            let accepted = match relay {
+                Relay::Running(handle) => handle.accept(fd, kind),
+                _ => false,
+            };
+            if !accepted {
+                super::log::connection_closed();
+            }
+            if let Relay::Running(handle) = relay {
+                if !handle.is_running() {
+                    log::error!("The relay's engine has ended - starting again");
+                    super::log::stop_process();
+                }
+            }
+        })
+    })
+}
+
+/// The process ends: says goodbye to whom it can.
+#[no_mangle]
+extern "C" fn dt_rs_relay_stop() {
+    guard("relay_stop", (), || {
+        if let Relay::Running(handle) = RELAY.with_borrow_mut(|relay| std::mem::replace(relay, Relay::None)) {
+            handle.stop();
+        }
+    })
+}
+
+/// For the peers' people.
+fn software() -> String {
+    let dovecot = text(&raw const ffi::dt_dovecot_version);
+    format!("dovetail {}, Dovecot {dovecot}", env!("CARGO_PKG_VERSION"))
+}

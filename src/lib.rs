@@ -1,0 +1,24 @@
+//! Dovetail: real-time replication for Dovecot.
+//!
+//! The map (docs/ARCHITECTURE.md tells the story):
+//!
+//! | module | what it is for | may use |
+//! |---|---|---|
+//! | [`wire`] | the protocol: protobuf records, frames | nothing outside |
+//! | [`change`] | what a change is: limits, checks, helpers on the records | `wire` |
+//! | [`settings`] | the table of settings and their checks | nothing outside |
+//! | [`peer`] | a session with a peer as a state machine: frames in, frames out | `change`, `wire` |
+//! | [`relay`] | the hub between local processes, workers and peers | all above, sockets, threads |
+//! | [`capture`] | a transaction becomes a change; the thread that sends it to the relay | all above, sockets, threads |
+//! | [`worker`] | applies changes and reads bodies | all above |
+//! | `host` | the Rust half of the boundary to Dovecot; the only `unsafe` | all above, src/shim |
+
+pub mod capture;
+pub mod change;
+#[cfg(feature = "host")]
+mod host;
+pub mod peer;
+pub mod relay;
+pub mod settings;
+pub mod wire;
+pub mod worker;

@@ -1,0 +1,437 @@
+//! One session with a peer, from the greeting to the end of the connection.
+//!
+//! Guarantees that nothing is taken from a peer before it said who it is and is admitted, that frames leave by lane
+//! (control before changes before bodies, where bodies keep a small share), and that a silent peer is noticed.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::Outbox;
+use crate::change::{self, SERVER_BYTES_MAX};
+use crate::wire::frame::{self, FrameError};
+use crate::wire::proto::frame::Kind;
+use crate::wire::proto::{
+    Ack, BodyCancel, BodyChunk, BodyMore, BodyRequest, Change, Frame, Hello, Ping, Pong, Refused,
+};
+
+/// A peer that says nothing for this long is asked whether it is there.
+const PING_MS: u64 = 5_000;
+/// A peer that says nothing for this long is gone.
+const SILENCE_MS_MAX: u64 = 15_000;
+/// Time for the greeting.
+const GREETING_MS_MAX: u64 = 5_000;
+/// Acknowledgements in one frame.
+const ACKS_PER_FRAME: usize = 1_000;
+/// While bodies wait, one of them leaves after this many other frames.
+const FRAMES_PER_BODY: u32 = 8;
+/// Most bytes of one body that may be on their way.
+pub const BODY_WINDOW_BYTES_MAX: u32 = 1 << 20;
+
+/// Who we are.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    pub server: String,
+    pub instance: Vec<u8>,
+    pub epoch: u64,
+    pub software: String,
+}
+
+/// Who may be at the other end.
+#[derive(Clone, Debug)]
+pub enum Admits {
+    /// The one that we connected to.
+    Only(String),
+    /// One of those who connect to us. The others are the ones that we connect to.
+    OneOf { connecting: Vec<String>, others: Vec<String> },
+}
+
+/// What a frame from the peer means for the engine.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    Hello(Hello),
+    Change(Change),
+    Ack(Ack),
+    Refused(Refused),
+    BodyRequest(BodyRequest),
+    BodyChunk(BodyChunk),
+    BodyMore(BodyMore),
+    BodyCancel(BodyCancel),
+}
+
+/// Why a session must end.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum SessionError {
+    #[error("its first frame is not a greeting")]
+    NoGreeting,
+    #[error("it did not say who it is within {} secs", GREETING_MS_MAX / 1000)]
+    GreetingTimeout,
+    #[error("it refuses us: {0}")]
+    RefusedByPeer(String),
+    #[error("it calls itself '{0}' as we do: every server needs a name of its own in dovetail_server")]
+    OurName(String),
+    #[error("it is this relay itself: the address in dovetail_peers is our own")]
+    Ourselves,
+    #[error("it calls itself '{found}', but '{expected}' was expected at this address in dovetail_peers")]
+    OtherName { found: String, expected: String },
+    #[error("it calls itself '{0}', which is not in dovetail_peers here")]
+    UnknownName(String),
+    #[error("'{0}' should not connect to us but be connected to: of two servers the one with the lower name connects")]
+    WrongDirection(String),
+    #[error("its name is empty, has control characters or more than {SERVER_BYTES_MAX} bytes")]
+    BadName,
+    #[error("it greeted twice")]
+    SecondGreeting,
+    #[error("it sent a frame that only a local process or a worker may send")]
+    NotForPeers,
+    #[error("it said nothing for {} secs", SILENCE_MS_MAX / 1000)]
+    Silent,
+}
+
+impl SessionError {
+    /// Whether the peer should be told before the connection is closed.
+    pub fn is_refusal(&self) -> bool {
+        !matches!(self, SessionError::RefusedByPeer(_) | SessionError::GreetingTimeout | SessionError::Silent)
+    }
+}
+
+/// See the module.
+pub struct Session {
+    me: Arc<Identity>,
+    admits: Admits,
+    greeted: bool,
+    heard_from: bool,
+    began_ms: u64,
+    heard_ms: u64,
+    pinged_ms: u64,
+    control: VecDeque<Frame>,
+    ack_epoch: u64,
+    acks: Vec<u64>,
+    bodies: VecDeque<BodyChunk>,
+    frames_since_body: u32,
+}
+
+impl Session {
+    pub fn new(me: Arc<Identity>, admits: Admits, now_ms: u64) -> Session {
+        Session {
+            me,
+            admits,
+            greeted: false,
+            heard_from: false,
+            began_ms: now_ms,
+            heard_ms: now_ms,
+            pinged_ms: now_ms,
+            control: VecDeque::new(),
+            ack_epoch: 0,
+            acks: Vec::new(),
+            bodies: VecDeque::new(),
+            frames_since_body: 0,
+        }
+    }
+
+    /// Says who we are and how far we have applied the peer's changes.
+    pub fn greet(&mut self, applied_epoch: u64, applied_seq: u64) {
+        self.greeted = true;
+        let hello = Hello {
+            server: self.me.server.clone(),
+            instance: self.me.instance.clone(),
+            epoch: self.me.epoch,
+            software: self.me.software.clone(),
+            applied_epoch,
+            applied_seq,
+        };
+        self.control.push_back(Kind::Hello(hello).into());
+    }
+
+    /// Both have greeted.
+    pub fn is_up(&self) -> bool {
+        self.greeted && self.heard_from
+    }
+
+    /// Takes a frame from the peer.
+    pub fn receive(&mut self, frame: Frame, now_ms: u64) -> Result<Option<Event>, SessionError> {
+        self.heard_ms = now_ms;
+        let Some(kind) = frame.kind else {
+            return Err(SessionError::NotForPeers);
+        };
+        if !self.heard_from {
+            return self.receive_greeting(kind).map(Some);
+        }
+        Ok(Some(match kind {
+            Kind::Change(change) => Event::Change(change),
+            Kind::Ack(ack) => Event::Ack(ack),
+            Kind::Refused(refused) => Event::Refused(refused),
+            Kind::BodyRequest(request) => Event::BodyRequest(request),
+            Kind::BodyChunk(chunk) => Event::BodyChunk(chunk),
+            Kind::BodyMore(more) => Event::BodyMore(more),
+            Kind::BodyCancel(cancel) => Event::BodyCancel(cancel),
+            Kind::Ping(ping) => {
+                self.answer(ping);
+                return Ok(None);
+            }
+            Kind::Pong(_) => return Ok(None),
+            Kind::Hello(_) => return Err(SessionError::SecondGreeting),
+            _ => return Err(SessionError::NotForPeers),
+        }))
+    }
+
+    /// To be called when [`Session::wake_up_ms`] has come.
+    pub fn tick(&mut self, now_ms: u64) -> Result<(), SessionError> {
+        if !self.heard_from && now_ms >= self.began_ms + GREETING_MS_MAX {
+            return Err(SessionError::GreetingTimeout);
+        }
+        if now_ms >= self.heard_ms + SILENCE_MS_MAX {
+            return Err(SessionError::Silent);
+        }
+        if self.is_up() && now_ms >= self.heard_ms.max(self.pinged_ms) + PING_MS {
+            self.pinged_ms = now_ms;
+            self.control.push_back(Kind::Ping(Ping { id: now_ms }).into());
+        }
+        Ok(())
+    }
+
+    pub fn wake_up_ms(&self) -> u64 {
+        if !self.heard_from {
+            return self.began_ms + GREETING_MS_MAX;
+        }
+        (self.heard_ms.max(self.pinged_ms) + PING_MS).min(self.heard_ms + SILENCE_MS_MAX)
+    }
+
+    /// Acknowledges a change of the peer.
+    pub fn ack(&mut self, epoch: u64, seq: u64) {
+        if self.ack_epoch != epoch {
+            self.acks.clear();
+            self.ack_epoch = epoch;
+        }
+        self.acks.push(seq);
+    }
+
+    /// Puts a frame into the control lane, behind the acknowledgements so far.
+    pub fn control(&mut self, kind: Kind) {
+        self.flush_acks();
+        self.control.push_back(kind.into());
+    }
+
+    /// Puts a chunk into the lane of bodies.
+    pub fn body(&mut self, chunk: BodyChunk) {
+        self.bodies.push_back(chunk);
+    }
+
+    /// Appends the next frame to `out`; false if there is none. A frame of ours that does not fit is an error.
+    pub fn next_frame(&mut self, outbox: &mut Outbox, now_ms: u64, out: &mut Vec<u8>) -> Result<bool, FrameError> {
+        if self.control.is_empty() {
+            self.flush_acks();
+        }
+        if let Some(frame) = self.control.pop_front() {
+            frame::append(&frame, out)?;
+            return Ok(true);
+        }
+        if !self.is_up() {
+            return Ok(false);
+        }
+        let body_is_due = !self.bodies.is_empty() && self.frames_since_body >= FRAMES_PER_BODY;
+        if !body_is_due {
+            if let Some(change) = outbox.next(now_ms) {
+                self.frames_since_body = self.frames_since_body.saturating_add(1);
+                out.extend_from_slice(&change);
+                return Ok(true);
+            }
+        }
+        let Some(chunk) = self.bodies.pop_front() else {
+            return Ok(false);
+        };
+        self.frames_since_body = 0;
+        frame::append(&Kind::BodyChunk(chunk).into(), out)?;
+        Ok(true)
+    }
+
+    /// True if nothing is left to be sent but changes.
+    pub fn is_quiet(&self) -> bool {
+        self.control.is_empty() && self.acks.is_empty() && self.bodies.is_empty()
+    }
+
+    fn receive_greeting(&mut self, kind: Kind) -> Result<Event, SessionError> {
+        let hello = match kind {
+            Kind::Hello(hello) => hello,
+            Kind::Refused(refused) => return Err(SessionError::RefusedByPeer(change::printable(&refused.error))),
+            _ => return Err(SessionError::NoGreeting),
+        };
+        self.admit(&hello)?;
+        self.heard_from = true;
+        Ok(Event::Hello(hello))
+    }
+
+    fn admit(&self, hello: &Hello) -> Result<(), SessionError> {
+        let name = &hello.server;
+        if name.is_empty() || name.len() > SERVER_BYTES_MAX || name.chars().any(char::is_control) {
+            return Err(SessionError::BadName);
+        }
+        if hello.instance == self.me.instance {
+            return Err(SessionError::Ourselves);
+        }
+        if *name == self.me.server {
+            return Err(SessionError::OurName(name.clone()));
+        }
+        match &self.admits {
+            Admits::Only(expected) if name == expected => Ok(()),
+            Admits::Only(expected) => Err(SessionError::OtherName { found: name.clone(), expected: expected.clone() }),
+            Admits::OneOf { connecting, .. } if connecting.contains(name) => Ok(()),
+            Admits::OneOf { others, .. } if others.contains(name) => Err(SessionError::WrongDirection(name.clone())),
+            Admits::OneOf { .. } => Err(SessionError::UnknownName(name.clone())),
+        }
+    }
+
+    /// One answer is enough, however many questions a peer piles up.
+    fn answer(&mut self, ping: Ping) {
+        self.control.retain(|frame| !matches!(frame.kind, Some(Kind::Pong(_))));
+        self.control.push_back(Kind::Pong(Pong { id: ping.id }).into());
+    }
+
+    fn flush_acks(&mut self) {
+        for seqs in self.acks.chunks(ACKS_PER_FRAME) {
+            self.control.push_back(Kind::Ack(Ack { epoch: self.ack_epoch, seqs: seqs.to_vec() }).into());
+        }
+        self.acks.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn identity(server: &str) -> Arc<Identity> {
+        let instance = server.as_bytes().to_vec();
+        Arc::new(Identity { server: server.into(), instance, epoch: 1, software: "test".into() })
+    }
+
+    fn hello(server: &str) -> Frame {
+        Kind::Hello(Hello { server: server.into(), instance: vec![9], epoch: 7, ..Default::default() }).into()
+    }
+
+    fn connecting_to_b() -> Session {
+        let mut session = Session::new(identity("a"), Admits::Only("b".into()), 0);
+        session.greet(0, 0);
+        session
+    }
+
+    fn listening_as_b() -> Session {
+        let admits = Admits::OneOf { connecting: vec!["a".into()], others: vec!["c".into()] };
+        Session::new(identity("b"), admits, 0)
+    }
+
+    fn up() -> Session {
+        let mut session = connecting_to_b();
+        session.receive(hello("b"), 0).unwrap();
+        sent(&mut session, &mut Outbox::new(0), 0);
+        session
+    }
+
+    fn sent(session: &mut Session, outbox: &mut Outbox, now_ms: u64) -> Vec<Kind> {
+        let mut bytes = Vec::new();
+        while session.next_frame(outbox, now_ms, &mut bytes).unwrap() {}
+        let mut decoder = frame::Decoder::new();
+        decoder.push(&bytes);
+        let mut kinds = Vec::new();
+        while let Some(frame) = decoder.next().unwrap() {
+            kinds.extend(frame.kind);
+        }
+        kinds
+    }
+
+    fn outbox_with(changes: u64) -> Outbox {
+        let mut outbox = Outbox::new(1 << 20);
+        for seq in 1..=changes {
+            let frame = frame::encode(&Kind::Change(Change::default()).into()).unwrap();
+            outbox.append(&format!("user{seq}").as_str().into(), seq, frame.into(), 0);
+        }
+        outbox
+    }
+
+    #[test]
+    fn two_sessions_greet_each_other() {
+        let (mut a, mut b) = (connecting_to_b(), listening_as_b());
+        let from_a = sent(&mut a, &mut outbox_with(1), 0);
+        assert!(matches!(&from_a[..], [Kind::Hello(_)]), "no change before the peer greeted");
+        b.receive(from_a[0].clone().into(), 0).unwrap();
+        b.greet(1, 5);
+        let from_b = sent(&mut b, &mut Outbox::new(0), 0);
+        let event = a.receive(from_b[0].clone().into(), 0).unwrap();
+        assert!(matches!(event, Some(Event::Hello(Hello { applied_seq: 5, .. }))));
+        assert!(a.is_up() && b.is_up());
+    }
+
+    #[test]
+    fn only_those_whom_we_expect_are_admitted() {
+        let connect = |frame: Frame| connecting_to_b().receive(frame, 0).unwrap_err();
+        let listen = |frame: Frame| listening_as_b().receive(frame, 0).unwrap_err();
+        assert_eq!(connect(hello("x")), SessionError::OtherName { found: "x".into(), expected: "b".into() });
+        assert_eq!(connect(hello("a")), SessionError::OurName("a".into()));
+        assert_eq!(connect(hello("")), SessionError::BadName);
+        assert_eq!(listen(hello("a\nb")), SessionError::BadName);
+        assert_eq!(listen(hello("x")), SessionError::UnknownName("x".into()));
+        assert_eq!(listen(hello("c")), SessionError::WrongDirection("c".into()));
+        assert_eq!(connect(Kind::Ping(Ping { id: 1 }).into()), SessionError::NoGreeting);
+        let refused = Kind::Refused(Refused { error: "no".into(), ..Default::default() });
+        assert_eq!(connect(refused.into()), SessionError::RefusedByPeer("no".into()));
+        let me = Kind::Hello(Hello { server: "b".into(), instance: b"a".to_vec(), ..Default::default() });
+        assert_eq!(connect(me.into()), SessionError::Ourselves);
+    }
+
+    #[test]
+    fn a_session_that_is_up_takes_no_frames_of_others() {
+        assert_eq!(up().receive(hello("b"), 0), Err(SessionError::SecondGreeting));
+        assert_eq!(up().receive(Kind::Goodbye(Default::default()).into(), 0), Err(SessionError::NotForPeers));
+    }
+
+    #[test]
+    fn control_leaves_before_changes_and_changes_before_bodies() {
+        let mut session = up();
+        for _ in 0..3 {
+            session.body(BodyChunk::default());
+        }
+        session.ack(7, 1);
+        session.ack(7, 2);
+        session.control(Kind::BodyMore(BodyMore::default()));
+        session.ack(7, 3);
+        let lanes: String = sent(&mut session, &mut outbox_with(18), 0)
+            .iter()
+            .map(|kind| match kind {
+                Kind::Ack(ack) => char::from_digit(ack.seqs.len() as u32, 10).unwrap(),
+                Kind::BodyMore(_) => 'm',
+                Kind::Change(_) => 'c',
+                Kind::BodyChunk(_) => 'b',
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(lanes, "2m1ccccccccbccccccccbccb");
+    }
+
+    #[test]
+    fn a_silent_peer_is_asked_and_then_given_up() {
+        let mut session = up();
+        assert_eq!(session.wake_up_ms(), PING_MS);
+        session.tick(PING_MS).unwrap();
+        assert!(matches!(&sent(&mut session, &mut Outbox::new(0), PING_MS)[..], [Kind::Ping(_)]));
+        session.tick(PING_MS + 1).unwrap();
+        assert!(sent(&mut session, &mut Outbox::new(0), PING_MS).is_empty());
+        assert_eq!(session.tick(SILENCE_MS_MAX), Err(SessionError::Silent));
+        session.receive(Kind::Pong(Pong { id: 1 }).into(), SILENCE_MS_MAX).unwrap();
+        session.tick(SILENCE_MS_MAX + 1).unwrap();
+    }
+
+    #[test]
+    fn questions_are_answered_once() {
+        let mut session = up();
+        for id in 1..=1000 {
+            session.receive(Kind::Ping(Ping { id }).into(), 0).unwrap();
+        }
+        assert_eq!(sent(&mut session, &mut Outbox::new(0), 0), [Kind::Pong(Pong { id: 1000 })]);
+    }
+
+    #[test]
+    fn who_does_not_greet_is_given_up() {
+        let mut session = listening_as_b();
+        assert_eq!(session.wake_up_ms(), GREETING_MS_MAX);
+        session.tick(GREETING_MS_MAX - 1).unwrap();
+        assert_eq!(session.tick(GREETING_MS_MAX), Err(SessionError::GreetingTimeout));
+    }
+}

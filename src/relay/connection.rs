@@ -1,0 +1,166 @@
+//! One connection: a socket that never blocks, the frames that come in, the bytes that wait to go out.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+
+use mio::event::Source;
+use mio::net::{TcpStream, UnixStream};
+use mio::{Interest, Registry, Token};
+
+use crate::wire::frame::{self, Decoder, FrameError};
+use crate::wire::proto::Frame;
+
+/// Bytes taken from a socket at once.
+pub const READ_BYTES: usize = 64 << 10;
+
+pub enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Stream {
+    fn source(&mut self) -> &mut dyn Source {
+        match self {
+            Stream::Tcp(stream) => stream,
+            Stream::Unix(stream) => stream,
+        }
+    }
+
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.read(bytes),
+            Stream::Unix(stream) => stream.read(bytes),
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.write(bytes),
+            Stream::Unix(stream) => stream.write(bytes),
+        }
+    }
+
+    /// The outcome of a connect that was begun: `None` if it is still under way.
+    fn connected(&self) -> Option<io::Result<()>> {
+        let (error, is_connected) = match self {
+            Stream::Tcp(stream) => (stream.take_error(), stream.peer_addr().map(drop)),
+            Stream::Unix(stream) => (stream.take_error(), stream.peer_addr().map(drop)),
+        };
+        match error {
+            Ok(None) => {}
+            Ok(Some(error)) | Err(error) => return Some(Err(error)),
+        }
+        match is_connected {
+            Err(error) if error.kind() == ErrorKind::NotConnected => None,
+            outcome => Some(outcome),
+        }
+    }
+}
+
+/// What one look at the socket brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Incoming {
+    Bytes,
+    Nothing,
+    End,
+}
+
+/// See the module.
+pub struct Connection {
+    stream: Stream,
+    decoder: Decoder,
+    out: Vec<u8>,
+    written: usize,
+    connecting: bool,
+}
+
+impl Connection {
+    /// Takes the socket into the poll as `token`. `connecting` if its connect is still under way.
+    pub fn new(mut stream: Stream, connecting: bool, registry: &Registry, token: Token) -> io::Result<Connection> {
+        registry.register(stream.source(), token, Interest::READABLE | Interest::WRITABLE)?;
+        Ok(Connection { stream, decoder: Decoder::new(), out: Vec::new(), written: 0, connecting })
+    }
+
+    /// Looks whether a connect that was under way has come to an end; its error, if it failed.
+    pub fn finish_connect(&mut self) -> io::Result<()> {
+        if self.connecting {
+            if let Some(outcome) = self.stream.connected() {
+                outcome?;
+                self.connecting = false;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what has come, at most one buffer; its frames are then to be fetched by [`Connection::next_frame`].
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<Incoming> {
+        loop {
+            match self.stream.read(buffer) {
+                Ok(0) => return Ok(Incoming::End),
+                Ok(length) => {
+                    self.decoder.push(&buffer[..length]);
+                    return Ok(Incoming::Bytes);
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Incoming::Nothing),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The other side can send nothing more, and notices when it tries; what it has sent can still be read.
+    pub fn stop_reading(&self) -> io::Result<()> {
+        match &self.stream {
+            Stream::Tcp(stream) => stream.shutdown(Shutdown::Read),
+            Stream::Unix(stream) => stream.shutdown(Shutdown::Read),
+        }
+    }
+
+    pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
+        self.decoder.next()
+    }
+
+    pub fn ended_in_frame(&self) -> bool {
+        self.decoder.is_in_frame()
+    }
+
+    /// Bytes that wait to go out.
+    pub fn waiting(&self) -> usize {
+        self.out.len() - self.written
+    }
+
+    /// Adds a frame to what goes out with the next [`Connection::write`].
+    pub fn send(&mut self, frame: &Frame) -> Result<(), FrameError> {
+        frame::append(frame, self.out())
+    }
+
+    /// Where encoded frames may be appended.
+    pub fn out(&mut self) -> &mut Vec<u8> {
+        if self.written > 0 {
+            self.out.drain(..self.written);
+            self.written = 0;
+        }
+        &mut self.out
+    }
+
+    /// Writes what the socket takes. True if nothing is left.
+    pub fn write(&mut self) -> io::Result<bool> {
+        while self.waiting() > 0 && !self.connecting {
+            match self.stream.write(&self.out[self.written..]) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(length) => self.written += length,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if self.waiting() > 0 {
+            return Ok(false);
+        }
+        self.out.clear();
+        self.written = 0;
+        // A large body must not leave its buffer behind for ever.
+        self.out.shrink_to(READ_BYTES);
+        Ok(true)
+    }
+}

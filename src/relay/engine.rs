@@ -1,0 +1,540 @@
+//! The loop: polls, reads, lets each connection's role handle its frames, writes. The roles are in the files beside.
+
+use std::collections::HashMap;
+use std::io::{self, Read};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crossbeam_channel::{Receiver, Sender, TryRecvError};
+use mio::{Events, Poll, Token, Waker};
+
+use super::bodies::Bodies;
+use super::clock::Clock;
+use super::connection::{Connection, Incoming, Stream, READ_BYTES};
+use super::local::Local;
+use super::order::{Order, Release};
+use super::peers::PeerState;
+use super::spans::Spans;
+use super::status::Counts;
+use super::work::Work;
+use super::workers::Worker;
+use super::{Config, Connection as Kind};
+use crate::peer::{Identity, Session};
+use crate::wire::proto::Frame;
+
+const WAKER: Token = Token(0);
+const EVENTS_MAX: usize = 256;
+/// Buffers read from one connection before the others have their turn.
+const READS_IN_TURN: usize = 8;
+/// A peer's frames wait in their lanes while this much waits for its socket.
+const OUT_BYTES_HIGH: usize = 256 << 10;
+/// Time for the last acknowledgements at an orderly end.
+const STOP_MS_MAX: u64 = 500;
+/// Connections of peers that have not said who they are.
+const STRANGERS_MAX: usize = 64;
+
+/// What other threads ask for.
+pub enum Command {
+    Accept(OwnedFd, Kind),
+    /// The addresses of a peer's host.
+    Resolved(usize, io::Result<Vec<SocketAddr>>),
+    Stop,
+}
+
+/// Why a connection is closed.
+#[derive(Clone, Debug)]
+pub enum Close {
+    /// It ended, or failed.
+    Ended(String),
+    /// It sent what it must not send.
+    Malformed(String),
+    /// A peer that we do not want, or that does not want us.
+    Refused { reason: String, tell: bool },
+}
+
+impl Close {
+    pub fn reason(&self) -> &str {
+        match self {
+            Close::Ended(reason) | Close::Malformed(reason) | Close::Refused { reason, .. } => reason,
+        }
+    }
+}
+
+pub enum Role {
+    Local(Local),
+    /// A peer that has not said who it is.
+    Stranger(Box<Session>),
+    Peer(usize),
+    Worker(usize),
+}
+
+pub struct Socket {
+    pub connection: Connection,
+    pub role: Role,
+    is_accepted: bool,
+}
+
+/// See the module.
+pub struct Engine {
+    pub config: Config,
+    pub me: Arc<Identity>,
+    pub now_ms: u64,
+    pub sockets: HashMap<Token, Socket>,
+    pub peers: Vec<PeerState>,
+    pub workers: Vec<Worker>,
+    pub work: Work,
+    pub bodies: Bodies,
+    pub order: Order,
+    pub spans: Spans,
+    pub clock: Clock,
+    /// Number of the last change that was stamped.
+    pub seq: u64,
+    pub last_job: u64,
+    pub counts: Counts,
+    /// Last reason for which a peer was turned away that is none of ours, logged once.
+    pub last_stranger: String,
+    /// Last reason for which there was no worker, logged once.
+    pub last_worker_error: String,
+    began: Instant,
+    poll: Poll,
+    waker: Arc<Waker>,
+    commands: Receiver<Command>,
+    /// For threads that resolve names; gone when the engine stops.
+    sender: Sender<Command>,
+    on_closed: Box<dyn Fn() + Send>,
+    last_token: usize,
+    /// Connections whose role is, or was, [`Role::Stranger`].
+    strangers: Vec<Token>,
+    /// Connections that may have more to read than was read in their turn.
+    read_again: Vec<Token>,
+    /// Connections, but for peers', with something to write.
+    to_write: Vec<Token>,
+    buffer: Vec<u8>,
+    /// Something was closed in this round: its end may have queued frames for others.
+    has_closed: bool,
+    stop_by_ms: Option<u64>,
+}
+
+impl Engine {
+    pub fn new(
+        config: Config,
+        sender: Sender<Command>,
+        commands: Receiver<Command>,
+        on_closed: Box<dyn Fn() + Send>,
+    ) -> io::Result<(Engine, Arc<Waker>)> {
+        let poll = Poll::new()?;
+        let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
+        let mut instance = vec![0; 16];
+        std::fs::File::open("/dev/urandom")?.read_exact(&mut instance)?;
+        let me = Identity {
+            server: config.server.clone(),
+            instance,
+            // Nothing survives this process yet, so every start is an epoch of its own.
+            epoch: wall_clock_us(),
+            software: config.software.clone(),
+        };
+        let engine = Engine {
+            me: Arc::new(me),
+            now_ms: 0,
+            sockets: HashMap::new(),
+            peers: PeerState::all(&config),
+            workers: Worker::all(config.workers),
+            work: Work::default(),
+            bodies: Bodies::default(),
+            order: Order::default(),
+            spans: Spans::default(),
+            clock: Clock::default(),
+            seq: 0,
+            last_job: 0,
+            counts: Counts::default(),
+            last_stranger: String::new(),
+            last_worker_error: String::new(),
+            began: Instant::now(),
+            poll,
+            waker: waker.clone(),
+            commands,
+            sender,
+            on_closed,
+            last_token: WAKER.0,
+            strangers: Vec::new(),
+            read_again: Vec::new(),
+            to_write: Vec::new(),
+            buffer: vec![0; READ_BYTES],
+            has_closed: false,
+            stop_by_ms: None,
+            config,
+        };
+        Ok((engine, waker))
+    }
+
+    /// Runs until it is stopped. A panic ends it with a line in the log, for the host to see and to start again.
+    pub fn run_guarded(mut self) {
+        match std::panic::catch_unwind(AssertUnwindSafe(|| self.run())) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => log::error!("The relay ends: poll() failed: {error}."),
+            Err(_) => log::error!("The relay ends because of a panic, which is a bug in Dovetail."),
+        }
+        let accepted = self.sockets.values().filter(|socket| socket.is_accepted).count();
+        self.sockets.clear();
+        (0..accepted).for_each(|_| (self.on_closed)());
+    }
+
+    fn run(&mut self) -> io::Result<()> {
+        if self.config.insecure_plaintext {
+            log::warn!(
+                "dovetail_insecure_plaintext is set: mail goes over the network unencrypted, and anybody who reaches the \
+                 port can change it. It is meant for tests only."
+            );
+        }
+        let mut events = Events::with_capacity(EVENTS_MAX);
+        while !self.is_at_end() {
+            self.has_closed = false;
+            self.read_in_turn();
+            self.keep_time();
+            self.dispatch_jobs();
+            self.write();
+            let timeout = self.timeout();
+            match self.poll.poll(&mut events, timeout) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                _ => {}
+            }
+            self.now_ms = self.began.elapsed().as_millis() as u64;
+            for event in &events {
+                match event.token() {
+                    WAKER => self.take_commands(),
+                    token => self.look_at(token),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A new connection of ours; its token.
+    pub fn add(&mut self, stream: Stream, is_connecting: bool, role: Role) -> io::Result<Token> {
+        self.insert(stream, is_connecting, false, role)
+    }
+
+    fn insert(&mut self, stream: Stream, is_connecting: bool, is_accepted: bool, role: Role) -> io::Result<Token> {
+        self.last_token += 1;
+        let token = Token(self.last_token);
+        let connection = Connection::new(stream, is_connecting, self.poll.registry(), token)?;
+        self.sockets.insert(token, Socket { connection, role, is_accepted });
+        Ok(token)
+    }
+
+    /// Queues a frame for a connection that is not a peer's (those have lanes).
+    pub fn send(&mut self, token: Token, frame: &Frame) {
+        let Some(socket) = self.sockets.get_mut(&token) else {
+            return;
+        };
+        match socket.connection.send(frame) {
+            Ok(()) => self.to_write.push(token),
+            Err(error) => log::error!("A frame cannot be sent, which is a bug in Dovetail: {error}."),
+        }
+    }
+
+    /// Closes a connection and tells its role. One that is closed already is ignored.
+    pub fn close(&mut self, token: Token, why: Close) {
+        let Some(socket) = self.sockets.remove(&token) else {
+            return;
+        };
+        self.has_closed = true;
+        if matches!(why, Close::Malformed(_)) {
+            self.counts.counters.malformed += 1;
+        }
+        match socket.role {
+            Role::Local(local) => self.local_closed(local, &why),
+            Role::Stranger(_) => self.stranger_closed(socket.connection, &why),
+            Role::Peer(index) => self.peer_closed(index, token, socket.connection, &why),
+            Role::Worker(index) => self.worker_closed(index, &why),
+        }
+        if socket.is_accepted {
+            (self.on_closed)();
+        }
+    }
+
+    /// Stamps and sends what the order released.
+    pub fn ship_all(&mut self, released: Vec<Release>) {
+        for release in released {
+            self.ship(release);
+        }
+    }
+
+    /// Resolves a peer's host in a thread of its own, because it may take long; answers by [`Command::Resolved`].
+    pub fn resolve(&self, index: usize, address: String) -> io::Result<()> {
+        let (sender, waker) = (self.sender.clone(), self.waker.clone());
+        let resolve = move || {
+            let addresses = std::net::ToSocketAddrs::to_socket_addrs(&address).map(Iterator::collect);
+            let _ = sender.send(Command::Resolved(index, addresses));
+            let _ = waker.wake();
+        };
+        std::thread::Builder::new().name("dovetail-dns".into()).spawn(resolve).map(drop)
+    }
+
+    pub fn is_stopping(&self) -> bool {
+        self.stop_by_ms.is_some()
+    }
+
+    fn take_commands(&mut self) {
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Accept(socket, kind)) => self.accept(socket, kind),
+                Ok(Command::Resolved(index, outcome)) => self.peer_resolved(index, outcome),
+                Ok(Command::Stop) => self.begin_to_stop(),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn accept(&mut self, socket: OwnedFd, kind: Kind) {
+        let outcome = match kind {
+            Kind::Local => self.accept_local(socket),
+            Kind::Peer => self.accept_stranger(socket),
+        };
+        if let Err(error) = outcome {
+            if self.last_stranger != error {
+                log::error!("A connection was turned away: {error}.");
+                self.last_stranger = error;
+            }
+            (self.on_closed)();
+        }
+    }
+
+    fn accept_local(&mut self, socket: OwnedFd) -> Result<(), String> {
+        let stream = std::os::unix::net::UnixStream::from(socket);
+        stream.set_nonblocking(true).map_err(|e| format!("fcntl() failed: {e}"))?;
+        let stream = Stream::Unix(mio::net::UnixStream::from_std(stream));
+        self.insert(stream, false, true, Role::Local(Local::default())).map_err(|e| format!("epoll failed: {e}"))?;
+        Ok(())
+    }
+
+    fn accept_stranger(&mut self, socket: OwnedFd) -> Result<(), String> {
+        let stream = std::net::TcpStream::from(socket);
+        for address in [stream.peer_addr(), stream.local_addr()] {
+            self.check_address(address.map_err(|e| format!("its address is not known: {e}"))?.ip())?;
+        }
+        if self.strangers.len() >= STRANGERS_MAX {
+            return Err(format!("{STRANGERS_MAX} others have not said yet which peer they are"));
+        }
+        stream.set_nonblocking(true).map_err(|e| format!("fcntl() failed: {e}"))?;
+        stream.set_nodelay(true).map_err(|e| format!("setsockopt() failed: {e}"))?;
+        let session = self.session_with_stranger();
+        let stream = Stream::Tcp(mio::net::TcpStream::from_std(stream));
+        let role = Role::Stranger(Box::new(session));
+        let token = self.insert(stream, false, true, role).map_err(|e| format!("epoll failed: {e}"))?;
+        self.strangers.push(token);
+        Ok(())
+    }
+
+    /// Until peers can prove who they are, nothing but this machine is trusted.
+    pub fn check_address(&self, ip: IpAddr) -> Result<(), String> {
+        let is_loopback = match ip {
+            IpAddr::V6(v6) => v6.to_ipv4_mapped().map_or(v6.is_loopback(), |v4| v4.is_loopback()),
+            IpAddr::V4(v4) => v4.is_loopback(),
+        };
+        if is_loopback || self.config.insecure_plaintext {
+            return Ok(());
+        }
+        Err(format!(
+            "{ip} is not a loopback address, and connections between servers are neither encrypted nor authenticated yet \
+             (dovetail_insecure_plaintext = yes would allow it, for tests)"
+        ))
+    }
+
+    /// Something happened on a connection.
+    fn look_at(&mut self, token: Token) {
+        let Some(socket) = self.sockets.get_mut(&token) else {
+            return;
+        };
+        match socket.connection.finish_connect() {
+            Ok(()) => {}
+            Err(error) => return self.close(token, Close::Ended(format!("connect() failed: {error}"))),
+        }
+        self.to_write.push(token);
+        self.read(token);
+    }
+
+    fn read_in_turn(&mut self) {
+        for token in std::mem::take(&mut self.read_again) {
+            self.read(token);
+        }
+    }
+
+    fn read(&mut self, token: Token) {
+        for _ in 0..READS_IN_TURN {
+            let Some(socket) = self.sockets.get_mut(&token) else {
+                return;
+            };
+            match socket.connection.read(&mut self.buffer) {
+                Ok(Incoming::Bytes) => self.take_frames(token),
+                Ok(Incoming::Nothing) => return,
+                Ok(Incoming::End) => {
+                    let where_ = if socket.connection.ended_in_frame() { " inside a frame" } else { "" };
+                    return self.close(token, Close::Ended(format!("the connection was closed{where_}")));
+                }
+                // A connect under way; its end is an event.
+                Err(error) if error.kind() == io::ErrorKind::NotConnected => return,
+                Err(error) => return self.close(token, Close::Ended(format!("read() failed: {error}"))),
+            }
+        }
+        self.read_again.push(token);
+    }
+
+    fn take_frames(&mut self, token: Token) {
+        while let Some(socket) = self.sockets.get_mut(&token) {
+            let outcome = match socket.connection.next_frame() {
+                Ok(None) => return,
+                Ok(Some(frame)) => self.take_frame(token, frame),
+                Err(error) => Err(Close::Malformed(error.to_string())),
+            };
+            if let Err(why) = outcome {
+                self.close(token, why);
+            }
+        }
+    }
+
+    fn take_frame(&mut self, token: Token, frame: Frame) -> Result<(), Close> {
+        match self.sockets.get_mut(&token).map(|socket| &mut socket.role) {
+            Some(Role::Local(_)) => self.local_frame(token, frame),
+            Some(Role::Stranger(session)) => {
+                let event = session.receive(frame, self.now_ms);
+                self.stranger_event(token, event)
+            }
+            Some(Role::Peer(index)) => {
+                let index = *index;
+                self.peer_frame(index, frame)
+            }
+            Some(Role::Worker(index)) => {
+                let index = *index;
+                self.worker_frame(index, frame)
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn write(&mut self) {
+        for index in 0..self.peers.len() {
+            self.write_to_peer(index);
+        }
+        for token in std::mem::take(&mut self.to_write) {
+            let Some(socket) = self.sockets.get_mut(&token) else {
+                continue;
+            };
+            if let Err(error) = socket.connection.write() {
+                self.close(token, Close::Ended(format!("write() failed: {error}")));
+            }
+        }
+    }
+
+    /// Moves frames from the lanes to the socket until it takes no more.
+    fn write_to_peer(&mut self, index: usize) {
+        let peer = &mut self.peers[index];
+        let Some(link) = &mut peer.link else { return };
+        let token = link.token;
+        let Some(socket) = self.sockets.get_mut(&token) else {
+            return;
+        };
+        let failed = loop {
+            let mut more = true;
+            while more && socket.connection.waiting() < OUT_BYTES_HIGH {
+                match link.session.next_frame(&mut peer.outbox, self.now_ms, socket.connection.out()) {
+                    Ok(has_more) => more = has_more,
+                    Err(error) => log::error!("A frame cannot be sent, which is a bug in Dovetail: {error}."),
+                }
+            }
+            match socket.connection.write() {
+                Ok(true) if more => {}
+                Ok(_) => return,
+                Err(error) => break error,
+            }
+        };
+        self.close(token, Close::Ended(format!("write() failed: {failed}")));
+    }
+
+    /// Does what has become due.
+    fn keep_time(&mut self) {
+        // At the end nothing is waited for.
+        let now_ms = if self.is_stopping() { u64::MAX } else { self.now_ms };
+        if self.order.wake_up_ms().is_some_and(|due| due <= now_ms) {
+            let mut released = Vec::new();
+            self.counts.counters.gaps += self.order.expire(now_ms, &mut self.spans, &mut released);
+            self.ship_all(released);
+        }
+        for index in 0..self.peers.len() {
+            self.peer_tick(index);
+        }
+        for index in 0..self.workers.len() {
+            self.worker_tick(index);
+        }
+        self.tick_strangers();
+    }
+
+    fn tick_strangers(&mut self) {
+        let now_ms = self.now_ms;
+        for at in (0..self.strangers.len()).rev() {
+            let token = self.strangers[at];
+            let error = match self.sockets.get_mut(&token).map(|socket| &mut socket.role) {
+                Some(Role::Stranger(session)) => session.tick(now_ms).err(),
+                _ => {
+                    self.strangers.swap_remove(at);
+                    continue;
+                }
+            };
+            if let Some(error) = error {
+                self.strangers.swap_remove(at);
+                self.close(token, Close::Ended(error.to_string()));
+            }
+        }
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        if !self.read_again.is_empty() || self.has_closed {
+            return Some(Duration::ZERO);
+        }
+        // At the end nothing is begun any more.
+        let peers = self.peers.iter().filter(|peer| !self.is_stopping() || peer.link.is_some());
+        let workers = self.workers.iter().filter(|_| !self.is_stopping());
+        let strangers = self.strangers.iter().filter_map(|token| match &self.sockets.get(token)?.role {
+            Role::Stranger(session) => Some(session.wake_up_ms()),
+            _ => None,
+        });
+        let due_ms = strangers
+            .chain(peers.filter_map(PeerState::wake_up_ms))
+            .chain(workers.filter_map(Worker::wake_up_ms))
+            .chain(self.order.wake_up_ms())
+            .chain(self.stop_by_ms)
+            .min()?;
+        let now = self.began.elapsed();
+        // One more, because the clock is read in whole milliseconds.
+        Some(Duration::from_millis(due_ms + 1).saturating_sub(now))
+    }
+
+    fn begin_to_stop(&mut self) {
+        self.stop_by_ms = Some(self.now_ms + STOP_MS_MAX);
+        // What the local processes have sent is still taken. What they have not goes to the relay that comes next.
+        for (token, socket) in &self.sockets {
+            if matches!(socket.role, Role::Local(_)) && socket.connection.stop_reading().is_ok() {
+                self.read_again.push(*token);
+            }
+        }
+    }
+
+    fn is_at_end(&self) -> bool {
+        let Some(stop_by_ms) = self.stop_by_ms else {
+            return false;
+        };
+        let is_read = self.read_again.is_empty() && self.order.wake_up_ms().is_none();
+        let is_written = self.sockets.values().all(|socket| socket.connection.waiting() == 0);
+        // A change must not be applied by an old worker and, sent again, by a new one at the same time.
+        let is_applied = !self.workers.iter().any(Worker::is_applying);
+        let is_settled = is_read && is_written && is_applied && self.peers.iter().all(PeerState::is_settled);
+        is_settled || stop_by_ms <= self.now_ms
+    }
+}
+
+pub fn wall_clock_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}

@@ -1,0 +1,144 @@
+//! The relay's engine: the hub between local processes, workers and the peers' relays.
+//!
+//! One thread polls all sockets. Local processes tell of changes and spans; [`order`] and [`spans`] put them in order;
+//! stamped, they go to every peer through its [`Outbox`](crate::peer::Outbox). What peers send goes to workers through
+//! [`work`], and their outcome back. Guarantees that nothing here blocks, that memory is bounded by the settings and
+//! windows, and that whatever a connection sends can at worst end that connection. It never opens a mailbox, knows
+//! nothing of Dovecot and keeps nothing on disk: what it holds is lost with it.
+#![forbid(unsafe_code)]
+
+mod backoff;
+mod bodies;
+pub mod client;
+mod clock;
+mod connection;
+mod engine;
+mod local;
+mod order;
+mod peers;
+mod spans;
+mod status;
+mod work;
+mod workers;
+
+use std::collections::HashSet;
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crossbeam_channel::Sender;
+use mio::Waker;
+
+use crate::change::SERVER_BYTES_MAX;
+use engine::{Command, Engine};
+
+/// Accepted connections that may wait for the engine.
+const COMMANDS_MAX: usize = 16_384;
+
+/// What the relay needs to know; checked by [`start`].
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// This server's name (dovetail_server).
+    pub server: String,
+    /// The other servers (dovetail_peers).
+    pub peers: Vec<Peer>,
+    /// Where the workers listen (dovetail_worker_socket), absolute.
+    pub worker_socket: PathBuf,
+    /// Connections to workers that apply changes (dovetail_workers). One more is kept for reading bodies, so that two
+    /// servers whose workers all wait for each other's bodies cannot lock each other out.
+    pub workers: usize,
+    /// Memory for changes that peers have not acknowledged (dovetail_relay_queue_size), shared equally by the peers.
+    pub queue_bytes_max: usize,
+    /// Allows connections that are not on loopback (dovetail_insecure_plaintext).
+    pub insecure_plaintext: bool,
+    /// "dovetail 0.1.0, Dovecot 2.4.1", for people.
+    pub software: String,
+}
+
+/// Another server. Of two servers the one with the lower name connects; the other one only listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    pub name: String,
+    /// host:port
+    pub address: String,
+}
+
+/// What an accepted connection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connection {
+    /// A Unix socket: a mail process or doveadm.
+    Local,
+    /// A TCP socket: another server's relay.
+    Peer,
+}
+
+/// Starts the engine in a thread of its own. `on_closed` is called from that thread each time an accepted connection
+/// has been closed.
+///
+/// The thread inherits the signal mask: the host blocks all signals around this call, so that they are delivered to its
+/// own thread. It logs through the `log` crate only, from the engine's thread.
+pub fn start(config: Config, on_closed: impl Fn() + Send + 'static) -> io::Result<Handle> {
+    check(&config).map_err(|error| io::Error::new(ErrorKind::InvalidInput, error))?;
+    let (sender, receiver) = crossbeam_channel::bounded(COMMANDS_MAX);
+    let (engine, waker) = Engine::new(config, sender.clone(), receiver, Box::new(on_closed))?;
+    let thread = std::thread::Builder::new().name("dovetail-relay".into()).spawn(move || engine.run_guarded())?;
+    Ok(Handle { commands: sender, waker, thread })
+}
+
+/// The running engine.
+pub struct Handle {
+    commands: Sender<Command>,
+    waker: Arc<Waker>,
+    thread: JoinHandle<()>,
+}
+
+impl Handle {
+    /// Hands an accepted connection over. False if the engine cannot take it; it is closed then, without `on_closed`.
+    pub fn accept(&self, socket: OwnedFd, kind: Connection) -> bool {
+        self.commands.try_send(Command::Accept(socket, kind)).is_ok() && self.waker.wake().is_ok()
+    }
+
+    /// False after the engine has ended, which it does by itself only because of a bug (which it has logged then): the
+    /// host should end its process, to be started again.
+    pub fn is_running(&self) -> bool {
+        !self.thread.is_finished()
+    }
+
+    /// Ends the engine. Local processes can send nothing more to it, what they have sent is still taken: the rest goes
+    /// to the relay that comes next. Then at most half a second for jobs to end and changes to be acknowledged.
+    pub fn stop(self) {
+        let Handle { commands, waker, thread } = self;
+        // Both fail only if the engine has ended already.
+        let _ = waker.wake();
+        let _ = commands.send(Command::Stop);
+        let _ = waker.wake();
+        if thread.join().is_err() {
+            log::error!("The relay's thread ended with a panic.");
+        }
+    }
+}
+
+fn check(config: &Config) -> Result<(), String> {
+    let good_name = |name: &str| (1..=SERVER_BYTES_MAX).contains(&name.len()) && !name.chars().any(char::is_control);
+    if !good_name(&config.server) {
+        return Err(format!("dovetail_server: '{}' is not a server's name", config.server.escape_debug()));
+    }
+    let mut names = HashSet::new();
+    for peer in &config.peers {
+        if !good_name(&peer.name) {
+            return Err(format!("dovetail_peers: '{}' is not a server's name", peer.name.escape_debug()));
+        }
+        if peer.name == config.server {
+            return Err(format!("dovetail_peers: '{}' is this server itself (dovetail_server)", peer.name));
+        }
+        if !names.insert(&peer.name) {
+            return Err(format!("dovetail_peers: '{}' is there twice", peer.name));
+        }
+    }
+    if config.workers == 0 {
+        return Err("dovetail_workers: there must be at least 1".into());
+    }
+    Ok(())
+}

@@ -1,0 +1,386 @@
+//! The other servers: connecting to them, being connected to, and what their relays say.
+//!
+//! Of two servers the one with the lower name connects, so that there is one connection and no doubt which. What fails
+//! is logged once, when the reason changes, and tried again after growing pauses.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use mio::net::TcpStream;
+use mio::Token;
+use prost::Message;
+
+use super::backoff::Backoff;
+use super::bodies::Party;
+use super::connection::{Connection, Stream};
+use super::engine::{wall_clock_us, Close, Engine, Role};
+use super::work::Received;
+use super::Config;
+use crate::change;
+use crate::peer::{Admits, Event, Inbox, Outbox, Session, SessionError, Verdict};
+use crate::wire::frame;
+use crate::wire::proto::frame::Kind;
+use crate::wire::proto::{Ack, Change, Frame, Hello, Refused};
+
+/// Pauses between attempts to connect.
+const RETRY_MS_MIN: u64 = 50;
+const RETRY_MS_MAX: u64 = 30_000;
+/// A session that was up for this long was a good one: the pauses begin again.
+const GOOD_SESSION_MS: u64 = 2_000;
+
+/// A connection with a known peer.
+pub struct Link {
+    pub token: Token,
+    pub session: Session,
+    up_since_ms: Option<u64>,
+}
+
+/// One peer, connected or not.
+pub struct PeerState {
+    pub name: String,
+    address: String,
+    we_connect: bool,
+    pub outbox: Outbox,
+    pub inbox: Inbox,
+    pub link: Option<Link>,
+    pub last_error: String,
+    is_resolving: bool,
+    is_refused: bool,
+    retry_at_ms: u64,
+    backoff: Backoff,
+    attempts: usize,
+}
+
+impl PeerState {
+    pub fn all(config: &Config) -> Vec<PeerState> {
+        let share = config.queue_bytes_max / config.peers.len().max(1);
+        let state = |peer: &super::Peer| PeerState {
+            name: peer.name.clone(),
+            address: peer.address.clone(),
+            we_connect: config.server < peer.name,
+            outbox: Outbox::new(share),
+            inbox: Inbox::default(),
+            link: None,
+            last_error: String::new(),
+            is_resolving: false,
+            is_refused: false,
+            retry_at_ms: 0,
+            backoff: Backoff::new(RETRY_MS_MIN, RETRY_MS_MAX),
+            attempts: 0,
+        };
+        config.peers.iter().map(state).collect()
+    }
+
+    pub fn is_up(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.session.is_up())
+    }
+
+    /// For people.
+    pub fn state(&self) -> &'static str {
+        match &self.link {
+            Some(link) if link.session.is_up() => "connected",
+            Some(_) => "connecting",
+            None if self.is_resolving => "connecting",
+            None if self.is_refused => "refused",
+            None => "waiting",
+        }
+    }
+
+    pub fn wake_up_ms(&self) -> Option<u64> {
+        match &self.link {
+            Some(link) => Some(link.session.wake_up_ms().min(self.outbox.wake_up_ms().unwrap_or(u64::MAX))),
+            None => (self.we_connect && !self.is_resolving).then_some(self.retry_at_ms),
+        }
+    }
+
+    /// True if nothing is left that this peer could still take or acknowledge.
+    pub fn is_settled(&self) -> bool {
+        !self.is_up() || self.outbox.is_settled() && self.link.as_ref().is_some_and(|link| link.session.is_quiet())
+    }
+}
+
+impl Engine {
+    /// Connects if it is time to; looks whether the peer is still there.
+    pub fn peer_tick(&mut self, index: usize) {
+        let now_ms = self.now_ms;
+        let peer = &mut self.peers[index];
+        if let Some(link) = &mut peer.link {
+            if let Err(error) = link.session.tick(now_ms) {
+                let token = link.token;
+                return self.close(token, Close::Ended(error.to_string()));
+            }
+            peer.outbox.end_pauses(now_ms);
+            return;
+        }
+        if peer.we_connect && !peer.is_resolving && peer.retry_at_ms <= now_ms && !self.is_stopping() {
+            self.connect(index);
+        }
+    }
+
+    pub fn peer_resolved(&mut self, index: usize, outcome: io::Result<Vec<SocketAddr>>) {
+        let peer = &mut self.peers[index];
+        peer.is_resolving = false;
+        let address = match &outcome {
+            Ok(addresses) if !addresses.is_empty() => Ok(addresses[peer.attempts % addresses.len()]),
+            Ok(_) => Err(format!("'{}' has no address", peer.address)),
+            Err(error) => Err(format!("resolving '{}' failed: {error}", peer.address)),
+        };
+        match address {
+            _ if peer.link.is_some() => {}
+            Ok(address) => self.connect_to(index, address),
+            Err(error) => self.retry(index, error, false),
+        }
+    }
+
+    pub fn session_with_stranger(&self) -> Session {
+        let names = |we_connect: bool| {
+            self.peers.iter().filter(|peer| peer.we_connect == we_connect).map(|peer| peer.name.clone()).collect()
+        };
+        let admits = Admits::OneOf { connecting: names(false), others: names(true) };
+        Session::new(self.me.clone(), admits, self.now_ms)
+    }
+
+    /// The first frame of someone who connected to us.
+    pub fn stranger_event(&mut self, token: Token, event: Result<Option<Event>, SessionError>) -> Result<(), Close> {
+        let hello = match event.map_err(refusal)? {
+            Some(Event::Hello(hello)) => hello,
+            _ => return Ok(()),
+        };
+        let Some(index) = self.peers.iter().position(|peer| peer.name == hello.server) else {
+            return Ok(());
+        };
+        if self.peers[index].is_up() && hello.epoch < self.peers[index].inbox.epoch() {
+            // While Dovecot reloads, the old process and the new one overlap.
+            let reason = "a newer relay of this server is connected".into();
+            return Err(Close::Refused { reason, tell: true });
+        }
+        if let Some(link) = &self.peers[index].link {
+            let old = link.token;
+            self.close(old, Close::Ended("it connected again".into()));
+        }
+        let Some(socket) = self.sockets.get_mut(&token) else {
+            return Ok(());
+        };
+        let Role::Stranger(session) = std::mem::replace(&mut socket.role, Role::Peer(index)) else {
+            return Ok(());
+        };
+        self.peers[index].link = Some(Link { token, session: *session, up_since_ms: None });
+        self.take_hello(index, &hello)
+    }
+
+    pub fn stranger_closed(&mut self, mut connection: Connection, why: &Close) {
+        if let Close::Refused { reason, tell: true } = why {
+            send_refusal(&mut connection, reason);
+        }
+        if self.last_stranger != why.reason() {
+            log::error!("A server that connected as a peer is turned away: {}.", why.reason());
+            self.last_stranger = why.reason().to_owned();
+        }
+    }
+
+    pub fn peer_frame(&mut self, index: usize, frame: Frame) -> Result<(), Close> {
+        let Some(link) = &mut self.peers[index].link else {
+            return Ok(());
+        };
+        let event = link.session.receive(frame, self.now_ms).map_err(refusal)?;
+        let from = Party::Peer(index);
+        match event {
+            Some(Event::Hello(hello)) => self.take_hello(index, &hello),
+            Some(Event::Change(change)) => self.take_change(index, change),
+            Some(Event::Ack(ack)) => {
+                self.take_acks(index, &ack);
+                Ok(())
+            }
+            Some(Event::Refused(refused)) => {
+                self.take_refusal(index, &refused);
+                Ok(())
+            }
+            Some(Event::BodyRequest(request)) => self.body_request(from, request),
+            Some(Event::BodyChunk(chunk)) => self.body_chunk(from, chunk),
+            Some(Event::BodyMore(more)) => self.body_more(from, more),
+            Some(Event::BodyCancel(cancel)) => {
+                self.body_cancel(from, &cancel);
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    pub fn peer_closed(&mut self, index: usize, token: Token, mut connection: Connection, why: &Close) {
+        if self.peers[index].link.as_ref().is_none_or(|link| link.token != token) {
+            return;
+        }
+        if let Close::Refused { reason, tell: true } = why {
+            send_refusal(&mut connection, reason);
+        }
+        let link = self.peers[index].link.take();
+        let up_ms = link.and_then(|link| link.up_since_ms).map(|since| self.now_ms - since);
+        if up_ms.is_some_and(|up| up >= GOOD_SESSION_MS) {
+            self.peers[index].backoff.reset();
+        }
+        // It will send again what was not acknowledged.
+        for dropped in self.work.drop_peer(index) {
+            self.peers[index].inbox.finish(dropped.bytes);
+        }
+        let reason = why.reason().to_owned();
+        self.bodies_without(
+            Party::Peer(index),
+            &format!("the connection to server '{}' broke", self.peers[index].name),
+        );
+        self.retry(index, reason, matches!(why, Close::Refused { .. }));
+    }
+
+    fn connect(&mut self, index: usize) {
+        let peer = &mut self.peers[index];
+        peer.attempts += 1;
+        if let Ok(address) = peer.address.parse() {
+            return self.connect_to(index, address);
+        }
+        peer.is_resolving = true;
+        let address = peer.address.clone();
+        if let Err(error) = self.resolve(index, address) {
+            self.peers[index].is_resolving = false;
+            self.retry(index, format!("no thread can be started to resolve its address: {error}"), false);
+        }
+    }
+
+    fn connect_to(&mut self, index: usize, address: SocketAddr) {
+        if let Err(error) = self.check_address(address.ip()) {
+            return self.retry(index, error, true);
+        }
+        let connected =
+            TcpStream::connect(address).and_then(|stream| stream.set_nodelay(true).map(|()| Stream::Tcp(stream)));
+        match connected.and_then(|stream| self.add(stream, true, Role::Peer(index))) {
+            Ok(token) => {
+                let peer = &mut self.peers[index];
+                let mut session = Session::new(self.me.clone(), Admits::Only(peer.name.clone()), self.now_ms);
+                session.greet(peer.inbox.epoch(), peer.inbox.applied_up_to());
+                peer.link = Some(Link { token, session, up_since_ms: None });
+            }
+            Err(error) => self.retry(index, format!("connect({address}) failed: {error}"), false),
+        }
+    }
+
+    /// The connection failed or ended: says so once, and tries again later if it is ours to connect.
+    fn retry(&mut self, index: usize, error: String, is_refused: bool) {
+        let peer = &mut self.peers[index];
+        peer.is_refused = is_refused;
+        let next = if peer.we_connect {
+            let pause_ms = peer.backoff.pause_ms();
+            peer.retry_at_ms = self.now_ms + pause_ms;
+            format!("trying again in {pause_ms} msecs")
+        } else {
+            "waiting for it to connect".to_owned()
+        };
+        if peer.last_error != error {
+            let held = peer.outbox.stats().pending;
+            log::warn!("Peer {} ({}): {error} - {next}, {held} changes held.", peer.name, peer.address);
+            peer.last_error = error;
+        }
+    }
+
+    fn take_hello(&mut self, index: usize, hello: &Hello) -> Result<(), Close> {
+        let now_ms = self.now_ms;
+        let peer = &mut self.peers[index];
+        let Some(link) = &mut peer.link else { return Ok(()) };
+        link.up_since_ms = Some(now_ms);
+        peer.inbox.begin(hello.epoch);
+        if !link.session.is_up() {
+            link.session.greet(peer.inbox.epoch(), peer.inbox.applied_up_to());
+        }
+        peer.outbox.restart();
+        if hello.applied_epoch == self.me.epoch {
+            peer.outbox.ack_up_to(hello.applied_seq.min(self.seq));
+        }
+        peer.is_refused = false;
+        peer.last_error.clear();
+        let software = change::printable(&hello.software);
+        let held = peer.outbox.stats().pending;
+        log::info!("Peer {} ({}): connected to its relay ({software}), {held} changes held.", peer.name, peer.address);
+        Ok(())
+    }
+
+    fn take_change(&mut self, index: usize, change: Change) -> Result<(), Close> {
+        let peer = &mut self.peers[index];
+        let (epoch, seq, clock) = match &change.stamp {
+            Some(stamp) if stamp.origin == peer.name && stamp.seq > 0 => (stamp.epoch, stamp.seq, stamp.clock),
+            Some(stamp) => {
+                let (origin, seq) = (stamp.origin.escape_debug(), stamp.seq);
+                return Err(Close::Malformed(format!("it sent change {seq} of server '{origin}'")));
+            }
+            None => return Err(Close::Malformed("it sent a change without a stamp".into())),
+        };
+        let bytes = change.encoded_len();
+        let verdict = peer.inbox.receive(epoch, seq, &change.user, bytes);
+        match verdict.map_err(|error| Close::Malformed(error.to_string()))? {
+            Verdict::Ignore => return Ok(()),
+            Verdict::Acknowledge => {
+                self.acknowledge(index, epoch, seq);
+                return Ok(());
+            }
+            Verdict::Apply => {}
+        }
+        let user: Arc<str> = change.user.as_str().into();
+        let checked = change::check_change(&change).map_err(|error| error.to_string()).and_then(|()| {
+            match self.clock.observe(clock, wall_clock_us()) {
+                true => Ok(()),
+                false => Err("its clock is more than an hour ahead of this server's".to_owned()),
+            }
+        });
+        if let Err(error) = checked {
+            self.peers[index].inbox.finish(bytes);
+            self.refuse(index, epoch, seq, &user, &error);
+            return Ok(());
+        }
+        self.work.push(&user, Received { peer: index, epoch, seq, bytes, change });
+        Ok(())
+    }
+
+    fn take_acks(&mut self, index: usize, ack: &Ack) {
+        if ack.epoch != self.me.epoch {
+            return;
+        }
+        let peer = &mut self.peers[index];
+        for seq in &ack.seqs {
+            peer.outbox.ack(*seq);
+        }
+        if let Some(dropped) = peer.outbox.end_outage() {
+            log::error!("Peer {}: it takes changes again; {dropped} were dropped and are missing there.", peer.name);
+        }
+    }
+
+    fn take_refusal(&mut self, index: usize, refused: &Refused) {
+        if refused.epoch != self.me.epoch {
+            return;
+        }
+        let error = change::printable(&refused.error);
+        let peer = &mut self.peers[index];
+        if let Some(pause_ms) = peer.outbox.refuse(refused.seq, &error, self.now_ms) {
+            log::warn!(
+                "Peer {}, user {}: change {} could not be applied there: {error} - sending it again in {pause_ms} msecs; \
+                 the user's later changes wait.",
+                peer.name,
+                refused.user.escape_debug(),
+                refused.seq
+            );
+        }
+    }
+}
+
+fn refusal(error: SessionError) -> Close {
+    match error {
+        SessionError::NoGreeting | SessionError::SecondGreeting | SessionError::NotForPeers => {
+            Close::Malformed(error.to_string())
+        }
+        error => Close::Refused { tell: error.is_refusal(), reason: error.to_string() },
+    }
+}
+
+/// Tells the other side why, if its socket takes it at once.
+fn send_refusal(connection: &mut Connection, reason: &str) {
+    let refused = Kind::Refused(Refused { error: reason.to_owned(), ..Default::default() });
+    if frame::append(&refused.into(), connection.out()).is_ok() {
+        let _ = connection.write();
+    }
+}

@@ -1,0 +1,70 @@
+//! What is going on, for people: the answer to `doveadm dovetail status`.
+
+use std::collections::BTreeMap;
+
+use super::engine::Engine;
+use super::peers::PeerState;
+use crate::change;
+use crate::wire::proto::{Counters, NamedCount, PeerStatus, Status};
+
+/// Kinds of notes that are counted apart; further ones count as "other".
+const NOTES_MAX: usize = 64;
+
+/// Counts since the start.
+#[derive(Default)]
+pub struct Counts {
+    pub counters: Counters,
+    notes: BTreeMap<String, u64>,
+}
+
+impl Counts {
+    /// Counts something that was noticed and solved, or skipped.
+    pub fn note(&mut self, name: &str, count: u64) {
+        let is_known = self.notes.contains_key(name) || self.notes.len() < NOTES_MAX && name.len() <= 64;
+        *self.notes.entry(if is_known { name } else { "other" }.to_owned()).or_default() += count;
+    }
+}
+
+impl Engine {
+    pub fn status(&self) -> Status {
+        let notes = self.counts.notes.iter().map(|(name, count)| NamedCount { name: name.clone(), count: *count });
+        Status {
+            peers: self.peers.iter().map(|peer| peer_status(peer, self.now_ms)).collect(),
+            counters: Some(Counters { notes: notes.collect(), ..self.counts.counters.clone() }),
+            server: self.me.server.clone(),
+            epoch: self.me.epoch,
+        }
+    }
+}
+
+fn peer_status(peer: &PeerState, now_ms: u64) -> PeerStatus {
+    let stats = peer.outbox.stats();
+    let refusal = peer.outbox.refusal().map(|(user, error)| format!("user {user}: {error}"));
+    let last_error = if peer.last_error.is_empty() { refusal.unwrap_or_default() } else { peer.last_error.clone() };
+    PeerStatus {
+        peer: peer.name.clone(),
+        state: peer.state().into(),
+        pending: stats.pending,
+        behind_secs: stats.oldest_ms.map_or(0, |oldest| now_ms.saturating_sub(oldest) / 1000),
+        dropped: stats.dropped,
+        last_error: change::printable(&last_error),
+        pending_bytes: stats.pending_bytes,
+        acked: stats.acked,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_are_bounded() {
+        let mut counts = Counts::default();
+        for n in 0..1000 {
+            counts.note(&format!("note{n}"), 1);
+        }
+        counts.note(&"x".repeat(65), 1);
+        assert_eq!(counts.notes.len(), NOTES_MAX + 1);
+        assert_eq!(counts.notes["other"], 1000 - NOTES_MAX as u64 + 1);
+    }
+}

@@ -1,0 +1,368 @@
+//! Connections to workers: jobs go out, what became of them comes back.
+//!
+//! The engine connects to the worker socket and keeps the connections open, so that no job waits for a process to
+//! start. The last one never applies: it reads bodies for peers, even while all others wait for bodies themselves. It
+//! is opened when it is first needed.
+
+use std::sync::Arc;
+
+use mio::net::UnixStream;
+use mio::Token;
+use prost::Message;
+
+use super::backoff::Backoff;
+use super::bodies::Party;
+use super::connection::Stream;
+use super::engine::{Close, Engine, Role};
+use super::spans::Need;
+use super::work::Received;
+use crate::change::{self, USER_BYTES_MAX};
+use crate::wire::proto::frame::Kind;
+use crate::wire::proto::{Applied, Apply, Change, Frame, Refused, Span};
+
+/// Encoded changes in one frame of a job; a single change may have more.
+const APPLY_BYTES_MAX: usize = 60_000;
+/// Pauses between attempts to connect.
+const RETRY_MS_MIN: u64 = 50;
+const RETRY_MS_MAX: u64 = 5_000;
+/// A connection that lasted this long was a good one: the pauses begin again.
+const GOOD_CONNECTION_MS: u64 = 2_000;
+
+/// A change in a job; its content is with the worker.
+struct Item {
+    epoch: u64,
+    seq: u64,
+    bytes: usize,
+}
+
+/// What a worker is applying: changes of one user from one peer.
+pub struct Job {
+    id: u64,
+    user: Arc<str>,
+    peer: usize,
+    items: Vec<Item>,
+    /// The first so many are applied.
+    done: usize,
+}
+
+#[derive(Default)]
+pub enum Task {
+    #[default]
+    Idle,
+    Apply(Job),
+    /// Reads the body of this number.
+    Read(u64),
+}
+
+/// A connection to a worker, or the want of one.
+pub struct Worker {
+    pub token: Option<Token>,
+    pub task: Task,
+    only_reads: bool,
+    /// It is to be connected.
+    is_wanted: bool,
+    connected_ms: u64,
+    retry_at_ms: u64,
+    backoff: Backoff,
+}
+
+impl Worker {
+    pub fn all(applying: usize) -> Vec<Worker> {
+        let worker = |index| Worker {
+            token: None,
+            task: Task::Idle,
+            only_reads: index == applying,
+            is_wanted: index < applying,
+            connected_ms: 0,
+            retry_at_ms: 0,
+            backoff: Backoff::new(RETRY_MS_MIN, RETRY_MS_MAX),
+        };
+        (0..=applying).map(worker).collect()
+    }
+
+    pub fn wake_up_ms(&self) -> Option<u64> {
+        (self.token.is_none() && self.is_wanted).then_some(self.retry_at_ms)
+    }
+
+    pub fn is_applying(&self) -> bool {
+        matches!(self.task, Task::Apply(_))
+    }
+
+    fn is_idle(&self) -> bool {
+        self.token.is_some() && matches!(self.task, Task::Idle)
+    }
+}
+
+impl Engine {
+    /// Connects if it is time to.
+    pub fn worker_tick(&mut self, index: usize) {
+        let is_due = self.workers[index].wake_up_ms().is_some_and(|due| due <= self.now_ms);
+        if !is_due || self.is_stopping() {
+            return;
+        }
+        let connected = UnixStream::connect(&self.config.worker_socket)
+            .and_then(|stream| self.add(Stream::Unix(stream), false, Role::Worker(index)));
+        match connected {
+            Ok(token) => {
+                self.workers[index].token = Some(token);
+                self.workers[index].connected_ms = self.now_ms;
+                self.last_worker_error.clear();
+            }
+            Err(error) => {
+                let socket = self.config.worker_socket.display();
+                let text = format!("connect({socket}) to a worker failed: {error}");
+                self.retry_worker(index, text);
+            }
+        }
+    }
+
+    /// Gives jobs to idle workers.
+    pub fn dispatch_jobs(&mut self) {
+        if self.is_stopping() {
+            return;
+        }
+        self.dispatch_reads();
+        while let Some(index) = self.workers.iter().position(|worker| worker.is_idle() && !worker.only_reads) {
+            let Some((user, received)) = self.work.next_job() else {
+                return;
+            };
+            self.begin_job(index, user, received);
+        }
+    }
+
+    /// A worker for a body: the one that is kept for it, or any idle one. If there is none, the one that is kept for it
+    /// is to come.
+    pub fn idle_reader(&mut self) -> Option<usize> {
+        let idle = self.workers.iter().rposition(Worker::is_idle);
+        if idle.is_none() {
+            self.workers.iter_mut().for_each(|worker| worker.is_wanted = true);
+        }
+        idle
+    }
+
+    pub fn worker_frame(&mut self, index: usize, frame: Frame) -> Result<(), Close> {
+        let from = Party::Worker(index);
+        match frame.kind {
+            Some(Kind::Applied(applied)) => return self.worker_applied(index, applied),
+            Some(Kind::BodyRequest(request)) => return self.body_request(from, request),
+            Some(Kind::BodyChunk(chunk)) => return self.body_chunk(from, chunk),
+            Some(Kind::BodyMore(more)) => return self.body_more(from, more),
+            Some(Kind::BodyCancel(cancel)) => self.body_cancel(from, &cancel),
+            Some(Kind::Attach(_)) => {}
+            // What it wrote although it applied nothing.
+            Some(Kind::Record(record)) => {
+                change::check_spans(&record.spans).map_err(|error| Close::Malformed(error.to_string()))?;
+                self.take_own_spans(&record.spans);
+            }
+            _ => return Err(Close::Malformed("it sent a frame that a worker may not send".into())),
+        }
+        Ok(())
+    }
+
+    pub fn worker_closed(&mut self, index: usize, why: &Close) {
+        let was_idle = matches!(self.workers[index].task, Task::Idle);
+        self.workers[index].token = None;
+        self.workers[index].is_wanted = !self.workers[index].only_reads;
+        if let Task::Apply(job) = std::mem::take(&mut self.workers[index].task) {
+            let user = job.user.clone();
+            let reason = why.reason();
+            self.refuse_rest(job, &format!("the worker that applied it went away ({reason})"));
+            self.work.finish(&user);
+        }
+        self.bodies_without(Party::Worker(index), "the worker went away");
+        if self.now_ms >= self.workers[index].connected_ms + GOOD_CONNECTION_MS {
+            self.workers[index].backoff.reset();
+        }
+        if was_idle && !matches!(why, Close::Malformed(_)) {
+            // Dovecot's master ends idle processes, and all of them at a reload: no trouble.
+            self.workers[index].retry_at_ms = self.now_ms + self.workers[index].backoff.pause_ms();
+            return;
+        }
+        self.retry_worker(index, format!("a worker went away in mid-job: {}", why.reason()));
+    }
+
+    fn retry_worker(&mut self, index: usize, error: String) {
+        let pause_ms = self.workers[index].backoff.pause_ms();
+        self.workers[index].retry_at_ms = self.now_ms + pause_ms;
+        if self.last_worker_error != error {
+            log::error!("{error} - trying again in {pause_ms} msecs; changes of the peers wait.");
+            self.last_worker_error = error;
+        }
+    }
+
+    fn begin_job(&mut self, index: usize, user: Arc<str>, received: Vec<Received>) {
+        let Some(peer) = received.first().map(|first| first.peer) else {
+            return self.work.finish(&user);
+        };
+        // Sent twice, when the connection broke while the first one was being applied.
+        let (again, received): (Vec<_>, Vec<_>) =
+            received.into_iter().partition(|r| self.peers[peer].inbox.is_applied(r.epoch, r.seq));
+        for Received { epoch, seq, bytes, .. } in again {
+            self.peers[peer].inbox.finish(bytes);
+            self.acknowledge(peer, epoch, seq);
+        }
+        if received.is_empty() {
+            return self.work.finish(&user);
+        }
+        self.last_job += 1;
+        let items = received.iter().map(|r| Item { epoch: r.epoch, seq: r.seq, bytes: r.bytes }).collect();
+        let job = Job { id: self.last_job, user, peer, items, done: 0 };
+        let frames = apply_frames(&job, received.into_iter().map(|r| r.change));
+        self.workers[index].task = Task::Apply(job);
+        let Some(token) = self.workers[index].token else { return };
+        for frame in frames {
+            self.send(token, &frame);
+        }
+    }
+
+    fn worker_applied(&mut self, index: usize, applied: Applied) -> Result<(), Close> {
+        let Task::Apply(mut job) = std::mem::take(&mut self.workers[index].task) else {
+            return Err(Close::Malformed(format!("it applied job {}, which it was not given", applied.job)));
+        };
+        let outcome = self.advance_job(&mut job, &applied);
+        let is_over = outcome.is_ok() && !(applied.more && applied.error.is_empty());
+        if !is_over {
+            self.workers[index].task = Task::Apply(job);
+            return outcome;
+        }
+        self.workers[index].backoff.reset();
+        let user = job.user.clone();
+        if !applied.error.is_empty() {
+            self.refuse_rest(job, &change::printable(&applied.error));
+        } else if job.done < job.items.len() {
+            self.refuse_rest(job, "the worker ended the job without applying it");
+        }
+        self.work.finish(&user);
+        Ok(())
+    }
+
+    /// Takes over what the worker has done since it last said so.
+    fn advance_job(&mut self, job: &mut Job, applied: &Applied) -> Result<(), Close> {
+        let done = applied.done as usize;
+        if applied.job != job.id || done < job.done || done > job.items.len() {
+            let what = format!("it applied {done} changes of job {}", applied.job);
+            return Err(Close::Malformed(format!(
+                "{what}, but has job {} with {} changes, {} of them applied",
+                job.id,
+                job.items.len(),
+                job.done
+            )));
+        }
+        change::check_spans(&applied.spans).map_err(|error| Close::Malformed(error.to_string()))?;
+        for item in &job.items[job.done..done] {
+            let inbox = &mut self.peers[job.peer].inbox;
+            inbox.apply(item.epoch, item.seq);
+            inbox.finish(item.bytes);
+            self.counts.counters.applied += 1;
+            self.acknowledge(job.peer, item.epoch, item.seq);
+        }
+        job.done = done;
+        for note in &applied.notes {
+            self.counts.note(note, 1);
+        }
+        self.take_own_spans(&applied.spans);
+        Ok(())
+    }
+
+    /// Our own commits tile the logs, too: what waits for them can go on.
+    fn take_own_spans(&mut self, spans: &[Span]) {
+        self.counts.counters.spans += spans.len() as u64;
+        let mut released = Vec::new();
+        for span in spans {
+            self.counts.counters.gaps += self.spans.insert(span, &Need::of(span));
+            self.order.look_again(&span.user.as_str().into(), &self.spans, &mut released);
+        }
+        self.ship_all(released);
+    }
+
+    /// The job's first change that is not applied could not be. Its peer is told and will send it and the user's later
+    /// ones again, so these are dropped.
+    fn refuse_rest(&mut self, job: Job, error: &str) {
+        let Job { user, peer, items, done, .. } = job;
+        for item in &items[done..] {
+            self.peers[peer].inbox.finish(item.bytes);
+        }
+        if let Some(item) = items.get(done) {
+            self.refuse(peer, item.epoch, item.seq, &user, error);
+        }
+    }
+
+    /// Refuses a change of a peer, which has left the queue.
+    pub fn refuse(&mut self, peer: usize, epoch: u64, seq: u64, user: &Arc<str>, error: &str) {
+        self.counts.counters.refused += 1;
+        // A bad change may name anybody, at any length.
+        let user_name: String = user.chars().take(USER_BYTES_MAX).collect();
+        let name = &self.peers[peer].name;
+        log::debug!("User {}: change {seq} of peer {name} could not be applied: {error}.", user_name.escape_debug());
+        for dropped in self.work.drop_user(user, peer) {
+            self.peers[peer].inbox.finish(dropped.bytes);
+        }
+        let outcome = self.peers[peer].inbox.refuse(epoch, seq, user);
+        let Some(link) = &mut self.peers[peer].link else { return };
+        match outcome {
+            Ok(()) => {
+                let refused = Refused { epoch, seq, user: user_name, error: error.to_owned() };
+                link.session.control(Kind::Refused(refused));
+            }
+            Err(error) => {
+                let token = link.token;
+                self.close(token, Close::Malformed(error.to_string()));
+            }
+        }
+    }
+
+    pub fn acknowledge(&mut self, peer: usize, epoch: u64, seq: u64) {
+        if let Some(link) = self.peers[peer].link.as_mut().filter(|link| link.session.is_up()) {
+            link.session.ack(epoch, seq);
+        }
+    }
+}
+
+/// The job as frames, none too long.
+fn apply_frames(job: &Job, changes: impl Iterator<Item = Change>) -> Vec<Frame> {
+    let apply = || Apply { job: job.id, user: job.user.to_string(), ..Default::default() };
+    let mut frames = vec![apply()];
+    let mut bytes = 0;
+    for change in changes {
+        // With the field's tag and length.
+        let length = change.encoded_len() + 8;
+        if bytes > 0 && bytes + length > APPLY_BYTES_MAX {
+            frames.push(apply());
+            bytes = 0;
+        }
+        bytes += length;
+        if let Some(last) = frames.last_mut() {
+            last.changes.push(change);
+        }
+    }
+    let last = frames.len() - 1;
+    for frame in &mut frames[..last] {
+        frame.more = true;
+    }
+    frames.into_iter().map(|frame| Kind::Apply(frame).into()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::change::{CHANGE_BYTES_MAX, USER_BYTES_MAX};
+    use crate::wire::frame;
+
+    #[test]
+    fn a_job_of_any_changes_fits_into_frames() {
+        let job = Job { id: u64::MAX, user: "u".repeat(USER_BYTES_MAX).into(), peer: 0, items: vec![], done: 0 };
+        for length in [10, 1_000, 30_000, CHANGE_BYTES_MAX - 8] {
+            let change = Change { user: "x".repeat(length), ..Default::default() };
+            assert!(change.encoded_len() <= CHANGE_BYTES_MAX);
+            let frames = apply_frames(&job, std::iter::repeat_n(change, 64));
+            let mut changes = 0;
+            for (at, frame) in frames.iter().enumerate() {
+                frame::encode(frame).unwrap();
+                let Some(Kind::Apply(apply)) = &frame.kind else { panic!() };
+                assert_eq!(apply.more, at + 1 < frames.len());
+                changes += apply.changes.len();
+            }
+            assert_eq!(changes, 64);
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! The settings: their names, defaults and meaning, the same on Dovecot 2.3 (`plugin { }`) and 2.4 (top level).
+//!
+//! Pure: names and values in, a [`Settings`] or full sentences out. Values are plain strings in both versions, so that a
+//! mistake of ours in dovecot.conf is reported by us and mail goes on, where Dovecot would refuse to start.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+/// Most bytes of a body that ride along with its change: a frame holds 64 KiB, and the rest of the change needs room.
+pub const INLINE_BODY_SIZE_MAX: u64 = 48 * 1024;
+
+/// Most peers of one server.
+pub const PEERS_MAX: usize = 64;
+
+/// A server that we replicate with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// Its `dovetail_server`.
+    pub name: String,
+    /// `host:port` of its relay; an IPv6 address stands in brackets.
+    pub address: String,
+}
+
+/// All settings, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Name of this server: unique among its peers, and for ever.
+    pub server: String,
+    /// Whom we replicate with. Empty: nothing is replicated.
+    pub peers: Vec<Peer>,
+    /// The relay's Unix socket.
+    pub socket: PathBuf,
+    /// The workers' Unix socket.
+    pub worker_socket: PathBuf,
+    /// Workers that the relay keeps busy with changes.
+    pub workers: usize,
+    /// Plugins that a worker may load, if the user has them in mail_plugins.
+    pub worker_plugins: Vec<String>,
+    /// Bytes of unsent records that a mail process may hold.
+    pub process_queue_size: u64,
+    /// Bytes of unacknowledged changes that the relay may hold.
+    pub relay_queue_size: u64,
+    /// Bodies up to this many bytes ride along with their change.
+    pub inline_body_size: u64,
+    /// Allows plaintext connections outside of loopback.
+    pub insecure_plaintext: bool,
+}
+
+/// Everything that can be set, for checks of unknown names and for the documentation.
+pub const NAMES: [&str; 10] = [
+    "dovetail_server",
+    "dovetail_peers",
+    "dovetail_socket",
+    "dovetail_worker_socket",
+    "dovetail_workers",
+    "dovetail_worker_plugins",
+    "dovetail_process_queue_size",
+    "dovetail_relay_queue_size",
+    "dovetail_inline_body_size",
+    "dovetail_insecure_plaintext",
+];
+
+impl Settings {
+    /// Checks `values` (name, value), as Dovecot gave them. `hostname` names the server where it has no name.
+    ///
+    /// # Errors
+    ///
+    /// All that is wrong, a full sentence each, that names the setting.
+    pub fn parse(values: &[(String, String)], hostname: &str) -> Result<Settings, Vec<String>> {
+        let mut errors = Vec::new();
+        for (name, _) in values {
+            if name != "base_dir" && !NAMES.contains(&name.as_str()) {
+                errors.push(format!("Unknown setting {name}: there is no such setting of Dovetail"));
+            }
+        }
+        let get = |name: &str| values.iter().rev().find(|(n, _)| n == name).map_or("", |(_, v)| v.trim());
+        let base_dir = PathBuf::from(Some(get("base_dir")).filter(|d| !d.is_empty()).unwrap_or("/run/dovecot"));
+        let mut take = |result: Result<u64, String>, default: u64| {
+            result.unwrap_or_else(|error| {
+                errors.push(error);
+                default
+            })
+        };
+        let workers = take(parse_number("dovetail_workers", get("dovetail_workers"), 3, 1, 64), 3) as usize;
+        let process_queue_size = take(
+            parse_size("dovetail_process_queue_size", get("dovetail_process_queue_size"), 16 << 20, 128 << 10, 1 << 30),
+            0,
+        );
+        let relay_queue_size = take(
+            parse_size("dovetail_relay_queue_size", get("dovetail_relay_queue_size"), 256 << 20, 1 << 20, 1 << 40),
+            0,
+        );
+        let inline_body_size = take(
+            parse_size(
+                "dovetail_inline_body_size",
+                get("dovetail_inline_body_size"),
+                32 << 10,
+                0,
+                INLINE_BODY_SIZE_MAX,
+            ),
+            0,
+        );
+        let server = match get("dovetail_server") {
+            "" => hostname.split('.').next().unwrap_or_default(),
+            name => name,
+        };
+        if let Err(why) = check_server_name(server) {
+            errors.push(format!("Invalid setting dovetail_server = {server}: {why}"));
+        }
+        let peers = parse_peers(get("dovetail_peers"), server).unwrap_or_else(|error| {
+            errors.push(error);
+            Vec::new()
+        });
+        let insecure_plaintext = match get("dovetail_insecure_plaintext") {
+            "" | "no" => false,
+            "yes" => true,
+            other => {
+                errors.push(format!("Invalid setting dovetail_insecure_plaintext = {other}: it must be yes or no"));
+                false
+            }
+        };
+        let or = |value: &str, default: &str| if value.is_empty() { default.to_owned() } else { value.to_owned() };
+        if !errors.is_empty() {
+            return Err(errors);
+        }
+        Ok(Settings {
+            server: server.to_owned(),
+            peers,
+            socket: base_dir.join(or(get("dovetail_socket"), "dovetail")),
+            worker_socket: base_dir.join(or(get("dovetail_worker_socket"), "dovetail-worker")),
+            workers,
+            worker_plugins: or(get("dovetail_worker_plugins"), "acl zlib mail_compress mail_crypt quota")
+                .split_whitespace()
+                .map(str::to_owned)
+                .collect(),
+            process_queue_size,
+            relay_queue_size,
+            inline_body_size,
+            insecure_plaintext,
+        })
+    }
+}
+
+/// A server's name stands in records, in status and in other servers' settings.
+fn check_server_name(name: &str) -> Result<(), &'static str> {
+    if name.is_empty() || name.len() > 64 {
+        return Err("a server's name has 1 to 64 characters");
+    }
+    if !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
+        return Err("a server's name consists of letters, digits, '-', '_' and '.'");
+    }
+    Ok(())
+}
+
+fn parse_peers(value: &str, server: &str) -> Result<Vec<Peer>, String> {
+    let mut peers: Vec<Peer> = Vec::new();
+    for word in value.split([' ', '\t', ',']).filter(|w| !w.is_empty()) {
+        let wrong = |why: &str| format!("Invalid setting dovetail_peers = {value}: {word}: {why}");
+        let (name, address) = word
+            .split_once('=')
+            .ok_or_else(|| wrong("a peer is written as name=host:port, for example mx2=10.0.0.2:4190"))?;
+        check_server_name(name).map_err(&wrong)?;
+        let (host, port) =
+            address.rsplit_once(':').ok_or_else(|| wrong("the port is missing; write name=host:port"))?;
+        if host.is_empty() || port.parse::<u16>().map_or(true, |port| port == 0) {
+            return Err(wrong("host:port is expected, with a port from 1 to 65535"));
+        }
+        if host.contains(':') && !(host.starts_with('[') && host.ends_with(']')) {
+            return Err(wrong("write an IPv6 address in brackets: name=[2001:db8::1]:4190"));
+        }
+        if name == server {
+            return Err(wrong("this is the name of this server itself (dovetail_server)"));
+        }
+        if peers.iter().any(|peer| peer.name == name) {
+            return Err(wrong("this peer is named twice"));
+        }
+        peers.push(Peer { name: name.to_owned(), address: address.to_owned() });
+    }
+    if peers.len() > PEERS_MAX {
+        return Err(format!(
+            "Invalid setting dovetail_peers: {} peers, but at most {PEERS_MAX} are possible",
+            peers.len()
+        ));
+    }
+    Ok(peers)
+}
+
+fn parse_number(name: &str, value: &str, default: u64, min: u64, max: u64) -> Result<u64, String> {
+    if value.is_empty() {
+        return Ok(default);
+    }
+    match value.parse::<u64>() {
+        Ok(number) if (min..=max).contains(&number) => Ok(number),
+        _ => Err(format!("Invalid setting {name} = {value}: it must be a number from {min} to {max}")),
+    }
+}
+
+/// As Dovecot's `str_parse_get_size()`: a number of bytes, or with one of the units B, k, M, G, T (powers of 1024).
+fn parse_size(name: &str, value: &str, default: u64, min: u64, max: u64) -> Result<u64, String> {
+    if value.is_empty() {
+        return Ok(default);
+    }
+    let unit_at = value.find(|c: char| !c.is_ascii_digit()).unwrap_or(value.len());
+    let (digits, unit) = value.split_at(unit_at);
+    let shift = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => Some(0),
+        "k" | "kb" | "ki" | "kib" => Some(10),
+        "m" | "mb" | "mi" | "mib" => Some(20),
+        "g" | "gb" | "gi" | "gib" => Some(30),
+        "t" | "tb" | "ti" | "tib" => Some(40),
+        _ => None,
+    };
+    let bytes = shift.and_then(|shift| digits.parse::<u64>().ok()?.checked_mul(1 << shift));
+    match bytes {
+        Some(bytes) if (min..=max).contains(&bytes) => Ok(bytes),
+        Some(_) => Err(format!("Invalid setting {name} = {value}: it must be from {min} to {max} bytes")),
+        None => Err(format!("Invalid setting {name} = {value}: it must be a size such as 16M")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(values: &[(&str, &str)]) -> Result<Settings, Vec<String>> {
+        let values: Vec<_> = values.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect();
+        Settings::parse(&values, "mx1.example.org")
+    }
+
+    #[test]
+    fn nothing_set_gives_the_defaults() {
+        let settings = parse(&[("base_dir", "/run/dovecot")]).unwrap();
+        assert_eq!(settings.server, "mx1");
+        assert!(settings.peers.is_empty());
+        assert_eq!(settings.socket, PathBuf::from("/run/dovecot/dovetail"));
+        assert_eq!(settings.process_queue_size, 16 << 20);
+        assert_eq!(settings.relay_queue_size, 256 << 20);
+        assert_eq!(settings.inline_body_size, 32 << 10);
+    }
+
+    #[test]
+    fn a_full_configuration_is_understood() {
+        let settings = parse(&[
+            ("dovetail_server", "a"),
+            ("dovetail_peers", "b=127.0.0.1:4191  c=[::1]:4192"),
+            ("dovetail_process_queue_size", "1M"),
+            ("dovetail_workers", "4"),
+            ("dovetail_insecure_plaintext", "yes"),
+        ])
+        .unwrap();
+        assert_eq!(settings.peers.len(), 2);
+        assert_eq!(settings.peers[1], Peer { name: "c".into(), address: "[::1]:4192".into() });
+        assert_eq!(settings.process_queue_size, 1 << 20);
+        assert_eq!(settings.workers, 4);
+        assert!(settings.insecure_plaintext);
+    }
+
+    #[test]
+    fn every_mistake_is_named_with_its_setting() {
+        for (name, value, word) in [
+            ("dovetail_foo", "1", "Unknown setting dovetail_foo"),
+            ("dovetail_peers", "nonsense", "name=host:port"),
+            ("dovetail_peers", "b=127.0.0.1", "port"),
+            ("dovetail_peers", "b=::1:4190", "brackets"),
+            ("dovetail_peers", "b=h:0", "port"),
+            ("dovetail_peers", "mx1=127.0.0.1:1", "itself"),
+            ("dovetail_peers", "b=h:1 b=h:2", "twice"),
+            ("dovetail_workers", "0", "1 to 64"),
+            ("dovetail_workers", "many", "1 to 64"),
+            ("dovetail_process_queue_size", "16X", "16M"),
+            ("dovetail_process_queue_size", "99999999999999999999", "16M"),
+            ("dovetail_inline_body_size", "1M", "49152"),
+            ("dovetail_server", "a b", "letters"),
+            ("dovetail_insecure_plaintext", "maybe", "yes or no"),
+        ] {
+            let errors = parse(&[(name, value)]).unwrap_err();
+            assert_eq!(errors.len(), 1, "{errors:?}");
+            assert!(errors[0].contains(name) && errors[0].contains(word), "{errors:?}");
+        }
+    }
+}

@@ -1,0 +1,593 @@
+/* Watches one mail process: the notify plugin tells what happened (rich, not complete), the index transaction hook in
+   spans.c tells what was written (complete, not rich). This file only collects; src/capture decides.
+
+   Runs inside the user's session: nothing here may block, fail the caller's operation or leave an error behind in the
+   mailbox. */
+#define DT_COMPAT_NOTIFY
+#include "compat.h"
+#include "array.h"
+#include "guid.h"
+#include "hash.h"
+#include "istream.h"
+#include "sha1.h"
+#include "mail-user.h"
+#include "mail-namespace.h"
+#include "mail-storage-private.h"
+#include "mail-storage-hooks.h"
+#include "mailbox-list-private.h"
+#include "mail-index-private.h"
+#include "mail-transaction-log-private.h"
+#include "ioloop.h"
+#include "index-mail.h"
+#include "maildir-storage.h"
+#include "maildir-uidlist.h"
+#include "master-service.h"
+#include "spans.h"
+#include "shim.h"
+#include "capture.h"
+
+#define CAPTURE_CONTEXT(obj) MODULE_CONTEXT(obj, capture_storage_module)
+
+struct capture_box {
+	union mailbox_module_context module_ctx;
+	/* GUID of the mail that is being saved: Dovecot has forgotten it when notify calls mail_save() */
+	char *save_guid;
+	/* and its save date */
+	time_t save_date;
+	/* create_box() was asked for a directory only */
+	bool directory;
+	/* between delete_begin and its end: the expunges of all mails are part of the deletion */
+	bool deleting;
+};
+
+struct capture_txn {
+	struct mailbox *box;
+	void *rs;			/* NULL until there is something to tell */
+	bool ignored;
+};
+
+static MODULE_CONTEXT_DEFINE_INIT(capture_storage_module, &mail_storage_module_register);
+static struct notify_context *capture_notify = NULL;
+static struct module *capture_module;
+
+/* ---- names ---- */
+
+static struct mail_namespace *capture_namespace(struct mailbox *box)
+{
+	return box->list->ns;
+}
+
+/* Mailboxes of a user; not public ones (nobody's), virtual ones (made of others), or LMTP's and lda's raw mail. */
+static bool capture_box_is_ours(struct mailbox *box)
+{
+	const struct mail_namespace *ns = capture_namespace(box);
+
+	if (ns->owner == NULL || ns->type == MAIL_NAMESPACE_TYPE_PUBLIC)
+		return FALSE;
+	return box->virtual_vfuncs == NULL && strcmp(box->storage->name, "raw") != 0;
+}
+
+static void capture_box_names(struct mailbox *box, const char *vname, struct dt_mailbox *ref_r)
+{
+	const struct mail_namespace *ns = capture_namespace(box);
+	size_t prefix_len = strlen(ns->prefix);
+
+	i_zero(ref_r);
+	ref_r->user = ns->owner->username;
+	ref_r->separator = mail_namespace_get_sep(capture_namespace(box));
+	/* Below the inbox namespace and in shared ones the prefix is this server's own business; the prefix of another
+	   private namespace is part of the name. */
+	if (((ns->flags & NAMESPACE_FLAG_INBOX_USER) != 0 || ns->type == MAIL_NAMESPACE_TYPE_SHARED) &&
+	    prefix_len > 0 && strncmp(vname, ns->prefix, prefix_len) == 0)
+		vname += prefix_len;
+	ref_r->name = vname;
+}
+
+static void capture_box_ref(struct mailbox *box, struct dt_mailbox *ref_r)
+{
+	capture_box_names(box, box->vname, ref_r);
+	(void)dt_spans_mailbox_guid(box, ref_r->guid);
+}
+
+/* Identity and state as they are now, by a second handle: the caller's own is not to be touched (it may be closed, or
+   just being created). Leaves the mailbox's last error alone. */
+static void capture_box_ref_now(struct mailbox *box, const char *vname, struct dt_mailbox *ref_r)
+{
+	struct mailbox *box2;
+	struct mailbox_metadata metadata;
+	struct mailbox_status status;
+
+	capture_box_names(box, vname, ref_r);
+	mail_storage_last_error_push(box->storage);
+	box2 = mailbox_alloc(box->list, vname, MAILBOX_FLAG_READONLY | MAILBOX_FLAG_IGNORE_ACLS);
+	if (mailbox_open(box2) == 0) {
+		if (mailbox_get_metadata(box2, MAILBOX_METADATA_GUID, &metadata) == 0)
+			memcpy(ref_r->guid, metadata.guid, sizeof(ref_r->guid));
+		mailbox_get_open_status(box2, STATUS_UIDVALIDITY | STATUS_UIDNEXT, &status);
+		/* maildir gives a new mailbox its UIDVALIDITY only when it is first synced. */
+		if (status.uidvalidity == 0 && mailbox_sync(box2, 0) == 0)
+			mailbox_get_open_status(box2, STATUS_UIDVALIDITY | STATUS_UIDNEXT, &status);
+		ref_r->uid_validity = status.uidvalidity;
+		ref_r->uid_next = status.uidnext;
+	}
+	mailbox_free(&box2);
+	mail_storage_last_error_pop(box->storage);
+}
+
+/* ---- transactions ---- */
+
+static void *capture_transaction_begin(struct mailbox_transaction_context *t)
+{
+	struct capture_txn *txn = i_new(struct capture_txn, 1);
+	struct capture_box *cbox = CAPTURE_CONTEXT(t->box);
+
+	txn->box = t->box;
+	txn->ignored = cbox == NULL || cbox->deleting || !capture_box_is_ours(t->box);
+	if (!txn->ignored) {
+		/* saved_uids is empty otherwise */
+		t->flags |= MAILBOX_TRANSACTION_FLAG_ASSIGN_UIDS;
+	}
+	return txn;
+}
+
+static void *capture_txn_rs(struct capture_txn *txn)
+{
+	struct dt_mailbox ref;
+
+	if (txn->rs == NULL) {
+		capture_box_ref(txn->box, &ref);
+		txn->rs = dt_rs_transaction_begin(&ref);
+	}
+	return txn->rs;
+}
+
+/* GUID of an existing mail. sdbox may have to open its file for it. */
+static const char *capture_mail_guid(struct mail *mail, enum mail_lookup_abort abort)
+{
+	enum mail_lookup_abort old_abort = mail->lookup_abort;
+	const char *guid = NULL;
+	int ret;
+
+	mail_storage_last_error_push(mail->box->storage);
+	mail->lookup_abort = abort;
+	ret = mail_get_special(mail, MAIL_FETCH_GUID, &guid);
+	mail->lookup_abort = old_abort;
+	mail_storage_last_error_pop(mail->box->storage);
+	return ret < 0 || guid == NULL || *guid == '\0' ? NULL : guid;
+}
+
+static void capture_read_body(struct mail *mail, struct dt_save *save)
+{
+	struct istream *input;
+	const unsigned char *data;
+	unsigned char *body;
+	size_t size, pos = 0;
+	uoff_t old_offset, mail_size, limit = dt_rs_inline_body_size();
+
+	if (mail_get_physical_size(mail, &mail_size) < 0)
+		return;
+	save->size = mail_size;
+	if (mail_size > limit || mail_get_stream(mail, NULL, NULL, &input) < 0)
+		return;
+	old_offset = input->v_offset;
+	i_stream_seek(input, 0);
+	body = t_malloc_no0(limit + 1);
+	while (i_stream_read_more(input, &data, &size) > 0) {
+		if (size > limit - pos) {
+			/* larger than announced: let it be read from the mailbox */
+			pos = SIZE_MAX;
+			break;
+		}
+		memcpy(body + pos, data, size);
+		pos += size;
+		i_stream_skip(input, size);
+	}
+	if (pos != SIZE_MAX && input->eof && input->stream_errno == 0) {
+		save->body = body;
+		save->size = pos;
+	}
+	i_stream_seek(input, old_offset);
+}
+
+static void capture_saved(struct capture_txn *txn, struct mail *mail, struct mail *copied_from)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(txn->box);
+	struct dt_mailbox source;
+	struct dt_save save;
+	time_t date;
+
+	i_zero(&save);
+	save.guid = cbox->save_guid;
+	save.flags = mail_get_flags(mail) & (MAIL_FLAGS_MASK & ~MAIL_RECENT);
+	save.keywords = mail_get_keywords(mail);
+	mail_storage_last_error_push(mail->box->storage);
+	if (mail_get_received_date(mail, &date) == 0)
+		save.received_date = date;
+	save.save_date = cbox->save_date;
+	if (copied_from != NULL && capture_box_is_ours(copied_from->box)) {
+		capture_box_ref(copied_from->box, &source);
+		save.copied_from = &source;
+		save.copied_from_uid = copied_from->uid;
+	}
+	capture_read_body(mail, &save);
+	mail_storage_last_error_pop(mail->box->storage);
+	dt_rs_save(capture_txn_rs(txn), &save);
+}
+
+static void capture_mail_save(void *_txn, struct mail *mail)
+{
+	struct capture_txn *txn = _txn;
+
+	if (txn->ignored)
+		return;
+	T_BEGIN {
+		capture_saved(txn, mail, NULL);
+	} T_END;
+}
+
+static void capture_mail_copy(void *_txn, struct mail *src, struct mail *dst)
+{
+	struct capture_txn *txn = _txn;
+
+	if (txn->ignored)
+		return;
+	T_BEGIN {
+		capture_saved(txn, dst, src);
+	} T_END;
+}
+
+static void capture_mail_expunge(void *_txn, struct mail *mail)
+{
+	struct capture_txn *txn = _txn;
+
+	if (txn->ignored || mail->saving)
+		return;
+	T_BEGIN {
+		/* Worth opening the file, which is to go anyway: on the peer no other mail may go instead. */
+		dt_rs_expunge(capture_txn_rs(txn), mail->uid,
+			      capture_mail_guid(mail, MAIL_LOOKUP_ABORT_NEVER));
+	} T_END;
+}
+
+static void capture_mail_update_flags(void *_txn, struct mail *mail, enum mail_flags old_flags)
+{
+	struct capture_txn *txn = _txn;
+	enum mail_flags new_flags;
+
+	if (txn->ignored || mail->saving)
+		return;
+	new_flags = mail_get_flags(mail) & (MAIL_FLAGS_MASK & ~MAIL_RECENT);
+	old_flags &= MAIL_FLAGS_MASK & ~MAIL_RECENT;
+	if (new_flags == old_flags)
+		return;
+	T_BEGIN {
+		dt_rs_flags(capture_txn_rs(txn), mail->uid, capture_mail_guid(mail, MAIL_LOOKUP_ABORT_NOT_IN_CACHE),
+			    new_flags & ~old_flags, old_flags & ~new_flags);
+	} T_END;
+}
+
+static void
+capture_mail_update_keywords(void *_txn, struct mail *mail, const char *const *old_keywords)
+{
+	struct capture_txn *txn = _txn;
+
+	if (txn->ignored || mail->saving)
+		return;
+	T_BEGIN {
+		dt_rs_keywords(capture_txn_rs(txn), mail->uid, capture_mail_guid(mail, MAIL_LOOKUP_ABORT_NOT_IN_CACHE),
+			       old_keywords, mail_get_keywords(mail));
+	} T_END;
+}
+
+/* On maildir the GUID is the final file name. It is in memory: the commit has just written it to dovecot-uidlist. */
+static const char *capture_maildir_guid(struct mailbox *box, uint32_t uid)
+{
+	struct maildir_mailbox *mbox = (struct maildir_mailbox *)box;
+	enum maildir_uidlist_rec_flag flags;
+	const char *guid, *fname;
+
+	guid = maildir_uidlist_lookup_ext(mbox->uidlist, uid, MAILDIR_UIDLIST_REC_EXT_GUID);
+	if (guid != NULL && *guid != '\0')
+		return guid;
+	if (maildir_uidlist_lookup(mbox->uidlist, uid, &flags, &fname) <= 0)
+		return NULL;
+	return t_strcut(fname, MAILDIR_INFO_SEP);
+}
+
+static bool capture_is_maildir(struct mailbox *box)
+{
+	return strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0;
+}
+
+static void capture_committed(struct capture_txn *txn, struct mail_transaction_commit_changes *changes)
+{
+	struct mailbox *box = txn->box;
+	struct dt_mailbox ref;
+	const struct seq_range *range;
+	ARRAY(struct dt_saved) saved;
+	struct dt_saved *s;
+	bool maildir = capture_is_maildir(box);
+
+	capture_box_ref(box, &ref);
+	t_array_init(&saved, 8);
+	array_foreach(&changes->saved_uids, range) {
+		for (uint32_t uid = range->seq1; uid <= range->seq2; uid++) {
+			s = array_append_space(&saved);
+			s->uid = uid;
+			if (maildir)
+				s->guid = capture_maildir_guid(box, uid);
+			ref.uid_next = I_MAX(ref.uid_next, uid + 1);
+		}
+	}
+	ref.uid_validity = changes->uid_validity;
+	if (ref.uid_validity == 0 && box->view != NULL)
+		ref.uid_validity = mail_index_get_header(box->view)->uid_validity;
+	if (box->index->log->head != NULL)
+		ref.highest_modseq = box->index->log->head->sync_highest_modseq;
+	dt_rs_commit(txn->rs, &ref, array_count(&saved) == 0 ? NULL : array_front(&saved), array_count(&saved));
+}
+
+static void capture_transaction_commit(void *_txn, struct mail_transaction_commit_changes *changes)
+{
+	struct capture_txn *txn = _txn;
+
+	if (txn->rs != NULL) T_BEGIN {
+		capture_committed(txn, changes);
+	} T_END;
+	i_free(txn);
+}
+
+static void capture_transaction_rollback(void *_txn)
+{
+	struct capture_txn *txn = _txn;
+
+	if (txn->rs != NULL)
+		dt_rs_rollback(txn->rs);
+	i_free(txn);
+}
+
+/* ---- mailboxes ---- */
+
+static void capture_mailbox_create(struct mailbox *box)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(box);
+	struct dt_mailbox ref;
+
+	if (cbox == NULL || !capture_box_is_ours(box))
+		return;
+	T_BEGIN {
+		if (cbox->directory)
+			capture_box_names(box, box->vname, &ref);
+		else
+			capture_box_ref_now(box, box->vname, &ref);
+		dt_rs_mailbox_op(DT_MAILBOX_CREATE, &ref, NULL, cbox->directory);
+	} T_END;
+}
+
+static void *capture_mailbox_delete_begin(struct mailbox *box)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(box);
+	unsigned char *guid;
+
+	if (cbox == NULL || !capture_box_is_ours(box))
+		return NULL;
+	guid = i_malloc(GUID_128_SIZE);
+	(void)dt_spans_mailbox_guid(box, guid);
+	cbox->deleting = TRUE;
+	return guid;
+}
+
+static void capture_mailbox_delete_commit(void *_txn, struct mailbox *box)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(box);
+	unsigned char *guid = _txn;
+	struct dt_mailbox ref;
+
+	if (guid == NULL)
+		return;
+	T_BEGIN {
+		capture_box_names(box, box->vname, &ref);
+		memcpy(ref.guid, guid, sizeof(ref.guid));
+		dt_rs_mailbox_op(DT_MAILBOX_DELETE, &ref, NULL, guid_128_is_empty(guid));
+	} T_END;
+	cbox->deleting = FALSE;
+	i_free(guid);
+}
+
+static void capture_mailbox_delete_rollback(void *_txn)
+{
+	unsigned char *guid = _txn;
+
+	/* The box is not known here; delete_box() below resets its mark. */
+	i_free(guid);
+}
+
+static void capture_mailbox_rename(struct mailbox *src, struct mailbox *dest)
+{
+	struct dt_mailbox ref, new_ref;
+
+	if (!capture_box_is_ours(src) || !capture_box_is_ours(dest))
+		return;
+	T_BEGIN {
+		capture_box_ref_now(dest, dest->vname, &new_ref);
+		capture_box_names(src, src->vname, &ref);
+		memcpy(ref.guid, new_ref.guid, sizeof(ref.guid));
+		dt_rs_mailbox_op(DT_MAILBOX_RENAME, &ref, new_ref.name, guid_128_is_empty(ref.guid));
+	} T_END;
+}
+
+static void capture_mailbox_set_subscribed(struct mailbox *box, bool subscribed)
+{
+	struct dt_mailbox ref;
+
+	if (!capture_box_is_ours(box))
+		return;
+	T_BEGIN {
+		capture_box_names(box, box->vname, &ref);
+		dt_rs_mailbox_op(subscribed ? DT_MAILBOX_SUBSCRIBE : DT_MAILBOX_UNSUBSCRIBE, &ref, NULL, FALSE);
+	} T_END;
+}
+
+static const struct notify_vfuncs capture_notify_vfuncs = {
+	.mail_transaction_begin = capture_transaction_begin,
+	.mail_save = capture_mail_save,
+	.mail_copy = capture_mail_copy,
+	.mail_expunge = capture_mail_expunge,
+	.mail_update_flags = capture_mail_update_flags,
+	.mail_update_keywords = capture_mail_update_keywords,
+	.mail_transaction_commit = capture_transaction_commit,
+	.mail_transaction_rollback = capture_transaction_rollback,
+	.mailbox_create = capture_mailbox_create,
+	.mailbox_delete_begin = capture_mailbox_delete_begin,
+	.mailbox_delete_commit = capture_mailbox_delete_commit,
+	.mailbox_delete_rollback = capture_mailbox_delete_rollback,
+	.mailbox_rename = capture_mailbox_rename,
+	.mailbox_set_subscribed = capture_mailbox_set_subscribed,
+};
+
+/* ---- our own vfuncs: what notify does not tell ---- */
+
+static void capture_remember_guid(struct capture_box *cbox, const char *guid)
+{
+	i_free(cbox->save_guid);
+	cbox->save_guid = guid == NULL || *guid == '\0' ? NULL : i_strdup(guid);
+}
+
+/* dbox would make up the same kind of GUID a little later, where nobody can ask for it before the commit. The save date
+   would be the file's ctime, which is not known yet and changes with every hard link: given here, it is kept in the
+   cache. */
+static int capture_save_begin(struct mail_save_context *ctx, struct istream *input)
+{
+	struct mailbox *box = ctx->transaction->box;
+	struct capture_box *cbox = CAPTURE_CONTEXT(box);
+	guid_128_t guid;
+
+	if (!capture_is_maildir(box)) {
+		if (ctx->data.guid == NULL) {
+			guid_128_generate(guid);
+			mailbox_save_set_guid(ctx, guid_128_to_string(guid));
+		}
+		capture_remember_guid(cbox, ctx->data.guid);
+	}
+	if (ctx->data.save_date == (time_t)-1)
+		mailbox_save_set_save_date(ctx, ioloop_time);
+	cbox->save_date = ctx->data.save_date;
+	return cbox->module_ctx.super.save_begin(ctx, input);
+}
+
+/* A copy keeps its source's GUID and gets a new save date (index_copy_cache_fields()). If it turns into a save,
+   capture_save_begin() has the last word. */
+static int capture_copy(struct mail_save_context *ctx, struct mail *mail)
+{
+	struct mailbox *box = ctx->transaction->box;
+	struct capture_box *cbox = CAPTURE_CONTEXT(box);
+	const char *guid = ctx->data.guid;
+	uint32_t save_date;
+
+	if (!capture_is_maildir(box)) {
+		mail_storage_last_error_push(mail->box->storage);
+		if (guid == NULL && mail_get_special(mail, MAIL_FETCH_GUID, &guid) < 0)
+			guid = NULL;
+		mail_storage_last_error_pop(mail->box->storage);
+		capture_remember_guid(cbox, guid);
+	}
+	cbox->save_date = ioloop_time;
+	if (cbox->module_ctx.super.copy(ctx, mail) < 0)
+		return -1;
+	if (!ctx->copying_via_save && strcmp(box->storage->name, "mdbox") != 0) {
+		/* A hard link's ctime belongs to all of them. (mdbox keeps the date in its index.) */
+		save_date = cbox->save_date;
+		index_mail_cache_add(INDEX_MAIL(ctx->dest_mail), MAIL_CACHE_SAVE_DATE, &save_date, sizeof(save_date));
+	}
+	return 0;
+}
+
+/* INBOX is born on every server by itself: it gets its GUID from the user, so that it is the same one everywhere. */
+static int capture_create_box(struct mailbox *box, const struct mailbox_update *update, bool directory)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(box);
+	struct mailbox_update inbox_update;
+	unsigned char digest[SHA1_RESULTLEN];
+
+	cbox->directory = directory;
+	if (box->inbox_user && capture_box_is_ours(box) && (update == NULL || guid_128_is_empty(update->mailbox_guid))) {
+		const char *seed = t_strconcat("dovetail INBOX ", capture_namespace(box)->owner->username, NULL);
+
+		if (update != NULL)
+			inbox_update = *update;
+		else
+			i_zero(&inbox_update);
+		sha1_get_digest(seed, strlen(seed), digest);
+		memcpy(inbox_update.mailbox_guid, digest, sizeof(inbox_update.mailbox_guid));
+		update = &inbox_update;
+	}
+	return cbox->module_ctx.super.create_box(box, update, directory);
+}
+
+static int capture_delete_box(struct mailbox *box)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(box);
+	int ret = cbox->module_ctx.super.delete_box(box);
+
+	if (ret < 0)
+		cbox->deleting = FALSE;
+	return ret;
+}
+
+static void capture_free(struct mailbox *box)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(box);
+
+	i_free(cbox->save_guid);
+	cbox->module_ctx.super.free(box);
+}
+
+static void capture_mailbox_allocated(struct mailbox *box)
+{
+	struct mailbox_vfuncs *v = box->vlast;
+	struct capture_box *cbox = p_new(box->pool, struct capture_box, 1);
+
+	cbox->module_ctx.super = *v;
+	box->vlast = &cbox->module_ctx.super;
+	v->save_begin = capture_save_begin;
+	v->copy = capture_copy;
+	v->create_box = capture_create_box;
+	v->delete_box = capture_delete_box;
+	v->free = capture_free;
+	MODULE_CONTEXT_SET(box, capture_storage_module, cbox);
+}
+
+static void capture_mail_user_created(struct mail_user *user)
+{
+	if (!user->autocreated)
+		dt_rs_capture_init(user, master_service_get_name(master_service));
+}
+
+static const struct mail_storage_hooks capture_hooks = {
+	.mail_user_created = capture_mail_user_created,
+	.mailbox_allocated = capture_mailbox_allocated,
+};
+
+void dt_capture_init(struct module *module)
+{
+	/* doveadm loads us before notify: a link-time reference would have bound to nothing. */
+	capture_notify = compat_notify_register(&capture_notify_vfuncs);
+	if (capture_notify == NULL) {
+		i_error("dovetail: The notify plugin is not loaded: add it to mail_plugins. "
+			"Nothing is replicated from this process.");
+		return;
+	}
+	capture_module = module;
+	mail_storage_hooks_add(module, &capture_hooks);
+	dt_spans_init(module, dt_rs_span);
+}
+
+void dt_capture_deinit(void)
+{
+	if (capture_notify == NULL)
+		return;
+	dt_spans_deinit(capture_module);
+	compat_notify_unregister(&capture_notify);
+	mail_storage_hooks_remove(&capture_hooks);
+	dt_rs_capture_deinit();
+}

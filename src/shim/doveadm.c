@@ -1,0 +1,65 @@
+/* `doveadm dovetail ...`: parses arguments and prints; what it says comes from the relay. */
+#include "compat.h"
+#include "net.h"
+#include "doveadm.h"
+#include "doveadm-cmd.h"
+#include "doveadm-print.h"
+#include "shim.h"
+
+#include <sysexits.h>
+
+/* They exist in the doveadm binary only, and this library is loaded elsewhere too. */
+#pragma weak doveadm_cmd_register_ver2
+#pragma weak doveadm_print_init
+#pragma weak doveadm_print_is_initialized
+#pragma weak doveadm_print_header
+#pragma weak doveadm_print_header_simple
+#pragma weak doveadm_print
+#pragma weak doveadm_print_num
+#pragma weak doveadm_exit_code
+
+static void cmd_dovetail_status_row(void *context, const struct dt_status_row *row)
+{
+	doveadm_print(row->peer);
+	doveadm_print(row->state);
+	doveadm_print_num(row->pending);
+	doveadm_print_num(row->behind_secs);
+	doveadm_print_num(row->dropped);
+	doveadm_print(row->last_error);
+}
+
+static void cmd_dovetail_status(struct doveadm_cmd_context *cctx)
+{
+	char error[1024];
+
+	if (!doveadm_print_is_initialized())
+		doveadm_print_init(DOVEADM_PRINT_TYPE_TABLE);
+	doveadm_print_header_simple("peer");
+	doveadm_print_header_simple("state");
+	doveadm_print_header("pending", "pending", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
+	doveadm_print_header("behind_secs", "behind_secs", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
+	doveadm_print_header("dropped", "dropped", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
+	doveadm_print_header("last_error", "last_error", DOVEADM_PRINT_HEADER_FLAG_EXPAND);
+	if (dt_rs_status(cmd_dovetail_status_row, NULL, error, sizeof(error)) < 0) {
+		i_error("%s", error);
+		doveadm_exit_code = EX_TEMPFAIL;
+	}
+}
+
+static struct doveadm_cmd_ver2 doveadm_dovetail_cmds[] = {
+	{
+		.name = "dovetail status",
+		.usage = "",
+		.cmd = cmd_dovetail_status,
+DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_PARAMS_END
+	},
+};
+
+void dt_doveadm_init(void)
+{
+	unsigned int i;
+
+	for (i = 0; i < N_ELEMENTS(doveadm_dovetail_cmds); i++)
+		doveadm_cmd_register_ver2(&doveadm_dovetail_cmds[i]);
+}

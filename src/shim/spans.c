@@ -1,0 +1,336 @@
+#include "compat.h"
+#include "array.h"
+#include "llist.h"
+#include "guid.h"
+#include "mail-namespace.h"
+#include "mail-user.h"
+#include "mail-storage-private.h"
+#include "mail-storage-hooks.h"
+#include "mail-index-private.h"
+#include "mail-index-transaction-private.h"
+#include "mail-transaction-log-private.h"
+#include "spans.h"
+
+#define DT_SPANS_BOX_CONTEXT(obj) \
+	MODULE_CONTEXT(obj, dt_spans_mailbox_module)
+#define DT_SPANS_TRANS_CONTEXT_REQUIRE(obj) \
+	MODULE_CONTEXT_REQUIRE(obj, dt_spans_trans_module)
+
+/* A created mailbox writes a handful of spans before its GUID is known. */
+#define DT_SPANS_PENDING_MAX 64
+
+struct dt_spans_log {
+	uint32_t last_seq;
+};
+
+struct dt_spans_mailbox {
+	union mailbox_module_context module_ctx;
+	struct dt_spans_mailbox *prev, *next;
+	struct mailbox *box;
+
+	guid_128_t guid;
+	struct dt_spans_log main_log, pvt_log;
+	/* Written before the GUID was known. */
+	ARRAY(struct dt_span) pending;
+
+	bool guid_known:1;
+};
+
+struct dt_spans_trans {
+	union mail_index_transaction_module_context module_ctx;
+};
+
+static MODULE_CONTEXT_DEFINE_INIT(dt_spans_mailbox_module,
+				  &mail_storage_module_register);
+static MODULE_CONTEXT_DEFINE_INIT(dt_spans_trans_module,
+				  &mail_index_module_register);
+
+/* All mailboxes that are allocated, so that an index can be traced to its mailbox. Usually one to three. */
+static struct dt_spans_mailbox *dt_spans_mailboxes;
+static void (*dt_spans_report)(const struct dt_span *span);
+
+static const char *dt_spans_owner(struct mailbox *box)
+{
+	struct mail_namespace *ns = mailbox_get_namespace(box);
+
+	return ns->owner == NULL ? NULL : ns->owner->username;
+}
+
+static void dt_spans_flush_pending(struct dt_spans_mailbox *sbox)
+{
+	struct dt_span *span;
+
+	if (!array_is_created(&sbox->pending))
+		return;
+	array_foreach_modifiable(&sbox->pending, span) {
+		memcpy(span->mailbox_guid, sbox->guid, GUID_128_SIZE);
+		dt_spans_report(span);
+	}
+	array_free(&sbox->pending);
+}
+
+/* Must not be called inside of a commit: mdbox and maildir may have to write the GUID first. */
+static void dt_spans_learn_guid(struct dt_spans_mailbox *sbox)
+{
+	struct mailbox_metadata metadata;
+
+	i_zero(&metadata);
+	if (sbox->box->v.get_metadata(sbox->box, MAILBOX_METADATA_GUID,
+				      &metadata) < 0 ||
+	    guid_128_is_empty(metadata.guid)) {
+		e_debug(sbox->box->event, "dovetail: "
+			"Mailbox GUID isn't known, its log ranges are reported without it");
+		return;
+	}
+	memcpy(sbox->guid, metadata.guid, GUID_128_SIZE);
+	sbox->guid_known = TRUE;
+	dt_spans_flush_pending(sbox);
+}
+
+static int dt_spans_mailbox_open(struct mailbox *box)
+{
+	struct dt_spans_mailbox *sbox = DT_SPANS_BOX_CONTEXT(box);
+
+	if (sbox->module_ctx.super.open(box) < 0)
+		return -1;
+	/* The GUID is set only after the opening when the mailbox is being created. */
+	if (!box->creating && box->opened) T_BEGIN {
+		dt_spans_learn_guid(sbox);
+	} T_END;
+	return 0;
+}
+
+static int
+dt_spans_mailbox_create(struct mailbox *box,
+			const struct mailbox_update *update, bool directory)
+{
+	struct dt_spans_mailbox *sbox = DT_SPANS_BOX_CONTEXT(box);
+
+	if (sbox->module_ctx.super.create_box(box, update, directory) < 0)
+		return -1;
+	if (box->opened) T_BEGIN {
+		dt_spans_learn_guid(sbox);
+	} T_END;
+	return 0;
+}
+
+static int
+dt_spans_mailbox_update(struct mailbox *box,
+			const struct mailbox_update *update)
+{
+	struct dt_spans_mailbox *sbox = DT_SPANS_BOX_CONTEXT(box);
+
+	if (sbox->module_ctx.super.update_box(box, update) < 0)
+		return -1;
+	if (!guid_128_is_empty(update->mailbox_guid) && box->opened) T_BEGIN {
+		dt_spans_learn_guid(sbox);
+	} T_END;
+	return 0;
+}
+
+static void dt_spans_mailbox_free(struct mailbox *box)
+{
+	struct dt_spans_mailbox *sbox = DT_SPANS_BOX_CONTEXT(box);
+
+	dt_spans_flush_pending(sbox);
+	DLLIST_REMOVE(&dt_spans_mailboxes, sbox);
+	sbox->module_ctx.super.free(box);
+}
+
+static void dt_spans_mailbox_allocated(struct mailbox *box)
+{
+	struct mailbox_vfuncs *v = box->vlast;
+	struct dt_spans_mailbox *sbox;
+
+	/* Virtual mailboxes only mirror others. A mail that is being delivered is opened as "raw" storage. */
+	if (box->virtual_vfuncs != NULL ||
+	    strcmp(box->storage->name, "raw") == 0 ||
+	    dt_spans_owner(box) == NULL)
+		return;
+
+	sbox = p_new(box->pool, struct dt_spans_mailbox, 1);
+	sbox->box = box;
+	sbox->module_ctx.super = *v;
+	box->vlast = &sbox->module_ctx.super;
+	v->open = dt_spans_mailbox_open;
+	v->create_box = dt_spans_mailbox_create;
+	v->update_box = dt_spans_mailbox_update;
+	v->free = dt_spans_mailbox_free;
+	MODULE_CONTEXT_SET(box, dt_spans_mailbox_module, sbox);
+	DLLIST_PREPEND(&dt_spans_mailboxes, sbox);
+}
+
+static struct dt_spans_mailbox *
+dt_spans_find_mailbox(const struct mail_index *index, bool *private_r)
+{
+	struct dt_spans_mailbox *sbox, *found = NULL;
+
+	/* The same index is shared by all mailboxes opened on it: prefer one whose GUID is known. */
+	for (sbox = dt_spans_mailboxes; sbox != NULL; sbox = sbox->next) {
+		if (sbox->box->index != index && sbox->box->index_pvt != index)
+			continue;
+		found = sbox;
+		if (sbox->guid_known)
+			break;
+	}
+	if (found != NULL)
+		*private_r = found->box->index_pvt == index;
+	return found;
+}
+
+static struct mail_transaction_log_file *
+dt_spans_find_file(struct mail_index *index, uint32_t file_seq)
+{
+	struct mail_transaction_log_file *file;
+
+	for (file = index->log->files; file != NULL; file = file->next) {
+		if (file->hdr.file_seq == file_seq)
+			return file;
+	}
+	return NULL;
+}
+
+static uint64_t
+dt_spans_modseq_at(struct mail_transaction_log_file *file, uoff_t offset)
+{
+	const char *error;
+	uint64_t modseq;
+
+	if (file->sync_offset == offset)
+		return file->sync_highest_modseq;
+	/* Others committed after us and our own view was refreshed already. */
+	if (mail_transaction_log_file_get_highest_modseq_at(file, offset,
+							    &modseq, &error) <= 0)
+		return 0;
+	return modseq;
+}
+
+static void
+dt_spans_committed(struct dt_spans_mailbox *sbox, bool private,
+		   struct mail_index *index,
+		   const struct mail_index_transaction_commit_result *result)
+{
+	struct dt_spans_log *log = private ? &sbox->pvt_log : &sbox->main_log;
+	struct mail_transaction_log_file *file;
+	struct dt_span span;
+
+	i_zero(&span);
+	span.user = dt_spans_owner(sbox->box);
+	if (private)
+		span.private_user = sbox->box->storage->user->username;
+	span.index_id = index->indexid;
+	span.log_seq = result->log_file_seq;
+	span.begin = result->log_file_offset - result->commit_size;
+	span.end = result->log_file_offset;
+	span.changes_mask = result->changes_mask;
+
+	file = dt_spans_find_file(index, result->log_file_seq);
+	if (file != NULL) {
+		span.index_id = file->hdr.indexid;
+		span.highest_modseq = dt_spans_modseq_at(file, span.end);
+		if (log->last_seq != result->log_file_seq) {
+			span.prev_log_seq = file->hdr.prev_file_seq;
+			span.prev_log_end = file->hdr.prev_file_offset;
+		}
+	}
+	log->last_seq = result->log_file_seq;
+
+	if (!sbox->guid_known) {
+		/* The owner's name lives as long as the mailbox does, which
+		   flushes these at the latest when it is freed. */
+		if (!array_is_created(&sbox->pending))
+			i_array_init(&sbox->pending, 4);
+		if (array_count(&sbox->pending) == DT_SPANS_PENDING_MAX)
+			dt_spans_flush_pending(sbox);
+		else
+			array_push_back(&sbox->pending, &span);
+		if (array_is_created(&sbox->pending))
+			return;
+	}
+	span.mailbox = sbox->box;
+	memcpy(span.mailbox_guid, sbox->guid, sizeof(span.mailbox_guid));
+	dt_spans_report(&span);
+}
+
+static int
+dt_spans_trans_commit(struct mail_index_transaction *t,
+		      struct mail_index_transaction_commit_result *result_r)
+{
+	struct dt_spans_trans *strans = DT_SPANS_TRANS_CONTEXT_REQUIRE(t);
+	struct mail_index *index = t->view->index;
+	struct dt_spans_mailbox *sbox;
+	bool private;
+	int ret;
+
+	/* This frees the transaction. */
+	ret = strans->module_ctx.super.commit(t, result_r);
+	i_free(strans);
+
+	/* A failed commit may have been written as well, if it failed only to refresh: whoever follows the spans sees a
+	   gap then and looks. */
+	if (ret < 0 || result_r->commit_size == 0 ||
+	    MAIL_INDEX_IS_IN_MEMORY(index))
+		return ret;
+	sbox = dt_spans_find_mailbox(index, &private);
+	if (sbox != NULL) T_BEGIN {
+		dt_spans_committed(sbox, private, index, result_r);
+	} T_END;
+	return ret;
+}
+
+static void dt_spans_trans_rollback(struct mail_index_transaction *t)
+{
+	struct dt_spans_trans *strans = DT_SPANS_TRANS_CONTEXT_REQUIRE(t);
+
+	strans->module_ctx.super.rollback(t);
+	i_free(strans);
+}
+
+static void dt_spans_trans_created(struct mail_index_transaction *t)
+{
+	/* The first hook gets no vlast. */
+	struct mail_index_transaction_vfuncs *v =
+		t->vlast != NULL ? t->vlast : &t->v;
+	struct dt_spans_trans *strans;
+
+	strans = i_new(struct dt_spans_trans, 1);
+	strans->module_ctx.super = *v;
+	t->vlast = &strans->module_ctx.super;
+	v->commit = dt_spans_trans_commit;
+	v->rollback = dt_spans_trans_rollback;
+	MODULE_CONTEXT_SET(t, dt_spans_trans_module, strans);
+}
+
+bool dt_spans_mailbox_guid(struct mailbox *box, unsigned char guid_r[16])
+{
+	struct dt_spans_mailbox *sbox = DT_SPANS_BOX_CONTEXT(box);
+
+	if (sbox == NULL || !sbox->guid_known)
+		return FALSE;
+	memcpy(guid_r, sbox->guid, GUID_128_SIZE);
+	return TRUE;
+}
+
+static const struct mail_storage_hooks dt_spans_hooks = {
+	.mailbox_allocated = dt_spans_mailbox_allocated,
+};
+
+void dt_spans_init(struct module *module,
+		   void (*report)(const struct dt_span *span))
+{
+	dt_spans_report = report;
+	if (module != NULL)
+		mail_storage_hooks_add(module, &dt_spans_hooks);
+	else
+		mail_storage_hooks_add_internal(&dt_spans_hooks);
+	mail_index_transaction_hook_register(dt_spans_trans_created);
+}
+
+void dt_spans_deinit(struct module *module)
+{
+	mail_index_transaction_hook_unregister(dt_spans_trans_created);
+	if (module != NULL)
+		mail_storage_hooks_remove(&dt_spans_hooks);
+	else
+		mail_storage_hooks_remove_internal(&dt_spans_hooks);
+}

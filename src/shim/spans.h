@@ -1,0 +1,21 @@
+/* Reports the exact range that each commit writes to a mailbox's transaction log: a span. For the plugin in mail
+   processes and for the worker. */
+#ifndef DOVETAIL_SPANS_H
+#define DOVETAIL_SPANS_H
+
+#include "dovetail.h"
+
+struct mailbox;
+struct module;
+
+/* `report` is called inside of the commit, often with the mailbox's locks held: it may copy, never call storage code.
+   Spans of a mailbox that is just being created are reported as soon as its GUID is known, in order. Mailboxes are
+   watched for users that use the plugin `module`, or for all users if it is NULL (then call it after
+   mail_storage_service_init()). Call the deinit with the same module. */
+void dt_spans_init(struct module *module, void (*report)(const struct dt_span *span));
+void dt_spans_deinit(struct module *module);
+
+/* The GUID of an open mailbox as the spans carry it; FALSE if it is not known. Needs no I/O. */
+bool dt_spans_mailbox_guid(struct mailbox *box, unsigned char guid_r[16]);
+
+#endif

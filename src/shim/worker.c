@@ -1,0 +1,930 @@
+#define DT_COMPAT_WORKER
+#include "compat.h"
+#include "array.h"
+#include "str.h"
+#include "ioloop.h"
+#include "istream.h"
+#include "safe-mkstemp.h"
+#include "module-dir.h"
+#include "master-service.h"
+#include "mail-user.h"
+#include "mail-namespace.h"
+#include "mail-search-build.h"
+#include "mail-storage-private.h"
+#include "mail-storage-service.h"
+#include "mailbox-list-private.h"
+#include "spans.h"
+#include "worker.h"
+
+#include <unistd.h>
+
+/* A mailbox in which a message is looked up by its GUID is read for that from its beginning to its end. */
+
+struct dt_worker_mailbox {
+	struct mailbox *box;
+	struct mailbox_transaction_context *trans;
+};
+
+static struct {
+	struct mail_storage_service_ctx *storage_service;
+	char *allowed_plugins, *plugins;
+	struct io *io;
+	char *error;
+
+	struct mail_storage_service_user *service_user;
+	struct mail_user *user;
+	struct mail_namespace *ns;
+
+	/* The open mailbox and its transaction that is being built. */
+	struct mailbox *box;
+	struct mailbox_transaction_context *trans;
+	/* Reused through `trans`. */
+	struct mail *mail;
+	/* `trans` saves messages, otherwise it changes them. */
+	bool saving;
+
+	/* Where messages are copied from. */
+	struct mailbox *source;
+
+	/* Body that is being read. */
+	struct mailbox_transaction_context *body_trans;
+	struct mail *body_mail;
+	struct istream *body_input;
+
+	/* Returned strings. */
+	string_t *result;
+} w;
+
+/* Plugins that act on what they see, which the server where it happened did already. */
+static const char *const dt_worker_acting_plugins[] = {
+	"dovetail", "notify", "notify_status", "mail_log", "push_notification",
+	"welcome", "lazy_expunge", "last_login", "replication", "quota_clone",
+	"sieve", "imap_sieve", "autocreate", "charset_alias", "trash",
+	"expire", "antispam", "fts_autoindex",
+	NULL
+};
+
+static int ATTR_FORMAT(1, 2) dt_worker_set_error(const char *fmt, ...)
+{
+	va_list args;
+
+	i_free(w.error);
+	va_start(args, fmt);
+	w.error = i_strdup_vprintf(fmt, args);
+	va_end(args);
+	return -1;
+}
+
+static int dt_worker_set_box_error(struct mailbox *box, const char *what)
+{
+	return dt_worker_set_error("%s: %s", what,
+				   mailbox_get_last_internal_error(box, NULL));
+}
+
+static bool dt_worker_box_notfound(struct mailbox *box)
+{
+	return mailbox_get_last_mail_error(box) == MAIL_ERROR_NOTFOUND;
+}
+
+static struct mailbox *dt_worker_alloc(const char *vname, enum mailbox_flags flags)
+{
+	struct mail_namespace *ns;
+
+	/* Below our namespace there may be others. */
+	ns = mail_namespace_find(w.user->namespaces, vname);
+	return mailbox_alloc(ns->list, vname, flags | MAILBOX_FLAG_IGNORE_ACLS);
+}
+
+const char *dt_worker_error(void)
+{
+	return w.error == NULL ? "unknown error" : w.error;
+}
+
+static const char *const *dt_worker_split(const char *list)
+{
+	return t_strsplit_spaces(list, " ,");
+}
+
+/* Those of dovetail_worker_plugins that mail_plugins has as well, but never one that acts by itself. */
+static int
+dt_worker_choose_plugins(const char **plugins_r, const char **error_r)
+{
+	const char *const *allowed = dt_worker_split(w.allowed_plugins);
+	const char *const *all;
+	string_t *str = t_str_new(64);
+
+	if (compat_mail_plugins_global(w.storage_service, &all, error_r) < 0)
+		return -1;
+	for (; *all != NULL; all++) {
+		if (!str_array_find(allowed, *all) ||
+		    str_array_find(dt_worker_acting_plugins, *all) ||
+		    strncmp(*all, "imap_", 5) == 0)
+			continue;
+		if (str_len(str) > 0)
+			str_append_c(str, ' ');
+		str_append(str, *all);
+	}
+	*plugins_r = str_c(str);
+	return compat_mail_plugins_load(w.storage_service, *plugins_r, error_r);
+}
+
+void dt_worker_allow_plugins(const char *plugins)
+{
+	i_free(w.allowed_plugins);
+	w.allowed_plugins = i_strdup(plugins);
+}
+
+/* -- User */
+
+int dt_worker_user_open(const char *username)
+{
+	struct mail_storage_service_input input;
+	const char *error;
+	int ret;
+
+	i_assert(w.user == NULL && w.service_user == NULL);
+
+	T_BEGIN {
+		compat_storage_service_input_init(&input, w.plugins);
+		input.username = username;
+		ret = mail_storage_service_lookup(w.storage_service, &input,
+						  &w.service_user, &error);
+		if (ret <= 0) {
+			w.service_user = NULL;
+			if (ret < 0)
+				(void)dt_worker_set_error("%s", error);
+		} else if (compat_storage_service_user_set_plugins(w.service_user,
+								   w.plugins, &error) < 0 ||
+			   mail_storage_service_next(w.storage_service,
+						     w.service_user, &w.user,
+						     &error) < 0) {
+			ret = dt_worker_set_error("%s", error);
+			w.user = NULL;
+		}
+		if (ret > 0) {
+			/* Applying has no side effects. */
+			w.user->dsyncing = TRUE;
+			w.ns = mail_namespace_find_inbox(w.user->namespaces);
+		}
+	} T_END;
+	if (ret <= 0)
+		dt_worker_user_close();
+	return ret;
+}
+
+void dt_worker_user_close(void)
+{
+	if (w.user != NULL) T_BEGIN {
+		dt_worker_close();
+		mail_user_deinit(&w.user);
+	} T_END;
+	w.ns = NULL;
+	/* This also switches back to our own log prefix. */
+	if (w.service_user != NULL)
+		mail_storage_service_user_unref(&w.service_user);
+	if (getuid() == 0 && geteuid() != 0 && seteuid(0) < 0)
+		i_fatal("dovetail: seteuid(0) failed: %m");
+}
+
+const char *dt_worker_namespace_prefix(void)
+{
+	return w.ns->prefix;
+}
+
+char dt_worker_namespace_separator(void)
+{
+	return mail_namespace_get_sep(w.ns);
+}
+
+int dt_worker_temp_file(void)
+{
+	int fd;
+
+	T_BEGIN {
+		string_t *path = t_str_new(128);
+
+		mail_user_set_get_temp_prefix(path, w.user->set);
+		fd = safe_mkstemp(path, 0600, (uid_t)-1, (gid_t)-1);
+		if (fd == -1) {
+			(void)dt_worker_set_error("safe_mkstemp(%s) failed: %m",
+						  str_c(path));
+		} else if (unlink(str_c(path)) < 0) {
+			(void)dt_worker_set_error("unlink(%s) failed: %m",
+						  str_c(path));
+			i_close_fd(&fd);
+		}
+	} T_END;
+	return fd;
+}
+
+/* -- Mailbox list */
+
+int dt_worker_existence(const char *vname, enum dt_existence *existence_r)
+{
+	enum mailbox_existence existence;
+	struct mailbox *box;
+	int ret = 1;
+
+	T_BEGIN {
+		box = dt_worker_alloc(vname, 0);
+		if (mailbox_exists(box, FALSE, &existence) < 0)
+			ret = dt_worker_set_box_error(box, "mailbox_exists()");
+		mailbox_free(&box);
+	} T_END;
+	if (ret < 0)
+		return -1;
+	switch (existence) {
+	case MAILBOX_EXISTENCE_NONE:
+		*existence_r = DT_EXISTENCE_NONE;
+		break;
+	case MAILBOX_EXISTENCE_NOSELECT:
+		*existence_r = DT_EXISTENCE_DIRECTORY;
+		break;
+	case MAILBOX_EXISTENCE_SELECT:
+		*existence_r = DT_EXISTENCE_MAILBOX;
+		break;
+	}
+	return 1;
+}
+
+int dt_worker_find_guid(const unsigned char guid[16], const char **vname_r)
+{
+	struct mailbox_metadata metadata;
+	struct mail_namespace *ns;
+	struct mailbox *box;
+	guid_128_t guid128;
+	int ret = 0;
+
+	memcpy(guid128, guid, sizeof(guid128));
+	for (ns = w.user->namespaces; ns != NULL && ret == 0; ns = ns->next) {
+		if (ns->type != MAIL_NAMESPACE_TYPE_PRIVATE ||
+		    ns->alias_for != NULL)
+			continue;
+		T_BEGIN {
+			box = mailbox_alloc_guid(ns->list, guid128,
+						 MAILBOX_FLAG_IGNORE_ACLS);
+			if (mailbox_get_metadata(box, MAILBOX_METADATA_GUID,
+						 &metadata) == 0) {
+				str_truncate(w.result, 0);
+				str_append(w.result, mailbox_get_vname(box));
+				ret = 1;
+			} else if (!dt_worker_box_notfound(box)) {
+				ret = dt_worker_set_box_error(box,
+					"Looking up the mailbox by GUID");
+			}
+			mailbox_free(&box);
+		} T_END;
+	}
+	if (ret > 0)
+		*vname_r = str_c(w.result);
+	return ret;
+}
+
+static void
+dt_worker_convert_update(const struct dt_mailbox_update *src,
+			 struct mailbox_update *dest_r)
+{
+	i_zero(dest_r);
+	memcpy(dest_r->mailbox_guid, src->guid, sizeof(dest_r->mailbox_guid));
+	dest_r->uid_validity = src->uid_validity;
+	dest_r->min_next_uid = src->min_uid_next;
+	dest_r->min_highest_modseq = src->min_highest_modseq;
+}
+
+int dt_worker_create(const char *vname, bool directory,
+		     const struct dt_mailbox_update *_update)
+{
+	struct mailbox_update update;
+	struct mailbox *box;
+	int ret = 1;
+
+	dt_worker_convert_update(_update, &update);
+	T_BEGIN {
+		box = dt_worker_alloc(vname, 0);
+		/* The name was allowed where it was created. */
+		mailbox_skip_create_name_restrictions(box, TRUE);
+		if (mailbox_create(box, directory ? NULL : &update,
+				   directory) < 0) {
+			if (mailbox_get_last_mail_error(box) == MAIL_ERROR_EXISTS)
+				ret = 0;
+			else
+				ret = dt_worker_set_box_error(box, "mailbox_create()");
+		}
+		mailbox_free(&box);
+	} T_END;
+	return ret;
+}
+
+int dt_worker_rename(const char *from, const char *to)
+{
+	struct mailbox *src, *dest;
+	enum mail_error error;
+	const char *errstr;
+	int ret = 1;
+
+	T_BEGIN {
+		src = dt_worker_alloc(from, 0);
+		dest = dt_worker_alloc(to, 0);
+		mailbox_skip_create_name_restrictions(dest, TRUE);
+		if (mailbox_rename(src, dest) < 0) {
+			errstr = mailbox_get_last_internal_error(src, &error);
+			if (error == MAIL_ERROR_NOTFOUND ||
+			    error == MAIL_ERROR_EXISTS)
+				ret = 0;
+			else
+				ret = dt_worker_set_error("mailbox_rename(%s): %s",
+							  to, errstr);
+		}
+		mailbox_free(&dest);
+		mailbox_free(&src);
+	} T_END;
+	return ret;
+}
+
+int dt_worker_delete(const char *vname)
+{
+	struct mailbox *box;
+	int ret = 1;
+
+	T_BEGIN {
+		box = dt_worker_alloc(vname, 0);
+		if (mailbox_delete(box) < 0) {
+			if (dt_worker_box_notfound(box))
+				ret = 0;
+			else
+				ret = dt_worker_set_box_error(box, "mailbox_delete()");
+		}
+		mailbox_free(&box);
+	} T_END;
+	return ret;
+}
+
+int dt_worker_set_subscribed(const char *vname, bool subscribed)
+{
+	struct mailbox *box;
+	int ret = 1;
+
+	T_BEGIN {
+		box = dt_worker_alloc(vname, 0);
+		if (mailbox_set_subscribed(box, subscribed) < 0)
+			ret = dt_worker_set_box_error(box, "mailbox_set_subscribed()");
+		mailbox_free(&box);
+	} T_END;
+	return ret;
+}
+
+/* -- The open mailbox */
+
+int dt_worker_open(const char *vname, bool readonly)
+{
+	int ret = 1;
+
+	dt_worker_close();
+	T_BEGIN {
+		w.box = dt_worker_alloc(vname, readonly ? MAILBOX_FLAG_READONLY : 0);
+		/* Without it the modseqs that we set would not be kept. */
+		if ((!readonly &&
+		     mailbox_enable(w.box, MAILBOX_FEATURE_CONDSTORE) < 0) ||
+		    mailbox_open(w.box) < 0) {
+			ret = dt_worker_box_notfound(w.box) ? 0 :
+				dt_worker_set_box_error(w.box, "mailbox_open()");
+		} else if (mailbox_sync(w.box, 0) < 0) {
+			ret = dt_worker_box_notfound(w.box) ? 0 :
+				dt_worker_set_box_error(w.box, "mailbox_sync()");
+		}
+	} T_END;
+	if (ret <= 0)
+		dt_worker_close();
+	return ret;
+}
+
+void dt_worker_close(void)
+{
+	dt_worker_body_close();
+	dt_worker_rollback();
+	T_BEGIN {
+		if (w.source != NULL)
+			mailbox_free(&w.source);
+		if (w.box != NULL)
+			mailbox_free(&w.box);
+	} T_END;
+}
+
+int dt_worker_sync(void)
+{
+	int ret = 1;
+
+	T_BEGIN {
+		if (mailbox_sync(w.box, 0) < 0)
+			ret = dt_worker_set_box_error(w.box, "mailbox_sync()");
+	} T_END;
+	return ret;
+}
+
+void dt_worker_status(struct dt_mailbox_status *status_r)
+{
+	struct mailbox_status status;
+
+	i_zero(status_r);
+	T_BEGIN {
+		mailbox_get_open_status(w.box, STATUS_MESSAGES | STATUS_UIDNEXT |
+					STATUS_UIDVALIDITY | STATUS_HIGHESTMODSEQ,
+					&status);
+		if (!dt_spans_mailbox_guid(w.box, status_r->guid)) {
+			struct mailbox_metadata metadata;
+
+			if (mailbox_get_metadata(w.box, MAILBOX_METADATA_GUID,
+						 &metadata) == 0) {
+				memcpy(status_r->guid, metadata.guid,
+				       sizeof(status_r->guid));
+			}
+		}
+	} T_END;
+	status_r->messages = status.messages;
+	status_r->uid_next = status.uidnext;
+	status_r->uid_validity = status.uidvalidity;
+	status_r->highest_modseq = status.highest_modseq;
+}
+
+int dt_worker_update(const struct dt_mailbox_update *_update)
+{
+	struct mailbox_update update;
+	int ret = 1;
+
+	dt_worker_convert_update(_update, &update);
+	T_BEGIN {
+		if (mailbox_update(w.box, &update) < 0)
+			ret = dt_worker_set_box_error(w.box, "mailbox_update()");
+		else if (mailbox_sync(w.box, 0) < 0)
+			ret = dt_worker_set_box_error(w.box, "mailbox_sync()");
+	} T_END;
+	return ret;
+}
+
+/* 1 = found, 0 = not (any more), -1 = error */
+static int
+dt_worker_get_guid(struct mail *mail, uint32_t uid, const char **guid_r)
+{
+	if (!mail_set_uid(mail, uid) || mail->expunged)
+		return 0;
+	if (mail_get_special(mail, MAIL_FETCH_GUID, guid_r) < 0) {
+		if (mail->expunged || dt_worker_box_notfound(mail->box) ||
+		    mailbox_get_last_mail_error(mail->box) == MAIL_ERROR_EXPUNGED)
+			return 0;
+		return dt_worker_set_box_error(mail->box, "Reading a message's GUID");
+	}
+	return 1;
+}
+
+static struct mailbox_transaction_context *
+dt_worker_read_begin(struct mailbox *box)
+{
+	return mailbox_transaction_begin(box,
+		MAILBOX_TRANSACTION_FLAG_NO_NOTIFY |
+		MAILBOX_TRANSACTION_FLAG_NO_CACHE_DEC, "dovetail");
+}
+
+int dt_worker_message_guid(uint32_t uid, const char **guid_r)
+{
+	struct mailbox_transaction_context *trans;
+	struct mail *mail;
+	const char *guid;
+	int ret;
+
+	T_BEGIN {
+		trans = dt_worker_read_begin(w.box);
+		mail = mail_alloc(trans, MAIL_FETCH_GUID, NULL);
+		ret = dt_worker_get_guid(mail, uid, &guid);
+		if (ret > 0) {
+			str_truncate(w.result, 0);
+			str_append(w.result, guid);
+			*guid_r = str_c(w.result);
+		}
+		mail_free(&mail);
+		mailbox_transaction_rollback(&trans);
+	} T_END;
+	return ret;
+}
+
+static int
+dt_worker_search_guid(struct mailbox_transaction_context *trans,
+		      const char *guid, uint32_t *uid_r)
+{
+	struct mail_search_args *args;
+	struct mail_search_context *ctx;
+	struct mail_search_arg *arg;
+	struct mail *mail;
+	int ret = 0;
+
+	args = mail_search_build_init();
+	arg = mail_search_build_add(args, SEARCH_GUID);
+	arg->value.str = p_strdup(args->pool, guid);
+	ctx = mailbox_search_init(trans, args, NULL, 0, NULL);
+	mail_search_args_unref(&args);
+	if (mailbox_search_next(ctx, &mail)) {
+		*uid_r = mail->uid;
+		ret = 1;
+	}
+	if (mailbox_search_deinit(&ctx) < 0 && ret == 0) {
+		ret = dt_worker_set_box_error(mailbox_transaction_get_mailbox(trans),
+					      "Searching for a message's GUID");
+	}
+	return ret;
+}
+
+int dt_worker_find_message(const char *guid, uint32_t *uid_r)
+{
+	struct mailbox_transaction_context *trans;
+	int ret;
+
+	T_BEGIN {
+		trans = dt_worker_read_begin(w.box);
+		ret = dt_worker_search_guid(trans, guid, uid_r);
+		mailbox_transaction_rollback(&trans);
+	} T_END;
+	return ret;
+}
+
+int dt_worker_was_expunged(uint32_t uid, const char *guid)
+{
+	int ret = 0;
+
+	T_BEGIN {
+		ARRAY_TYPE(seq_range) filter;
+		ARRAY_TYPE(mailbox_expunge_rec) expunges;
+		const struct mailbox_expunge_rec *rec;
+		guid_128_t guid_128;
+
+		mail_generate_guid_128_hash(guid, guid_128);
+		t_array_init(&filter, 1);
+		t_array_init(&expunges, 1);
+		seq_range_array_add(&filter, uid);
+		/* All of the log that is still there. */
+		(void)mailbox_get_expunges(w.box, 0, &filter, &expunges);
+		array_foreach(&expunges, rec) {
+			/* Before UIDVALIDITY changed it may have been another message. */
+			if (rec->uid == uid &&
+			    (guid_128_is_empty(rec->guid_128) ||
+			     guid_128_equals(rec->guid_128, guid_128)))
+				ret = 1;
+		}
+	} T_END;
+	return ret;
+}
+
+/* -- Transactions */
+
+static void dt_worker_begin(bool saving)
+{
+	enum mailbox_transaction_flags flags =
+		MAILBOX_TRANSACTION_FLAG_SYNC |
+		MAILBOX_TRANSACTION_FLAG_NO_NOTIFY;
+
+	if (w.trans != NULL) {
+		i_assert(w.saving == saving);
+		return;
+	}
+	/* An expunge inside of an external transaction would leak its file or bring the message back. */
+	if (saving)
+		flags |= MAILBOX_TRANSACTION_FLAG_EXTERNAL |
+			MAILBOX_TRANSACTION_FLAG_ASSIGN_UIDS;
+	w.saving = saving;
+	w.trans = mailbox_transaction_begin(w.box, flags, "dovetail");
+	if (!saving)
+		w.mail = mail_alloc(w.trans, 0, NULL);
+}
+
+static struct mail_save_context *
+dt_worker_save_alloc(const struct dt_worker_save *save, struct mail_keywords **keywords_r)
+{
+	struct mail_save_context *ctx;
+
+	dt_worker_begin(TRUE);
+	*keywords_r = save->keywords[0] == NULL ? NULL :
+		mailbox_keywords_create_valid(w.box, save->keywords);
+	ctx = mailbox_save_alloc(w.trans);
+	mailbox_save_set_flags(ctx, save->flags & MAIL_FLAGS_NONRECENT,
+			       *keywords_r);
+	mailbox_save_set_received_date(ctx, save->received_date, 0);
+	if (save->save_date != 0)
+		mailbox_save_set_save_date(ctx, save->save_date);
+	if (save->uid != 0)
+		mailbox_save_set_uid(ctx, save->uid);
+	if (*save->guid != '\0')
+		mailbox_save_set_guid(ctx, save->guid);
+	return ctx;
+}
+
+static int
+dt_worker_save_input(struct mail_save_context *ctx, struct istream *input)
+{
+	ssize_t ret;
+
+	/* This frees the context if it fails. */
+	if (mailbox_save_begin(&ctx, input) < 0)
+		return dt_worker_set_box_error(w.box, "mailbox_save_begin()");
+	do {
+		if (mailbox_save_continue(ctx) < 0) {
+			mailbox_save_cancel(&ctx);
+			return dt_worker_set_box_error(w.box, "mailbox_save_continue()");
+		}
+	} while ((ret = i_stream_read(input)) > 0 || ret == -2);
+	if (input->stream_errno != 0) {
+		mailbox_save_cancel(&ctx);
+		return dt_worker_set_error("read(%s) failed: %s",
+					   i_stream_get_name(input),
+					   i_stream_get_error(input));
+	}
+	if (mailbox_save_finish(&ctx) < 0)
+		return dt_worker_set_box_error(w.box, "mailbox_save_finish()");
+	return 1;
+}
+
+int dt_worker_save(const struct dt_worker_save *save, const void *data, size_t size,
+		   int fd)
+{
+	struct mail_save_context *ctx;
+	struct mail_keywords *keywords;
+	struct istream *input;
+	int ret;
+
+	T_BEGIN {
+		ctx = dt_worker_save_alloc(save, &keywords);
+		if (fd == -1) {
+			input = i_stream_create_from_data(data, size);
+			i_stream_set_name(input, "(inline body)");
+		} else {
+			input = i_stream_create_fd(fd, IO_BLOCK_SIZE);
+			i_stream_set_name(input, "(fetched body)");
+			i_stream_seek(input, 0);
+		}
+		ret = dt_worker_save_input(ctx, input);
+		i_stream_unref(&input);
+		if (keywords != NULL)
+			mailbox_keywords_unref(&keywords);
+	} T_END;
+	return ret;
+}
+
+static int
+dt_worker_copy_from(const struct dt_worker_save *save, uint32_t source_uid)
+{
+	struct mailbox_transaction_context *trans;
+	struct mail_save_context *ctx;
+	struct mail_keywords *keywords;
+	struct mail *mail;
+	const char *guid;
+	uint32_t uid;
+	int ret;
+
+	trans = dt_worker_read_begin(w.source);
+	mail = mail_alloc(trans, 0, NULL);
+	ret = dt_worker_get_guid(mail, source_uid, &guid);
+	if (ret == 0 || (ret > 0 && strcmp(guid, save->guid) != 0)) {
+		ret = dt_worker_search_guid(trans, save->guid, &uid);
+		if (ret > 0 && !mail_set_uid(mail, uid))
+			ret = 0;
+	}
+	if (ret > 0) {
+		time_t now = ioloop_time;
+
+		ctx = dt_worker_save_alloc(save, &keywords);
+		/* Copies without reading the body take their save date from here, not from the context. */
+		if (save->save_date != 0)
+			ioloop_time = save->save_date;
+		ret = mailbox_copy(&ctx, mail) < 0 ? -1 : 1;
+		ioloop_time = now;
+		if (ret < 0) {
+			/* It may have been expunged just now. */
+			enum mail_error error =
+				mailbox_get_last_mail_error(w.box);
+
+			ret = error == MAIL_ERROR_EXPUNGED ? 0 :
+				dt_worker_set_box_error(w.box, "mailbox_copy()");
+		}
+		if (keywords != NULL)
+			mailbox_keywords_unref(&keywords);
+	}
+	mail_free(&mail);
+	mailbox_transaction_rollback(&trans);
+	return ret;
+}
+
+int dt_worker_copy(const struct dt_worker_save *save, const char *source_vname,
+		   uint32_t source_uid)
+{
+	int ret = 1;
+
+	T_BEGIN {
+		if (w.source != NULL &&
+		    strcmp(mailbox_get_vname(w.source), source_vname) != 0)
+			mailbox_free(&w.source);
+		if (w.source == NULL)
+			w.source = dt_worker_alloc(source_vname,
+						   MAILBOX_FLAG_READONLY);
+		if (mailbox_sync(w.source, 0) < 0) {
+			ret = dt_worker_box_notfound(w.source) ? 0 :
+				dt_worker_set_box_error(w.source,
+					t_strdup_printf("mailbox_sync(%s)", source_vname));
+		} else {
+			ret = dt_worker_copy_from(save, source_uid);
+		}
+		if (ret <= 0)
+			mailbox_free(&w.source);
+	} T_END;
+	return ret;
+}
+
+int dt_worker_update_flags(uint32_t first_uid, uint32_t last_uid,
+			   const struct dt_worker_flags *flags)
+{
+	struct mail_keywords *add = NULL, *remove = NULL;
+	uint32_t seq, seq2;
+
+	dt_worker_begin(FALSE);
+	T_BEGIN {
+		if (flags->add_keywords[0] != NULL)
+			add = mailbox_keywords_create_valid(w.box, flags->add_keywords);
+		if (flags->remove_keywords[0] != NULL)
+			remove = mailbox_keywords_create_valid(w.box, flags->remove_keywords);
+		mailbox_get_seq_range(w.box, first_uid, last_uid, &seq, &seq2);
+		for (; seq > 0 && seq <= seq2; seq++) {
+			mail_set_seq(w.mail, seq);
+			if (flags->add != 0)
+				mail_update_flags(w.mail, MODIFY_ADD,
+					flags->add & MAIL_FLAGS_NONRECENT);
+			if (flags->remove != 0)
+				mail_update_flags(w.mail, MODIFY_REMOVE,
+					flags->remove & MAIL_FLAGS_NONRECENT);
+			if (add != NULL)
+				mail_update_keywords(w.mail, MODIFY_ADD, add);
+			if (remove != NULL)
+				mail_update_keywords(w.mail, MODIFY_REMOVE, remove);
+		}
+		if (add != NULL)
+			mailbox_keywords_unref(&add);
+		if (remove != NULL)
+			mailbox_keywords_unref(&remove);
+	} T_END;
+	return 1;
+}
+
+int dt_worker_expunge(uint32_t first_uid, uint32_t last_uid)
+{
+	uint32_t seq, seq2;
+
+	dt_worker_begin(FALSE);
+	T_BEGIN {
+		mailbox_get_seq_range(w.box, first_uid, last_uid, &seq, &seq2);
+		for (; seq > 0 && seq <= seq2; seq++) {
+			mail_set_seq(w.mail, seq);
+			mail_expunge(w.mail);
+		}
+	} T_END;
+	return 1;
+}
+
+int dt_worker_commit(void (*saved)(uint32_t first_uid, uint32_t last_uid,
+				   void *context), void *context)
+{
+	struct mail_transaction_commit_changes changes;
+	const struct seq_range *range;
+	int ret = 1;
+
+	if (w.trans == NULL)
+		return 1;
+	T_BEGIN {
+		if (w.mail != NULL)
+			mail_free(&w.mail);
+		if (mailbox_transaction_commit_get_changes(&w.trans, &changes) < 0) {
+			ret = dt_worker_set_box_error(w.box, "Commit");
+		} else {
+			array_foreach(&changes.saved_uids, range)
+				saved(range->seq1, range->seq2, context);
+			pool_unref(&changes.pool);
+			/* This also executes expunges, which were only requested so far. */
+			if (mailbox_sync(w.box, 0) < 0)
+				ret = dt_worker_set_box_error(w.box, "mailbox_sync()");
+		}
+	} T_END;
+	return ret;
+}
+
+void dt_worker_rollback(void)
+{
+	if (w.trans == NULL)
+		return;
+	T_BEGIN {
+		if (w.mail != NULL)
+			mail_free(&w.mail);
+		mailbox_transaction_rollback(&w.trans);
+	} T_END;
+}
+
+/* -- Reading a body */
+
+int dt_worker_body_open(uint32_t uid, const char *guid)
+{
+	const char *have_guid;
+	int ret;
+
+	dt_worker_body_close();
+	T_BEGIN {
+		w.body_trans = dt_worker_read_begin(w.box);
+		w.body_mail = mail_alloc(w.body_trans, MAIL_FETCH_STREAM_HEADER |
+					 MAIL_FETCH_STREAM_BODY, NULL);
+		ret = dt_worker_get_guid(w.body_mail, uid, &have_guid);
+		if (ret > 0 && strcmp(guid, have_guid) != 0)
+			ret = 0;
+		if (ret > 0 && mail_get_stream(w.body_mail, NULL, NULL,
+					       &w.body_input) < 0) {
+			if (w.body_mail->expunged ||
+			    mailbox_get_last_mail_error(w.box) == MAIL_ERROR_EXPUNGED)
+				ret = 0;
+			else
+				ret = dt_worker_set_box_error(w.box, "mail_get_stream()");
+		}
+	} T_END;
+	if (ret <= 0)
+		dt_worker_body_close();
+	return ret;
+}
+
+ssize_t dt_worker_body_read(void *buffer, size_t size)
+{
+	const unsigned char *data;
+	size_t have;
+	ssize_t ret = 0;
+
+	T_BEGIN {
+		if (i_stream_read_more(w.body_input, &data, &have) > 0) {
+			ret = I_MIN(size, have);
+			memcpy(buffer, data, ret);
+			i_stream_skip(w.body_input, ret);
+		} else if (w.body_input->stream_errno != 0) {
+			ret = dt_worker_set_error("read(%s) failed: %s",
+						  i_stream_get_name(w.body_input),
+						  i_stream_get_error(w.body_input));
+		}
+	} T_END;
+	return ret;
+}
+
+void dt_worker_body_close(void)
+{
+	if (w.body_trans == NULL)
+		return;
+	T_BEGIN {
+		/* The stream belongs to the mail. */
+		w.body_input = NULL;
+		mail_free(&w.body_mail);
+		mailbox_transaction_rollback(&w.body_trans);
+	} T_END;
+}
+
+/* -- The connection from the relay */
+
+static void dt_worker_readable(void *context ATTR_UNUSED)
+{
+	dt_rs_worker_input();
+}
+
+bool dt_worker_connection_init(int fd)
+{
+	if (w.io != NULL)
+		return FALSE;
+	w.io = io_add(fd, IO_READ, dt_worker_readable, (void *)NULL);
+	dt_rs_worker_connected(fd);
+	return TRUE;
+}
+
+void dt_worker_connection_closed(void)
+{
+	io_remove(&w.io);
+	master_service_client_connection_destroyed(master_service);
+}
+
+int dt_worker_init(struct mail_storage_service_ctx *storage_service,
+		   const char **error_r)
+{
+	const char *plugins;
+
+	w.storage_service = storage_service;
+	if (dt_worker_choose_plugins(&plugins, error_r) < 0)
+		return -1;
+	w.plugins = i_strdup(plugins);
+	w.result = str_new(default_pool, 128);
+	dt_spans_init(NULL, dt_rs_worker_span);
+	return 0;
+}
+
+void dt_worker_deinit(void)
+{
+	dt_rs_worker_disconnect();
+	dt_worker_user_close();
+	dt_spans_deinit(NULL);
+	str_free(&w.result);
+	i_free(w.plugins);
+	i_free(w.allowed_plugins);
+	i_free(w.error);
+}

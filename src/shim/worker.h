@@ -1,0 +1,100 @@
+/* What the worker needs of Dovecot's storage: one user and one mailbox open at a time. The logic is in src/worker, the
+   unsafe half in src/host/worker.rs.
+
+   Functions that return int: 1 or 0 as described, -1 on error; then dt_worker_error() says why. All strings are UTF-8
+   without control characters and mailbox names are virtual names, prefix included. */
+#ifndef DOVETAIL_WORKER_H
+#define DOVETAIL_WORKER_H
+
+#include "dovetail.h"
+
+struct mail_storage_service_ctx;
+
+enum dt_existence {
+	DT_EXISTENCE_NONE = 0,
+	/* \NoSelect: exists for its children only. */
+	DT_EXISTENCE_DIRECTORY,
+	DT_EXISTENCE_MAILBOX,
+};
+
+/* -- Called by service.c */
+
+/* Which plugins a worker may load. 0 if ok, -1 and a full sentence otherwise. */
+int dt_worker_init(struct mail_storage_service_ctx *storage_service,
+		   const char **error_r);
+void dt_worker_deinit(void);
+/* FALSE if there is a connection already. */
+bool dt_worker_connection_init(int fd);
+
+/* -- Called by Rust */
+
+/* dovetail_worker_plugins, before dt_worker_init(). */
+void dt_worker_allow_plugins(const char *plugins);
+const char *dt_worker_error(void);
+/* Stop watching the connection; the fd itself is Rust's. */
+void dt_worker_connection_closed(void);
+
+/* 1 = opened, 0 = no such user */
+int dt_worker_user_open(const char *username);
+/* Closes all that is open of the user and takes root's privileges back. */
+void dt_worker_user_close(void);
+/* The private namespace with the INBOX. */
+const char *dt_worker_namespace_prefix(void);
+char dt_worker_namespace_separator(void);
+/* A new file without a name in mail_temp_dir; -1 on error. */
+int dt_worker_temp_file(void);
+
+int dt_worker_existence(const char *vname, enum dt_existence *existence_r);
+/* 1 = found, and its name is in *vname_r until the next call, 0 = not found */
+int dt_worker_find_guid(const unsigned char guid[16], const char **vname_r);
+/* 1 = created, 0 = exists already */
+int dt_worker_create(const char *vname, bool directory,
+		     const struct dt_mailbox_update *update);
+/* 1 = renamed, 0 = the source doesn't exist or the destination does */
+int dt_worker_rename(const char *from, const char *to);
+/* 1 = deleted, 0 = doesn't exist */
+int dt_worker_delete(const char *vname);
+/* 1 = done */
+int dt_worker_set_subscribed(const char *vname, bool subscribed);
+
+/* Opens and syncs. 1 = open, 0 = doesn't exist */
+int dt_worker_open(const char *vname, bool readonly);
+void dt_worker_close(void);
+/* 1 = done */
+int dt_worker_sync(void);
+void dt_worker_status(struct dt_mailbox_status *status_r);
+/* 1 = done */
+int dt_worker_update(const struct dt_mailbox_update *update);
+/* 1 = found, its GUID is in *guid_r until the next call, 0 = no such UID (any more) */
+int dt_worker_message_guid(uint32_t uid, const char **guid_r);
+/* Looks at every message. 1 = found, 0 = not found */
+int dt_worker_find_message(const char *guid, uint32_t *uid_r);
+/* 1 = the message was expunged here as far as the transaction log reaches back, 0 = not that we know */
+int dt_worker_was_expunged(uint32_t uid, const char *guid);
+
+/* Saving and changing messages is not mixed in one transaction; the first call begins it. */
+
+/* The body is data, or what is in the file if fd != -1 (from its start). 1 = done */
+int dt_worker_save(const struct dt_worker_save *save, const void *data, size_t size,
+		   int fd);
+/* Copies from another (or the same) mailbox of the user if the message there has the GUID: the one with the UID if it
+   is the one, otherwise any. 1 = done, 0 = not found there */
+int dt_worker_copy(const struct dt_worker_save *save, const char *source_vname,
+		   uint32_t source_uid);
+/* 1 = done, also if there are no such messages */
+int dt_worker_update_flags(uint32_t first_uid, uint32_t last_uid,
+			   const struct dt_worker_flags *flags);
+/* 1 = done, also if there are no such messages */
+int dt_worker_expunge(uint32_t first_uid, uint32_t last_uid);
+/* 1 = committed. The callback gets the UIDs that the saved messages were given. */
+int dt_worker_commit(void (*saved)(uint32_t first_uid, uint32_t last_uid,
+				   void *context), void *context);
+void dt_worker_rollback(void);
+
+/* Reads the message's body. 1 = opened, 0 = no such message with this GUID */
+int dt_worker_body_open(uint32_t uid, const char *guid);
+/* >0 = bytes read into the buffer, 0 = all was read */
+ssize_t dt_worker_body_read(void *buffer, size_t size);
+void dt_worker_body_close(void);
+
+#endif

@@ -1,0 +1,777 @@
+//! Applying another server's changes of one user, in order.
+//!
+//! Applying a change again does nothing. What cannot be done exactly because this server has something else in the
+//! place is solved so that no mail is lost, and noted; the notes are counted in the status.
+use std::io::{Read, Write};
+
+use super::body::{self, Fetched};
+use super::connection::Connection;
+use super::name;
+use super::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Storage, Update};
+use crate::change;
+use crate::wire::proto::{self, op::What};
+
+/// Messages saved in one transaction at most: their files wait for the commit.
+const SAVES_MAX: usize = 128;
+/// Changes in one transaction at most: its spans name them all.
+const CHANGES_MAX: usize = 128;
+/// UIDs above would leave no room for new messages; Dovecot panics at the end of its numbers.
+const UID_MAX: u32 = u32::MAX - (1 << 20);
+const NO_GUID: Guid = [0; 16];
+
+/// Why a job ended early.
+#[derive(Debug)]
+pub enum Failure {
+    /// Something about the user or his mailboxes; the relay is told.
+    User(String),
+    /// The connection to the relay failed.
+    Link(std::io::Error),
+}
+
+impl From<String> for Failure {
+    fn from(reason: String) -> Self {
+        Failure::User(reason)
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        Failure::Link(error)
+    }
+}
+
+type Outcome<T> = std::result::Result<T, Failure>;
+
+/// The mailbox's virtual name: where its path says, or wherever the mailbox with its GUID is now. None if it is nowhere.
+pub fn locate<S: Storage>(storage: &mut S, mailbox: &proto::Mailbox) -> Result<Option<String>> {
+    let vname = name::vname(&mailbox.path, &storage.namespace()?)?;
+    let guid = guid_of(mailbox)?;
+    let exists = storage.existence(&vname)? != Existence::None;
+    if guid == NO_GUID {
+        return Ok(exists.then_some(vname));
+    }
+    // Looking for a GUID may list all mailboxes: mostly it is where it was.
+    if exists && storage.open(&vname, true)? && storage.status().guid == guid {
+        storage.close();
+        return Ok(Some(vname));
+    }
+    storage.close();
+    storage.find_guid(&guid)
+}
+
+fn guid_of(mailbox: &proto::Mailbox) -> Result<Guid> {
+    match mailbox.guid.len() {
+        0 => Ok(NO_GUID),
+        _ => mailbox.guid.as_slice().try_into().map_err(|_| "malformed mailbox: its GUID is not 16 bytes".to_string()),
+    }
+}
+
+/// The mailbox that is open for changes.
+struct Open {
+    /// As it is named in the changes.
+    mailbox: (Vec<u8>, Vec<String>),
+    /// As the changes say; 0 as long as they don't.
+    uid_validity: u32,
+    /// UIDNEXT including the saves that are not committed yet.
+    uid_next: u32,
+    /// It is not the same mailbox by GUID or UIDVALIDITY: UIDs alone say nothing.
+    conflict: bool,
+    /// What the changes said that it must reach.
+    min_uid_next: u32,
+    min_highest_modseq: u64,
+}
+
+/// Why a mailbox is entered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reason {
+    /// It gets a message: it is created, and theirs has one.
+    Save,
+    /// It was created there: it is created here, and both may be empty.
+    Create,
+    /// Its messages change.
+    Change,
+}
+
+/// What is in the transaction that is being built.
+enum Pending {
+    Nothing,
+    /// The UIDs asked for.
+    Saves(Vec<u32>),
+    Changes,
+}
+
+/// Called with the number of changes done.
+type Committed<'a, S, C> = &'a mut dyn FnMut(&mut S, &mut Connection<C>, u32) -> body::Link<()>;
+
+/// One Apply of one user.
+pub struct Apply<'a, S, C> {
+    storage: &'a mut S,
+    connection: &'a mut Connection<C>,
+    user: &'a str,
+    namespace: Namespace,
+    open: Option<Open>,
+    pending: Pending,
+    /// Changes whose writing has been begun and not been committed, the current one included.
+    seqs: Vec<proto::SeqOf>,
+    current: proto::SeqOf,
+    /// Changes that are complete but for the commit of what is pending.
+    complete: u32,
+    next_body: &'a mut u64,
+    /// Changes that are applied durably.
+    pub done: u32,
+    pub notes: Vec<String>,
+    /// Called after each commit while the job goes on.
+    committed: Committed<'a, S, C>,
+}
+
+impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
+    /// The user is open.
+    pub fn new(
+        storage: &'a mut S,
+        connection: &'a mut Connection<C>,
+        user: &'a str,
+        next_body: &'a mut u64,
+        committed: Committed<'a, S, C>,
+    ) -> Result<Self> {
+        let namespace = storage.namespace()?;
+        Ok(Apply {
+            storage,
+            connection,
+            user,
+            namespace,
+            open: None,
+            pending: Pending::Nothing,
+            seqs: Vec::new(),
+            current: proto::SeqOf::default(),
+            complete: 0,
+            next_body,
+            done: 0,
+            notes: Vec::new(),
+            committed,
+        })
+    }
+
+    /// Applies the changes. If one fails, those before it are applied nevertheless; `done` tells.
+    pub fn run(&mut self, changes: &[proto::Change]) -> Outcome<()> {
+        let failure = match self.run_batched(changes) {
+            Err(Failure::User(reason)) if self.done < self.complete => reason,
+            result => return result,
+        };
+        // They shared a transaction with what failed. Without it they must not fail for ever.
+        let before = &changes[self.done as usize..self.complete as usize];
+        self.storage.close();
+        self.open = None;
+        self.pending = Pending::Nothing;
+        self.seqs.clear();
+        self.complete = self.done;
+        match self.run_batched(before) {
+            Err(Failure::Link(error)) => Err(Failure::Link(error)),
+            _ => Err(Failure::User(failure)),
+        }
+    }
+
+    fn run_batched(&mut self, changes: &[proto::Change]) -> Outcome<()> {
+        for change in changes {
+            self.change(change).map_err(|failure| match failure {
+                Failure::User(reason) => Failure::User(match &change.mailbox {
+                    Some(mailbox) => format!("mailbox {}: {reason}", printable(&mailbox.path.join("/"))),
+                    None => reason,
+                }),
+                link => link,
+            })?;
+            self.complete += 1;
+            if self.seqs.len() >= CHANGES_MAX {
+                self.flush()?;
+            }
+            if let Pending::Nothing = self.pending {
+                self.done = self.complete;
+                self.seqs.clear();
+            }
+        }
+        self.leave()?;
+        self.done = self.complete;
+        Ok(())
+    }
+
+    fn change(&mut self, change: &proto::Change) -> Outcome<()> {
+        let stamp = change.stamp.as_ref().ok_or("malformed change: no stamp".to_string())?;
+        let mailbox = change.mailbox.as_ref().ok_or("malformed change: no mailbox".to_string())?;
+        if change.user != self.user {
+            return Err(format!("malformed change: it is of user {}", printable(&change.user)).into());
+        }
+        change::check_change(change).map_err(|error| format!("malformed change: {error}"))?;
+        if mailbox.uid_next > UID_MAX {
+            return Err(format!("malformed change: UIDNEXT {}", mailbox.uid_next).into());
+        }
+        self.current = proto::SeqOf { origin: stamp.origin.clone(), epoch: stamp.epoch, seq: stamp.seq };
+        self.seqs.push(self.current.clone());
+        self.storage.applying(&self.seqs);
+
+        for op in &change.ops {
+            match op.what.as_ref().ok_or("malformed change: unknown operation".to_string())? {
+                What::Save(save) => self.save(stamp, mailbox, save)?,
+                What::Flags(update) => self.update_flags(mailbox, update)?,
+                What::Expunge(expunge) => self.expunge(mailbox, expunge)?,
+                What::Create(create) => self.create(mailbox, create)?,
+                What::Rename(rename) => self.rename(mailbox, rename)?,
+                What::Delete(delete) => self.delete(mailbox, delete)?,
+                What::Subscription(subscription) => self.subscribe(mailbox, subscription)?,
+            }
+        }
+        if let Some(open) = &mut self.open {
+            if open.mailbox.0 == mailbox.guid && open.mailbox.1 == mailbox.path && !open.conflict {
+                open.min_uid_next = open.min_uid_next.max(mailbox.uid_next);
+                open.min_highest_modseq = open.min_highest_modseq.max(mailbox.highest_modseq);
+            }
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, note: &str) {
+        self.notes.push(note.into());
+    }
+
+    // ---- Transactions ------------------------------------------------------------------------------------------------
+
+    /// Commits what is pending.
+    fn flush(&mut self) -> Outcome<()> {
+        let pending = std::mem::replace(&mut self.pending, Pending::Nothing);
+        if let Pending::Nothing = pending {
+            return Ok(());
+        }
+        let saved = self.storage.commit()?;
+        if let Pending::Saves(wanted) = pending {
+            // Another process may have taken a UID since we looked.
+            let moved = wanted.iter().filter(|uid| **uid != 0 && !saved.contains(uid)).count();
+            for _ in 0..moved {
+                self.note("uid_conflict");
+            }
+        }
+        if let Some(open) = &mut self.open {
+            open.uid_next = self.storage.status().uid_next;
+        }
+        self.done = self.complete;
+        self.seqs = vec![self.current.clone()];
+        self.storage.applying(&self.seqs);
+        (self.committed)(self.storage, self.connection, self.done)?;
+        Ok(())
+    }
+
+    /// Commits, raises what has to be raised, and closes the open mailbox.
+    fn leave(&mut self) -> Outcome<()> {
+        self.flush()?;
+        if let Some(open) = self.open.take() {
+            let status = self.storage.status();
+            let mut update = Update::default();
+            if open.min_uid_next > status.uid_next {
+                update.min_uid_next = open.min_uid_next;
+            }
+            if open.min_highest_modseq > status.highest_modseq {
+                update.min_highest_modseq = open.min_highest_modseq;
+            }
+            if update.min_uid_next > 0 || update.min_highest_modseq > 0 {
+                self.storage.update(&update)?;
+            }
+            self.storage.close();
+        }
+        Ok(())
+    }
+
+    // ---- Finding the mailbox -----------------------------------------------------------------------------------------
+
+    /// Opens the mailbox, creates it if wanted. False if it doesn't exist.
+    fn enter(&mut self, mailbox: &proto::Mailbox, reason: Reason) -> Outcome<bool> {
+        if let Some(open) = &self.open {
+            let same_uids = mailbox.uid_validity == 0 || mailbox.uid_validity == open.uid_validity;
+            if same_uids && open.mailbox.0 == mailbox.guid && open.mailbox.1 == mailbox.path {
+                return Ok(true);
+            }
+        }
+        self.leave()?;
+        let vname = name::vname(&mailbox.path, &self.namespace)?;
+        let guid = guid_of(mailbox)?;
+
+        // By name first: looking for a GUID may list all mailboxes. Opening it before looking whether it exists would
+        // create those that are configured to appear by themselves, with a GUID of their own.
+        if self.storage.existence(&vname)? == Existence::Mailbox && self.storage.open(&vname, false)? {
+            if guid == NO_GUID || self.storage.status().guid == guid {
+                return self.entered(mailbox, reason);
+            }
+            return self.enter_other(mailbox, &vname, &guid, reason);
+        }
+        if let Some(found) = self.find_guid(&guid)? {
+            if self.storage.open(&found, false)? {
+                return self.entered(mailbox, reason);
+            }
+        }
+        if reason == Reason::Change {
+            return Ok(false);
+        }
+        let update = Update {
+            guid,
+            uid_validity: mailbox.uid_validity,
+            // Not its UIDNEXT: messages that belong below may still come.
+            ..Update::default()
+        };
+        let created = self.storage.create(&vname, false, &update)?;
+        if !self.storage.open(&vname, false)? {
+            return Err("it disappeared while it was being created".to_string().into());
+        }
+        if !created && guid != NO_GUID && self.storage.status().guid != guid {
+            return self.enter_other(mailbox, &vname, &guid, reason);
+        }
+        self.entered(mailbox, reason)
+    }
+
+    fn find_guid(&mut self, guid: &Guid) -> Result<Option<String>> {
+        match *guid {
+            NO_GUID => Ok(None),
+            _ => self.storage.find_guid(guid),
+        }
+    }
+
+    /// Another mailbox with that name is open.
+    fn enter_other(&mut self, mailbox: &proto::Mailbox, vname: &str, guid: &Guid, reason: Reason) -> Outcome<bool> {
+        self.storage.close();
+        if let Some(found) = self.find_guid(guid)? {
+            if self.storage.open(&found, false)? {
+                return self.entered(mailbox, reason);
+            }
+        }
+        if !self.storage.open(vname, false)? {
+            return Err("it disappeared".to_string().into());
+        }
+        let status = self.storage.status();
+        if status.messages == 0 && (reason != Reason::Create || *guid > status.guid) {
+            // Nobody can miss ours.
+            let uid_validity = mailbox.uid_validity;
+            self.storage.update(&Update { guid: *guid, uid_validity, ..Update::default() })?;
+            self.note("guid_adopted");
+        }
+        self.entered(mailbox, reason)
+    }
+
+    fn entered(&mut self, mailbox: &proto::Mailbox, reason: Reason) -> Outcome<bool> {
+        let guid = guid_of(mailbox)?;
+        let mut status = self.storage.status();
+        // Two that were born empty on both sides: the higher one, or each would take the other's. It belongs to the GUID.
+        let same = guid == NO_GUID || status.guid == guid;
+        let theirs_wins = reason != Reason::Create || (same && mailbox.uid_validity > status.uid_validity);
+        if mailbox.uid_validity != 0
+            && status.uid_validity != mailbox.uid_validity
+            && status.messages == 0
+            && theirs_wins
+        {
+            self.storage.update(&Update { uid_validity: mailbox.uid_validity, ..Update::default() })?;
+            status = self.storage.status();
+        }
+        let mut conflict = false;
+        if guid != NO_GUID && status.guid != guid {
+            conflict = true;
+            self.note("guid_conflict");
+        }
+        if mailbox.uid_validity != 0 && status.uid_validity != mailbox.uid_validity && theirs_wins {
+            conflict = true;
+            self.note("uidvalidity_conflict");
+        }
+        self.open = Some(Open {
+            mailbox: (mailbox.guid.clone(), mailbox.path.clone()),
+            uid_validity: mailbox.uid_validity,
+            uid_next: status.uid_next,
+            conflict,
+            min_uid_next: 0,
+            min_highest_modseq: 0,
+        });
+        Ok(true)
+    }
+
+    // ---- Messages ----------------------------------------------------------------------------------------------------
+
+    fn save(&mut self, stamp: &proto::Stamp, mailbox: &proto::Mailbox, save: &proto::Save) -> Outcome<()> {
+        let wanted = save.birth.as_ref().map_or(0, |birth| birth.uid);
+        if wanted > UID_MAX {
+            return Err(format!("malformed change: UID {wanted}").into());
+        }
+        name::check_message_guid(&save.guid)?;
+        self.enter(mailbox, Reason::Save)?;
+        if let Pending::Changes = self.pending {
+            self.flush()?;
+        }
+        let Some(uid) = self.place(wanted, &save.guid)? else {
+            return Ok(());
+        };
+        let message = NewMessage {
+            guid: &save.guid,
+            uid,
+            flags: save.flags,
+            keywords: &save.keywords,
+            received_date: save.received_date,
+            save_date: save.save_date,
+        };
+        if !self.copy(&message, save)? {
+            if save.body_inline {
+                self.storage.save(&message, Body::Bytes(&save.body))?;
+            } else {
+                // Storage may hold locks while a transaction has saves: not while we wait for a body.
+                self.flush()?;
+                let fetched = self.fetch(stamp, mailbox, save)?;
+                let Some(body) = fetched.body() else {
+                    // It was expunged there; that comes next.
+                    self.note("body_gone");
+                    return Ok(());
+                };
+                self.storage.save(&message, body)?;
+            }
+        }
+        if let Some(open) = &mut self.open {
+            open.uid_next = open.uid_next.max(uid.saturating_add(1));
+        }
+        match &mut self.pending {
+            Pending::Saves(uids) => uids.push(uid),
+            pending => *pending = Pending::Saves(vec![uid]),
+        }
+        match &self.pending {
+            Pending::Saves(uids) if uids.len() >= SAVES_MAX => self.flush(),
+            _ => Ok(()),
+        }
+    }
+
+    /// The UID to save the message with, 0 for the next one; None if it was saved already.
+    fn place(&mut self, wanted: u32, guid: &str) -> Outcome<Option<u32>> {
+        let uid_next = self.open.as_ref().map_or(1, |open| open.uid_next);
+        if wanted >= uid_next {
+            return Ok(Some(wanted));
+        }
+        // What is pending must be seen.
+        self.flush()?;
+        let there = match wanted {
+            0 => None,
+            _ => self.storage.message_guid(wanted)?,
+        };
+        if there.as_deref() == Some(guid) || self.storage.was_expunged(wanted, guid)? {
+            return Ok(None);
+        }
+        if self.storage.find_message(guid)?.is_some() {
+            return Ok(None);
+        }
+        if wanted != 0 {
+            // Given to another message here, or jumped over.
+            self.note(if there.is_some() { "uid_conflict" } else { "uid_late" });
+        }
+        Ok(Some(0))
+    }
+
+    /// Copies the message inside of the user if it is here. False if it isn't.
+    fn copy(&mut self, message: &NewMessage, save: &proto::Save) -> Outcome<bool> {
+        let Some(from) = &save.copied_from else {
+            return Ok(false);
+        };
+        let Some(source) = &from.mailbox else {
+            return Ok(false);
+        };
+        let vname = name::vname(&source.path, &self.namespace)?;
+        if self.storage.existence(&vname)? == Existence::Mailbox && self.storage.copy(message, &vname, from.uid)? {
+            return Ok(true);
+        }
+        match self.find_guid(&guid_of(source)?)? {
+            Some(found) if found != vname => Ok(self.storage.copy(message, &found, from.uid)?),
+            _ => Ok(false),
+        }
+    }
+
+    fn fetch(&mut self, stamp: &proto::Stamp, mailbox: &proto::Mailbox, save: &proto::Save) -> Outcome<Fetched> {
+        *self.next_body += 1;
+        let request = proto::BodyRequest {
+            id: *self.next_body,
+            origin: stamp.origin.clone(),
+            user: self.user.into(),
+            mailbox: Some(mailbox.clone()),
+            uid: save.birth.as_ref().map_or(0, |birth| birth.uid),
+            guid: save.guid.clone(),
+            window: body::WINDOW_BYTES,
+        };
+        let fetched = body::fetch(self.storage, self.connection, request)?;
+        Ok(fetched.map_err(|error| {
+            format!(
+                "cannot fetch the body of GUID {} from {}: {error}",
+                printable(&save.guid),
+                printable(&stamp.origin)
+            )
+        })?)
+    }
+
+    /// The UIDs here of the messages meant, as ranges.
+    fn find(&mut self, messages: &[proto::MessageRange]) -> Outcome<Vec<(u32, u32)>> {
+        let mut found = Vec::new();
+        let conflict = self.open.as_ref().is_some_and(|open| open.conflict);
+        for range in messages {
+            if range.guid.is_empty() {
+                if conflict {
+                    // These UIDs may be other messages here.
+                    self.note("messages_unknown");
+                } else {
+                    found.push((range.first_uid, range.last_uid));
+                }
+                continue;
+            }
+            match self.storage.message_guid(range.first_uid)? {
+                Some(guid) if guid == range.guid => found.push((range.first_uid, range.first_uid)),
+                None if !conflict => {}
+                // It was given another UID here.
+                _ => match self.storage.find_message(&range.guid)? {
+                    Some(uid) => found.push((uid, uid)),
+                    None => self.note("messages_unknown"),
+                },
+            }
+        }
+        Ok(found)
+    }
+
+    fn update_flags(&mut self, mailbox: &proto::Mailbox, update: &proto::FlagUpdate) -> Outcome<()> {
+        if !self.enter_for_change(mailbox)? {
+            return Ok(());
+        }
+        for (first, last) in self.find(&update.messages)? {
+            self.storage.update_flags(first, last, update)?;
+            self.pending = Pending::Changes;
+        }
+        Ok(())
+    }
+
+    fn expunge(&mut self, mailbox: &proto::Mailbox, expunge: &proto::Expunge) -> Outcome<()> {
+        if !self.enter_for_change(mailbox)? {
+            return Ok(());
+        }
+        for (first, last) in self.find(&expunge.messages)? {
+            self.storage.expunge(first, last)?;
+            self.pending = Pending::Changes;
+        }
+        Ok(())
+    }
+
+    fn enter_for_change(&mut self, mailbox: &proto::Mailbox) -> Outcome<bool> {
+        if !self.enter(mailbox, Reason::Change)? {
+            self.note("mailbox_missing");
+            return Ok(false);
+        }
+        if let Pending::Saves(_) = self.pending {
+            self.flush()?;
+        }
+        Ok(true)
+    }
+
+    // ---- Mailboxes ---------------------------------------------------------------------------------------------------
+
+    fn create(&mut self, mailbox: &proto::Mailbox, create: &proto::MailboxCreate) -> Outcome<()> {
+        if !create.directory {
+            self.enter(mailbox, Reason::Create)?;
+            return Ok(());
+        }
+        self.leave()?;
+        let vname = name::vname(&mailbox.path, &self.namespace)?;
+        if self.storage.existence(&vname)? == Existence::None {
+            self.storage.create(&vname, true, &Update::default())?;
+        }
+        Ok(())
+    }
+
+    fn rename(&mut self, mailbox: &proto::Mailbox, rename: &proto::MailboxRename) -> Outcome<()> {
+        self.leave()?;
+        let to = name::vname(&rename.new_path, &self.namespace)?;
+        match locate(self.storage, mailbox)? {
+            Some(from) if from == to => {}
+            Some(from) if self.storage.rename(&from, &to)? => {}
+            Some(_) => self.note("rename_conflict"),
+            None if self.storage.existence(&to)? == Existence::None => self.note("mailbox_missing"),
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn delete(&mut self, mailbox: &proto::Mailbox, delete: &proto::MailboxDelete) -> Outcome<()> {
+        self.leave()?;
+        if let Some(vname) = locate(self.storage, mailbox)? {
+            // A mailbox that has come into being under a directory's name is not the one that was deleted.
+            if delete.directory && self.storage.existence(&vname)? == Existence::Mailbox {
+                return Ok(());
+            }
+            self.storage.delete(&vname)?;
+        }
+        Ok(())
+    }
+
+    fn subscribe(&mut self, mailbox: &proto::Mailbox, subscription: &proto::Subscription) -> Outcome<()> {
+        let vname = name::vname(&mailbox.path, &self.namespace)?;
+        Ok(self.storage.set_subscribed(&vname, subscription.subscribed)?)
+    }
+}
+
+/// For messages to people: text from outside without control characters, cut.
+pub fn printable(text: &str) -> String {
+    text.chars().take(200).map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake::{gone, FakeStorage, Script};
+    use super::*;
+
+    const GUID: [u8; 16] = [7; 16];
+
+    fn inbox() -> proto::Mailbox {
+        proto::Mailbox { guid: GUID.to_vec(), path: vec!["INBOX".into()], uid_validity: 9, ..Default::default() }
+    }
+
+    fn change(seq: u64, what: What) -> proto::Change {
+        proto::Change {
+            stamp: Some(proto::Stamp { origin: "a".into(), epoch: 1, seq, ..Default::default() }),
+            user: "jane".into(),
+            mailbox: Some(inbox()),
+            ops: vec![proto::Op { what: Some(what) }],
+            ..Default::default()
+        }
+    }
+
+    fn save(seq: u64, uid: u32, guid: &str) -> proto::Change {
+        change(
+            seq,
+            What::Save(proto::Save {
+                birth: Some(proto::Birth { guid: vec![1; 16], uid, ..Default::default() }),
+                guid: guid.into(),
+                size: guid.len() as u64,
+                body_inline: true,
+                body: guid.into(),
+                ..Default::default()
+            }),
+        )
+    }
+
+    fn expunge(seq: u64, uid: u32, guid: &str) -> proto::Change {
+        let range = proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.into() };
+        change(seq, What::Expunge(proto::Expunge { messages: vec![range] }))
+    }
+
+    #[derive(Debug)]
+    struct Outcome {
+        done: u32,
+        notes: Vec<String>,
+        error: Option<String>,
+    }
+
+    fn apply(storage: &mut FakeStorage, script: Script, changes: &[proto::Change]) -> Outcome {
+        let mut connection = Connection::new(script);
+        let (mut next_body, mut committed) = (0, |_: &mut FakeStorage, _: &mut Connection<Script>, _| Ok(()));
+        let mut apply = Apply::new(storage, &mut connection, "jane", &mut next_body, &mut committed).unwrap();
+        let result = apply.run(changes);
+        let (done, notes) = (apply.done, apply.notes.clone());
+        storage.close();
+        let error = match result {
+            Ok(()) => None,
+            Err(Failure::User(reason)) => Some(reason),
+            Err(Failure::Link(error)) => Some(format!("link: {error}")),
+        };
+        Outcome { done, notes, error }
+    }
+
+    #[test]
+    fn of_two_empty_mailboxes_the_higher_uidvalidity_stays_on_both_sides() {
+        for (ours, theirs, expected) in [(5, 7, 7), (7, 5, 7)] {
+            let mut storage = FakeStorage::default();
+            storage.add("INBOX", GUID, ours, &[]);
+            let mut create = change(1, What::Create(proto::MailboxCreate::default()));
+            create.mailbox.as_mut().unwrap().uid_validity = theirs;
+            let outcome = apply(&mut storage, Script::default(), &[create]);
+            assert_eq!((outcome.error, outcome.notes), (None, vec![]));
+            assert_eq!(storage.uid_validity("INBOX"), expected);
+        }
+    }
+
+    #[test]
+    fn applying_again_does_nothing() {
+        let mut storage = FakeStorage::default();
+        let changes = [save(1, 1, "one"), save(2, 2, "two"), expunge(3, 1, "one")];
+        for _ in 0..2 {
+            let outcome = apply(&mut storage, Script::default(), &changes);
+            assert_eq!((outcome.done, outcome.error), (3, None));
+            assert_eq!(storage.messages("INBOX"), [(2, "two".to_string())]);
+        }
+        assert_eq!(storage.guid("INBOX"), GUID);
+    }
+
+    #[test]
+    fn a_save_that_comes_late_is_not_lost() {
+        let mut storage = FakeStorage::default();
+        apply(&mut storage, Script::default(), &[save(1, 2, "two")]);
+        let outcome = apply(&mut storage, Script::default(), &[save(2, 1, "one")]);
+        assert_eq!(outcome.notes, ["uid_late"]);
+        assert_eq!(storage.messages("INBOX"), [(2, "two".to_string()), (3, "one".to_string())]);
+    }
+
+    #[test]
+    fn two_mails_with_one_uid_both_stay_and_each_is_found_by_its_guid() {
+        let mut storage = FakeStorage::default();
+        apply(&mut storage, Script::default(), &[save(1, 1, "ours")]);
+        let outcome = apply(&mut storage, Script::default(), &[save(1, 1, "theirs")]);
+        assert_eq!(outcome.notes, ["uid_conflict"]);
+        assert_eq!(storage.messages("INBOX"), [(1, "ours".to_string()), (2, "theirs".to_string())]);
+
+        apply(&mut storage, Script::default(), &[expunge(2, 1, "theirs")]);
+        assert_eq!(storage.messages("INBOX"), [(1, "ours".to_string())]);
+    }
+
+    #[test]
+    fn uids_say_nothing_about_another_mailbox_of_that_name() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", [9; 16], 9, &[(1, "ours")]);
+        let outcome = apply(&mut storage, Script::default(), &[save(1, 1, "theirs"), expunge(2, 1, "")]);
+        assert_eq!(outcome.notes, ["guid_conflict", "uid_conflict", "messages_unknown"]);
+        assert_eq!(storage.messages("INBOX"), [(1, "ours".to_string()), (2, "theirs".to_string())]);
+    }
+
+    #[test]
+    fn an_empty_mailbox_of_that_name_becomes_theirs() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", [9; 16], 8, &[]);
+        apply(&mut storage, Script::default(), &[save(1, 1, "theirs")]);
+        assert_eq!(storage.guid("INBOX"), GUID);
+        assert_eq!(storage.messages("INBOX"), [(1, "theirs".to_string())]);
+    }
+
+    #[test]
+    fn a_uidvalidity_that_is_told_only_with_the_first_mail_is_taken() {
+        let mut storage = FakeStorage::default();
+        let mut create = change(1, What::Create(proto::MailboxCreate::default()));
+        create.mailbox.as_mut().unwrap().uid_validity = 0;
+        apply(&mut storage, Script::default(), &[create, save(2, 1, "one")]);
+        assert_eq!(storage.uid_validity("INBOX"), 9);
+    }
+
+    #[test]
+    fn what_comes_before_a_failure_is_applied() {
+        let mut storage = FakeStorage::default();
+        let changes = [save(1, 1, "one"), expunge(2, 1, "one"), save(3, 2, "../two"), save(4, 3, "three")];
+        let outcome = apply(&mut storage, Script::default(), &changes);
+        assert_eq!(outcome.done, 2);
+        assert!(outcome.error.unwrap().contains("GUID"));
+        assert_eq!(storage.messages("INBOX"), []);
+    }
+
+    #[test]
+    fn a_body_that_is_gone_is_skipped_but_its_uid_is_not_used_again() {
+        let mut storage = FakeStorage::default();
+        let mut large = save(1, 5, "large");
+        let Some(What::Save(save)) = &mut large.ops[0].what else { unreachable!() };
+        (save.body_inline, save.body) = (false, Vec::new());
+        large.mailbox.as_mut().unwrap().uid_next = 6;
+        let outcome = apply(&mut storage, gone(1), &[large]);
+        assert_eq!((outcome.done, outcome.notes), (1, vec!["body_gone".to_string()]));
+        assert_eq!(storage.messages("INBOX"), []);
+        assert_eq!(storage.uid_next("INBOX"), 6);
+    }
+
+    #[test]
+    fn uids_at_the_end_of_the_numbers_are_refused() {
+        let outcome = apply(&mut FakeStorage::default(), Script::default(), &[save(1, u32::MAX, "one")]);
+        assert!(outcome.error.unwrap().contains("UID 4294967295"));
+    }
+}

@@ -1,0 +1,211 @@
+//! A storage in memory, and a relay that says what it is told to: for tests of the logic.
+use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::io::{self, Read, Write};
+
+use super::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Status, Storage, Update};
+use crate::wire::frame;
+use crate::wire::proto::{self, frame::Kind};
+
+#[derive(Default)]
+struct FakeMailbox {
+    guid: Guid,
+    uid_validity: u32,
+    uid_next: u32,
+    messages: BTreeMap<u32, String>,
+    expunged: HashSet<(u32, String)>,
+}
+
+enum Step {
+    Save(u32, String),
+    Expunge(u32),
+}
+
+#[derive(Default)]
+pub struct FakeStorage {
+    mailboxes: BTreeMap<String, FakeMailbox>,
+    open: Option<String>,
+    steps: Vec<Step>,
+    /// Another worker applies changes of the user.
+    pub is_locked: bool,
+}
+
+impl FakeStorage {
+    pub fn add(&mut self, vname: &str, guid: Guid, uid_validity: u32, messages: &[(u32, &str)]) {
+        let messages: BTreeMap<_, _> = messages.iter().map(|(uid, guid)| (*uid, guid.to_string())).collect();
+        let uid_next = messages.keys().last().map_or(1, |uid| uid + 1);
+        let mailbox = FakeMailbox { guid, uid_validity, uid_next, messages, ..Default::default() };
+        self.mailboxes.insert(vname.into(), mailbox);
+    }
+
+    pub fn messages(&self, vname: &str) -> Vec<(u32, String)> {
+        self.mailboxes[vname].messages.clone().into_iter().collect()
+    }
+
+    pub fn guid(&self, vname: &str) -> Guid {
+        self.mailboxes[vname].guid
+    }
+
+    pub fn uid_validity(&self, vname: &str) -> u32 {
+        self.mailboxes[vname].uid_validity
+    }
+
+    pub fn uid_next(&self, vname: &str) -> u32 {
+        self.mailboxes[vname].uid_next
+    }
+
+    fn mailbox(&mut self) -> &mut FakeMailbox {
+        let vname = self.open.as_ref().expect("a mailbox is open");
+        self.mailboxes.get_mut(vname).expect("the open mailbox exists")
+    }
+}
+
+impl Storage for FakeStorage {
+    fn lock_user(&mut self, _user: &str) -> Result<bool> {
+        Ok(!self.is_locked)
+    }
+    fn unlock_user(&mut self) {}
+    fn open_user(&mut self, _user: &str) -> Result<bool> {
+        Ok(true)
+    }
+    fn close_user(&mut self) {
+        self.close();
+    }
+    fn namespace(&self) -> Result<Namespace> {
+        Ok(Namespace { prefix: String::new(), separator: '/' })
+    }
+    fn temp_file(&mut self) -> Result<File> {
+        Err("no files here".into())
+    }
+    fn existence(&mut self, vname: &str) -> Result<Existence> {
+        Ok(if self.mailboxes.contains_key(vname) { Existence::Mailbox } else { Existence::None })
+    }
+    fn find_guid(&mut self, guid: &Guid) -> Result<Option<String>> {
+        Ok(self.mailboxes.iter().find(|(_, mailbox)| mailbox.guid == *guid).map(|(vname, _)| vname.clone()))
+    }
+    fn create(&mut self, vname: &str, _directory: bool, update: &Update) -> Result<bool> {
+        if self.mailboxes.contains_key(vname) {
+            return Ok(false);
+        }
+        self.add(vname, update.guid, update.uid_validity, &[]);
+        Ok(true)
+    }
+    fn rename(&mut self, from: &str, to: &str) -> Result<bool> {
+        if self.mailboxes.contains_key(to) {
+            return Ok(false);
+        }
+        Ok(self.mailboxes.remove(from).map(|mailbox| self.mailboxes.insert(to.into(), mailbox)).is_some())
+    }
+    fn delete(&mut self, vname: &str) -> Result<bool> {
+        Ok(self.mailboxes.remove(vname).is_some())
+    }
+    fn set_subscribed(&mut self, _vname: &str, _subscribed: bool) -> Result<()> {
+        Ok(())
+    }
+    fn open(&mut self, vname: &str, _readonly: bool) -> Result<bool> {
+        self.close();
+        self.open = self.mailboxes.contains_key(vname).then(|| vname.into());
+        Ok(self.open.is_some())
+    }
+    fn close(&mut self) {
+        self.open = None;
+        self.steps.clear();
+    }
+    fn status(&mut self) -> Status {
+        let FakeMailbox { guid, uid_validity, uid_next, ref messages, .. } = *self.mailbox();
+        Status { guid, uid_validity, uid_next, messages: messages.len() as u32, highest_modseq: 1 }
+    }
+    fn update(&mut self, update: &Update) -> Result<()> {
+        let mailbox = self.mailbox();
+        if update.guid != Guid::default() {
+            mailbox.guid = update.guid;
+        }
+        if update.uid_validity != 0 {
+            mailbox.uid_validity = update.uid_validity;
+        }
+        mailbox.uid_next = mailbox.uid_next.max(update.min_uid_next);
+        Ok(())
+    }
+    fn message_guid(&mut self, uid: u32) -> Result<Option<String>> {
+        Ok(self.mailbox().messages.get(&uid).cloned())
+    }
+    fn find_message(&mut self, guid: &str) -> Result<Option<u32>> {
+        Ok(self.mailbox().messages.iter().find(|(_, g)| *g == guid).map(|(uid, _)| *uid))
+    }
+    fn was_expunged(&mut self, uid: u32, guid: &str) -> Result<bool> {
+        Ok(self.mailbox().expunged.contains(&(uid, guid.into())))
+    }
+    fn save(&mut self, message: &NewMessage, _body: Body) -> Result<()> {
+        self.steps.push(Step::Save(message.uid, message.guid.into()));
+        Ok(())
+    }
+    fn copy(&mut self, _message: &NewMessage, _source: &str, _source_uid: u32) -> Result<bool> {
+        Ok(false)
+    }
+    fn update_flags(&mut self, _first_uid: u32, _last_uid: u32, _update: &proto::FlagUpdate) -> Result<()> {
+        Ok(())
+    }
+    fn expunge(&mut self, first_uid: u32, last_uid: u32) -> Result<()> {
+        self.steps.extend((first_uid..=last_uid).map(Step::Expunge));
+        Ok(())
+    }
+    fn commit(&mut self) -> Result<Vec<u32>> {
+        let mut saved = Vec::new();
+        for step in std::mem::take(&mut self.steps) {
+            let mailbox = self.mailbox();
+            match step {
+                Step::Save(uid, guid) => {
+                    let uid = uid.max(mailbox.uid_next);
+                    mailbox.uid_next = uid + 1;
+                    mailbox.messages.insert(uid, guid);
+                    saved.push(uid);
+                }
+                Step::Expunge(uid) => {
+                    if let Some(guid) = mailbox.messages.remove(&uid) {
+                        mailbox.expunged.insert((uid, guid));
+                    }
+                }
+            }
+        }
+        Ok(saved)
+    }
+    fn body_open(&mut self, _uid: u32, _guid: &str) -> Result<bool> {
+        Ok(false)
+    }
+    fn body_read(&mut self, _buffer: &mut [u8]) -> Result<usize> {
+        Ok(0)
+    }
+    fn body_close(&mut self) {}
+    fn applying(&mut self, _changes: &[proto::SeqOf]) {}
+    fn take_spans(&mut self) -> Vec<proto::Span> {
+        Vec::new()
+    }
+}
+
+/// The relay's side of a connection: says its lines, keeps what it hears.
+#[derive(Default)]
+pub struct Script {
+    lines: io::Cursor<Vec<u8>>,
+}
+
+impl Read for Script {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.lines.read(buffer)
+    }
+}
+
+impl Write for Script {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Answers the body request `id`: it is gone.
+pub fn gone(id: u64) -> Script {
+    let chunk = proto::BodyChunk { id, last: true, gone: true, ..Default::default() };
+    let frame = frame::encode(&proto::Frame { kind: Some(Kind::BodyChunk(chunk)) }).expect("a small frame");
+    Script { lines: io::Cursor::new(frame) }
+}

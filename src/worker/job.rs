@@ -1,0 +1,209 @@
+//! The jobs that a relay gives, one after another.
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+use super::apply::{printable, Apply, Failure};
+use super::body::{self, Link};
+use super::connection::Connection;
+use super::storage::Storage;
+use crate::wire::proto::{self, frame::Kind};
+
+/// Changes in one job at most, over all of its frames.
+const CHANGES_MAX: usize = 10_000;
+/// Bytes of their frames at most.
+const CHANGES_BYTES_MAX: usize = 64 << 20;
+/// Spans are reported while a job goes on when they have waited that long, or are that many.
+const SPANS_DELAY_MAX: Duration = Duration::from_millis(20);
+/// Also the most that fit into a frame, each with the changes that it belongs to.
+const SPANS_MAX: usize = 32;
+/// Changes named by the spans of one frame at most.
+const SPANS_APPLIED_MAX: usize = 512;
+
+/// What a connection has asked for so far.
+#[derive(Default)]
+pub struct Jobs {
+    /// Frames of an Apply that are not all there yet.
+    collecting: Option<Collecting>,
+    next_body: u64,
+}
+
+struct Collecting {
+    job: u64,
+    user: String,
+    changes: Vec<proto::Change>,
+    bytes: usize,
+    error: Option<String>,
+}
+
+impl Jobs {
+    /// Does what the frame asks for. Fails only if the connection cannot be used any more.
+    pub fn handle<S: Storage, C: Read + Write>(
+        &mut self,
+        storage: &mut S,
+        connection: &mut Connection<C>,
+        kind: Kind,
+    ) -> Link<()> {
+        match kind {
+            Kind::Apply(apply) => {
+                if let Some(whole) = self.collect(apply) {
+                    let answer = self.apply(storage, connection, whole)?;
+                    send_applied(storage, connection, answer)?;
+                }
+                Ok(())
+            }
+            Kind::BodyRequest(request) => {
+                storage.applying(&[]);
+                body::serve(storage, connection, &request)?;
+                // Reading may have written to the log as well.
+                for span in storage.take_spans() {
+                    connection.send(Kind::Record(proto::Record { spans: vec![span], ..Default::default() }))?;
+                }
+                Ok(())
+            }
+            // Of a body that has ended meanwhile.
+            Kind::BodyChunk(_) | Kind::BodyMore(_) | Kind::BodyCancel(_) => Ok(()),
+            _ => Err(std::io::Error::new(std::io::ErrorKind::InvalidData, "unexpected kind of frame from the relay")),
+        }
+    }
+
+    /// Returns the job once all of its frames are there.
+    fn collect(&mut self, apply: proto::Apply) -> Option<Collecting> {
+        use prost::Message;
+        let bytes = apply.encoded_len();
+        let mut whole = match self.collecting.take() {
+            Some(whole) if whole.job == apply.job => whole,
+            _ => Collecting { job: apply.job, user: apply.user.clone(), changes: vec![], bytes: 0, error: None },
+        };
+        whole.bytes += bytes;
+        if whole.user != apply.user {
+            whole.error = Some("malformed job: of two users".into());
+        }
+        if whole.bytes > CHANGES_BYTES_MAX || whole.changes.len() + apply.changes.len() > CHANGES_MAX {
+            whole.error = Some("malformed job: too large".into());
+            whole.changes.clear();
+        }
+        if whole.error.is_none() {
+            whole.changes.extend(apply.changes);
+        }
+        if apply.more {
+            self.collecting = Some(whole);
+            return None;
+        }
+        Some(whole)
+    }
+
+    fn apply<S: Storage, C: Read + Write>(
+        &mut self,
+        storage: &mut S,
+        connection: &mut Connection<C>,
+        whole: Collecting,
+    ) -> Link<proto::Applied> {
+        let mut answer = proto::Applied { job: whole.job, ..Default::default() };
+        storage.applying(&[]);
+        let result = match whole.error {
+            Some(error) => Err(Failure::User(error)),
+            None => self.apply_changes(storage, connection, &whole.user, &whole.changes, &mut answer),
+        };
+        storage.close_user();
+        storage.unlock_user();
+        match result {
+            Ok(()) => {}
+            Err(Failure::User(reason)) => {
+                answer.error = format!("user {}: {reason}", printable(&whole.user));
+                log::error!("Cannot apply changes of another server: {} - it will send them again", answer.error);
+            }
+            Err(Failure::Link(error)) => return Err(error),
+        }
+        Ok(answer)
+    }
+
+    fn apply_changes<S: Storage, C: Read + Write>(
+        &mut self,
+        storage: &mut S,
+        connection: &mut Connection<C>,
+        user: &str,
+        changes: &[proto::Change],
+        answer: &mut proto::Applied,
+    ) -> Result<(), Failure> {
+        if !storage.lock_user(user)? {
+            // Left behind by a relay that was killed: both would save the same mail.
+            return Err("another worker still applies changes of this user".to_string().into());
+        }
+        if !storage.open_user(user)? {
+            return Err("unknown here".to_string().into());
+        }
+        let job = answer.job;
+        let mut reported = Instant::now();
+        let mut unreported = Vec::new();
+        let mut committed = |storage: &mut S, connection: &mut Connection<C>, done: u32| {
+            unreported.extend(storage.take_spans());
+            if unreported.len() < SPANS_MAX && reported.elapsed() < SPANS_DELAY_MAX {
+                return Ok(());
+            }
+            reported = Instant::now();
+            let spans = std::mem::take(&mut unreported);
+            send_spans(connection, proto::Applied { job, done, more: true, spans, ..Default::default() }).map(drop)
+        };
+        let mut apply = Apply::new(storage, connection, user, &mut self.next_body, &mut committed)?;
+        let result = apply.run(changes);
+        answer.done = apply.done;
+        answer.notes = std::mem::take(&mut apply.notes);
+        answer.spans = unreported;
+        result
+    }
+}
+
+/// The last answer to a job; what does not fit goes ahead.
+fn send_applied<S: Storage, C: Read + Write>(
+    storage: &mut S,
+    connection: &mut Connection<C>,
+    mut answer: proto::Applied,
+) -> Link<()> {
+    answer.spans.extend(storage.take_spans());
+    let notes = std::mem::take(&mut answer.notes);
+    let error = std::mem::take(&mut answer.error);
+    answer.more = true;
+    let mut last = send_spans(connection, answer)?;
+    last.more = false;
+    last.error = error.chars().take(1000).collect();
+    last.notes = notes;
+    last.notes.truncate(CHANGES_MAX / 10);
+    connection.send(Kind::Applied(last))
+}
+
+/// Sends the spans in frames that are small enough; returns the answer without them.
+fn send_spans<C: Read + Write>(connection: &mut Connection<C>, mut answer: proto::Applied) -> Link<proto::Applied> {
+    let spans = std::mem::take(&mut answer.spans);
+    let mut part = answer.clone();
+    let mut applied = 0;
+    for span in spans {
+        let full = part.spans.len() == SPANS_MAX || applied + span.applied.len() > SPANS_APPLIED_MAX;
+        if full && !part.spans.is_empty() {
+            connection.send(Kind::Applied(std::mem::replace(&mut part, answer.clone())))?;
+            applied = 0;
+        }
+        applied += span.applied.len();
+        part.spans.push(span);
+    }
+    if !part.spans.is_empty() {
+        connection.send(Kind::Applied(part))?;
+    }
+    Ok(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::fake::{FakeStorage, Script};
+
+    #[test]
+    fn a_user_whom_a_left_behind_worker_still_applies_is_refused() {
+        let mut storage = FakeStorage::default();
+        storage.is_locked = true;
+        let mut connection = Connection::new(Script::default());
+        let whole = Collecting { job: 1, user: "jane".into(), changes: vec![], bytes: 0, error: None };
+        let answer = Jobs::default().apply(&mut storage, &mut connection, whole).unwrap();
+        assert_eq!(answer.done, 0);
+        assert!(answer.error.contains("another worker"), "{}", answer.error);
+    }
+}

@@ -1,0 +1,18 @@
+//! The worker: applies other servers' changes to the mailboxes of this one, and reads bodies for others.
+//!
+//! It gets one job at a time from the relay and answers it. It guarantees that a change that it reports as done is
+//! durable, that doing it again does nothing, that a mail is never dropped to solve a conflict, and that nothing that a
+//! relay sends makes it panic or keep more than a body's window in memory. What is open of a user when a job fails is
+//! closed before the answer.
+//!
+//! It must not know Dovecot: storage is the trait [`storage::Storage`], whose implementation is `host::worker`.
+#![forbid(unsafe_code)]
+
+pub mod apply;
+pub mod body;
+pub mod connection;
+#[cfg(test)]
+mod fake;
+pub mod job;
+pub mod name;
+pub mod storage;

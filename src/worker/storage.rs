@@ -1,0 +1,127 @@
+//! What the worker needs of a mail storage: one user and one mailbox open at a time.
+//!
+//! Errors are sentences for people, without the user's and mailbox's name, which the caller adds.
+use std::fs::File;
+
+use crate::wire::proto;
+
+/// The reason of a failure, for people.
+pub type Result<T> = std::result::Result<T, String>;
+
+/// 16 bytes, of a mailbox.
+pub type Guid = [u8; 16];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existence {
+    None,
+    /// `\NoSelect`: exists for its children only.
+    Directory,
+    Mailbox,
+}
+
+/// State of the open mailbox as of the last sync.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Status {
+    pub guid: Guid,
+    pub uid_validity: u32,
+    pub uid_next: u32,
+    pub messages: u32,
+    pub highest_modseq: u64,
+}
+
+/// What to set of a mailbox; zero leaves it as it is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Update {
+    pub guid: Guid,
+    pub uid_validity: u32,
+    pub min_uid_next: u32,
+    pub min_highest_modseq: u64,
+}
+
+/// How the private namespace with the INBOX names its mailboxes.
+#[derive(Clone, Debug)]
+pub struct Namespace {
+    pub prefix: String,
+    pub separator: char,
+}
+
+/// A message to be saved.
+#[derive(Clone, Debug)]
+pub struct NewMessage<'a> {
+    pub guid: &'a str,
+    /// 0: the next one.
+    pub uid: u32,
+    pub flags: u32,
+    pub keywords: &'a [String],
+    pub received_date: i64,
+    /// 0: now.
+    pub save_date: i64,
+}
+
+/// The bytes of a message.
+#[derive(Debug)]
+pub enum Body<'a> {
+    Bytes(&'a [u8]),
+    /// All of the file.
+    File(&'a File),
+}
+
+/// Mailboxes are named by their virtual name in UTF-8, see [`crate::worker::name`].
+///
+/// Messages are changed in a transaction that begins with the first call and ends with [`Storage::commit`]; saving and
+/// changing are never mixed in one.
+pub trait Storage {
+    /// From now on no other worker applies changes of this user. False if one does.
+    fn lock_user(&mut self, user: &str) -> Result<bool>;
+    fn unlock_user(&mut self);
+    /// False if there is no such user.
+    fn open_user(&mut self, user: &str) -> Result<bool>;
+    /// Closes all that is open of the user, gives his privileges back.
+    fn close_user(&mut self);
+    fn namespace(&self) -> Result<Namespace>;
+    /// A new file without a name, for the user's temporary data.
+    fn temp_file(&mut self) -> Result<File>;
+
+    fn existence(&mut self, vname: &str) -> Result<Existence>;
+    fn find_guid(&mut self, guid: &Guid) -> Result<Option<String>>;
+    /// False if it exists already.
+    fn create(&mut self, vname: &str, directory: bool, update: &Update) -> Result<bool>;
+    /// With its children. False if `from` doesn't exist or `to` does.
+    fn rename(&mut self, from: &str, to: &str) -> Result<bool>;
+    /// False if it doesn't exist.
+    fn delete(&mut self, vname: &str) -> Result<bool>;
+    fn set_subscribed(&mut self, vname: &str, subscribed: bool) -> Result<()>;
+
+    /// Opens and syncs instead of the mailbox open so far. False if it doesn't exist.
+    fn open(&mut self, vname: &str, readonly: bool) -> Result<bool>;
+    /// Rolls back what is not committed.
+    fn close(&mut self);
+    fn status(&mut self) -> Status;
+    fn update(&mut self, update: &Update) -> Result<()>;
+    fn message_guid(&mut self, uid: u32) -> Result<Option<String>>;
+    /// Looks at every message.
+    fn find_message(&mut self, guid: &str) -> Result<Option<u32>>;
+    /// Whether the mailbox's log knows that the message was expunged here.
+    fn was_expunged(&mut self, uid: u32, guid: &str) -> Result<bool>;
+
+    fn save(&mut self, message: &NewMessage, body: Body) -> Result<()>;
+    /// Saves a copy of the message with this GUID in another (or the same) mailbox of the user. False if it isn't there.
+    fn copy(&mut self, message: &NewMessage, source: &str, source_uid: u32) -> Result<bool>;
+    /// Missing UIDs are fine.
+    fn update_flags(&mut self, first_uid: u32, last_uid: u32, update: &proto::FlagUpdate) -> Result<()>;
+    /// Missing UIDs are fine.
+    fn expunge(&mut self, first_uid: u32, last_uid: u32) -> Result<()>;
+    /// Durable when it returns, expunges executed. Returns the UIDs given to the saved messages.
+    fn commit(&mut self) -> Result<Vec<u32>>;
+
+    /// False if there is no such message.
+    fn body_open(&mut self, uid: u32, guid: &str) -> Result<bool>;
+    /// 0 at the end.
+    fn body_read(&mut self, buffer: &mut [u8]) -> Result<usize>;
+    fn body_close(&mut self);
+
+    /// All that is written from now on is written for these changes.
+    fn applying(&mut self, changes: &[proto::SeqOf]);
+    /// What was written since the last call, as [`Storage::applying`] told.
+    fn take_spans(&mut self) -> Vec<proto::Span>;
+}

@@ -1,0 +1,191 @@
+//! Dovecot's configuration for one server under test, in 2.3's and 2.4's syntax.
+//!
+//! Only the basics that any server has (where mail lies, who may log in, ports) come from here. The replication's own part
+//! is the example configuration that an admin is given, unchanged, followed by this server's name, port and peers.
+
+use std::fmt::Write;
+
+use super::{Format, Setup, Version};
+
+pub struct Ports {
+    pub imap: u16,
+    pub pop3: u16,
+    pub lmtp: u16,
+    pub relay: u16,
+}
+
+/// Everything that the configuration depends on; paths as the server sees them.
+pub struct Server<'a> {
+    pub setup: &'a Setup,
+    pub version: Version,
+    pub dir: &'a str,
+    pub ports: &'a Ports,
+    /// (name, relay port) of the peers.
+    pub peers: &'a [(String, u16)],
+}
+
+/// Name under which the example configuration lies beside the generated one.
+pub const EXAMPLE: &str = "dovecot-plugin.conf.example";
+
+impl Server<'_> {
+    pub fn text(&self) -> String {
+        let mut text = match self.version {
+            Version::V23 => self.basics_23(),
+            Version::V24 => self.basics_24(),
+        };
+        if self.setup.plugin {
+            let _ = writeln!(text, "!include {}/{EXAMPLE}", self.dir);
+            text += &self.replication();
+        }
+        text += match self.version {
+            Version::V23 => &self.setup.extra_23,
+            Version::V24 => &self.setup.extra_24,
+        };
+        text
+    }
+
+    /// What an admin changes in the example.
+    fn replication(&self) -> String {
+        let peers: Vec<String> = self.peers.iter().map(|(name, port)| format!("{name}=127.0.0.1:{port}")).collect();
+        let peers = self.setup.peers.clone().unwrap_or(peers.join(" "));
+        let settings = format!("dovetail_server = {}\ndovetail_peers = {}\n", self.setup.name, peers);
+        let port = self.ports.relay;
+        match self.version {
+            Version::V23 => format!(
+                "plugin {{\n{settings}}}\n\
+                 service dovetail {{\n  inet_listener dovetail {{\n    address = 127.0.0.1\n    port = {port}\n  }}\n}}\n"
+            ),
+            Version::V24 => format!(
+                "{settings}\
+                 service dovetail {{\n  inet_listener dovetail {{\n    listen = 127.0.0.1\n    port = {port}\n  }}\n}}\n"
+            ),
+        }
+    }
+
+    fn basics_23(&self) -> String {
+        let dir = self.dir;
+        let Ports { imap, pop3, lmtp, .. } = self.ports;
+        let name = &self.setup.name;
+        let location = match self.setup.format {
+            Format::Sdbox => "sdbox:~/sdbox",
+            Format::Mdbox => "mdbox:~/mdbox",
+            Format::Maildir => "maildir:~/Maildir",
+        };
+        format!(
+            "\
+base_dir = {dir}/run
+state_dir = {dir}/state
+instance_name = {name}
+log_path = {dir}/log
+protocols = imap pop3 lmtp
+listen = 127.0.0.1
+hostname = {name}.test
+ssl = no
+disable_plaintext_auth = no
+first_valid_uid = 1
+mail_location = {location}
+mail_max_userip_connections = 100
+namespace inbox {{
+  inbox = yes
+  separator = /
+}}
+passdb {{
+  driver = static
+  args = password=pass
+}}
+userdb {{
+  driver = static
+  args = uid=mail gid=mail home={dir}/home/%u allow_all_users=yes
+}}
+service imap-login {{
+  inet_listener imap {{
+    port = {imap}
+  }}
+  inet_listener imaps {{
+    port = 0
+  }}
+}}
+service pop3-login {{
+  inet_listener pop3 {{
+    port = {pop3}
+  }}
+  inet_listener pop3s {{
+    port = 0
+  }}
+}}
+service lmtp {{
+  inet_listener lmtp {{
+    port = {lmtp}
+  }}
+}}
+"
+        )
+    }
+
+    fn basics_24(&self) -> String {
+        let dir = self.dir;
+        let Ports { imap, pop3, lmtp, .. } = self.ports;
+        let name = &self.setup.name;
+        let (driver, path) = match self.setup.format {
+            Format::Sdbox => ("sdbox", "sdbox"),
+            Format::Mdbox => ("mdbox", "mdbox"),
+            Format::Maildir => ("maildir", "Maildir"),
+        };
+        format!(
+            "\
+dovecot_config_version = 2.4.1
+dovecot_storage_version = 2.4.1
+base_dir = {dir}/run
+state_dir = {dir}/state
+instance_name = {name}
+log_path = {dir}/log
+protocols = imap pop3 lmtp
+listen = 127.0.0.1
+hostname = {name}.test
+ssl = no
+auth_allow_cleartext = yes
+first_valid_uid = 1
+mail_driver = {driver}
+mail_path = ~/{path}
+mail_uid = mail
+mail_gid = mail
+mail_max_userip_connections = 100
+namespace inbox {{
+  inbox = yes
+  separator = /
+}}
+passdb static {{
+  password = pass
+}}
+userdb static {{
+  fields {{
+    uid = mail
+    gid = mail
+    home = {dir}/home/%{{user}}
+  }}
+}}
+service imap-login {{
+  inet_listener imap {{
+    port = {imap}
+  }}
+  inet_listener imaps {{
+    port = 0
+  }}
+}}
+service pop3-login {{
+  inet_listener pop3 {{
+    port = {pop3}
+  }}
+  inet_listener pop3s {{
+    port = 0
+  }}
+}}
+service lmtp {{
+  inet_listener lmtp {{
+    port = {lmtp}
+  }}
+}}
+"
+        )
+    }
+}

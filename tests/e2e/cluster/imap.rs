@@ -1,0 +1,168 @@
+//! A small IMAP client (RFC 3501): commands with literals, answers as they came with their literals inside.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use super::ports::LOOPBACK;
+use super::PASSWORD;
+
+pub struct Imap {
+    stream: BufReader<TcpStream>,
+    tags: u32,
+}
+
+/// All that came in answer to one command.
+#[derive(Debug)]
+pub struct Answer {
+    /// Untagged lines without the "* ", literals included.
+    pub untagged: Vec<Vec<u8>>,
+    /// The tagged line without its tag: `OK ...`, `NO ...`, `BAD ...`.
+    pub result: String,
+}
+
+impl Answer {
+    pub fn is_ok(&self) -> bool {
+        self.result.starts_with("OK")
+    }
+
+    /// Untagged lines as text.
+    pub fn lines(&self) -> Vec<String> {
+        self.untagged.iter().map(|line| String::from_utf8_lossy(line).into_owned()).collect()
+    }
+
+    pub fn contains(&self, text: &str) -> bool {
+        self.lines().iter().any(|line| line.contains(text))
+    }
+
+    /// The first literal: a fetched body.
+    pub fn literal(&self) -> Option<&[u8]> {
+        self.untagged.iter().find_map(|line| {
+            let start = line.windows(3).position(|w| w == b"}\r\n")? + 3;
+            let open = line[..start].iter().rposition(|b| *b == b'{')?;
+            let size: usize = std::str::from_utf8(&line[open + 1..start - 3]).ok()?.parse().ok()?;
+            line.get(start..start + size)
+        })
+    }
+
+    /// The number in `* n EXISTS`.
+    pub fn exists(&self) -> Option<u32> {
+        self.lines().iter().rev().find_map(|line| line.strip_suffix(" EXISTS")?.parse().ok())
+    }
+}
+
+/// One message of an APPEND.
+pub struct Appended<'a> {
+    pub flags: &'a str,
+    /// Such as `" 1-Jan-2020 12:00:00 +0100"`; empty: now.
+    pub date: &'a str,
+    pub mail: &'a [u8],
+}
+
+impl Imap {
+    pub fn login(port: u16, user: &str) -> Imap {
+        let stream = TcpStream::connect((LOOPBACK, port)).expect("connect to IMAP");
+        stream.set_read_timeout(Some(Duration::from_secs(60))).expect("timeout");
+        stream.set_nodelay(true).expect("nodelay");
+        let mut imap = Imap { stream: BufReader::new(stream), tags: 0 };
+        imap.line();
+        imap.ok(&format!("LOGIN {user} {PASSWORD}"));
+        imap
+    }
+
+    /// Logs in and selects a mailbox.
+    pub fn select(mut self, mailbox: &str) -> Imap {
+        self.ok(&format!("SELECT {mailbox}"));
+        self
+    }
+
+    /// Panics unless the command is answered OK.
+    pub fn ok(&mut self, command: &str) -> Answer {
+        let answer = self.command(command);
+        assert!(answer.is_ok(), "IMAP: {command} was answered {}", answer.result);
+        answer
+    }
+
+    pub fn command(&mut self, command: &str) -> Answer {
+        self.command_bytes(command.as_bytes())
+    }
+
+    fn command_bytes(&mut self, command: &[u8]) -> Answer {
+        self.tags += 1;
+        let tag = format!("t{}", self.tags);
+        let mut out = format!("{tag} ").into_bytes();
+        out.extend_from_slice(command);
+        out.extend_from_slice(b"\r\n");
+        self.stream.get_mut().write_all(&out).expect("IMAP write");
+        self.answer(&tag)
+    }
+
+    fn answer(&mut self, tag: &str) -> Answer {
+        let mut untagged = Vec::new();
+        loop {
+            let line = self.line();
+            if let Some(rest) = line.strip_prefix(b"* ") {
+                untagged.push(rest.to_vec());
+            } else if let Some(rest) = line.strip_prefix(format!("{tag} ").as_bytes()) {
+                return Answer { untagged, result: String::from_utf8_lossy(rest).into_owned() };
+            }
+        }
+    }
+
+    pub fn append(&mut self, mailbox: &str, mail: &[u8]) -> Answer {
+        self.append_all(mailbox, &[Appended { flags: "", date: "", mail }])
+    }
+
+    /// APPEND, or MULTIAPPEND (RFC 3502) for more than one message. Mails with NULs go as literal8 (RFC 3516).
+    pub fn append_all(&mut self, mailbox: &str, messages: &[Appended]) -> Answer {
+        let answer = self.try_append_all(mailbox, messages);
+        assert!(answer.is_ok(), "IMAP: APPEND {mailbox} was answered {}", answer.result);
+        answer
+    }
+
+    pub fn try_append_all(&mut self, mailbox: &str, messages: &[Appended]) -> Answer {
+        let mut command = format!("APPEND {mailbox}").into_bytes();
+        for Appended { flags, date, mail } in messages {
+            if !flags.is_empty() {
+                command.extend_from_slice(format!(" ({flags})").as_bytes());
+            }
+            if !date.is_empty() {
+                command.extend_from_slice(format!(" \"{date}\"").as_bytes());
+            }
+            let binary = if mail.contains(&0) { "~" } else { "" };
+            // LITERAL+: the server does not have to ask for it.
+            command.extend_from_slice(format!(" {binary}{{{}+}}\r\n", mail.len()).as_bytes());
+            command.extend_from_slice(mail);
+        }
+        self.command_bytes(&command)
+    }
+
+    /// UIDs of all messages in the selected mailbox.
+    pub fn uids(&mut self) -> Vec<u32> {
+        let answer = self.ok("UID SEARCH ALL");
+        let line = answer.lines().into_iter().find(|line| line.starts_with("SEARCH")).unwrap_or_default();
+        line.split_whitespace().skip(1).filter_map(|uid| uid.parse().ok()).collect()
+    }
+
+    /// A line without its end, with the literals that it holds and what follows them.
+    fn line(&mut self) -> Vec<u8> {
+        let mut line = Vec::new();
+        loop {
+            let n = self.stream.read_until(b'\n', &mut line).expect("IMAP read");
+            assert!(n > 0, "IMAP closed the connection");
+            let Some(size) = literal_size(&line) else { break };
+            let start = line.len();
+            line.resize(start + size, 0);
+            self.stream.read_exact(&mut line[start..]).expect("IMAP read");
+        }
+        line.truncate(line.len().saturating_sub(2));
+        line
+    }
+}
+
+/// Size of the literal that a line announces at its end: `... {123}\r\n`.
+fn literal_size(line: &[u8]) -> Option<usize> {
+    let rest = line.strip_suffix(b"}\r\n")?;
+    let open = rest.iter().rposition(|b| *b == b'{')?;
+    std::str::from_utf8(&rest[open + 1..]).ok()?.parse().ok()
+}

@@ -1,0 +1,191 @@
+//! Real Dovecots for the tests and the demo: throw-away, on loopback, with our plugin laid over the installed files.
+//!
+//! Each server lives in a mount namespace of its own in which a copy of Dovecot's folder of programs and modules, with
+//! our files added, covers the installed one. Nothing on the system changes, and nothing stays behind: see `janitor`.
+//! A server may run in another root (another Debian release); all share the loopback network.
+
+// The demo uses less of it than the tests do.
+#![allow(dead_code)]
+
+pub mod config;
+pub mod imap;
+pub mod janitor;
+pub mod lmtp;
+pub mod pop3;
+pub mod ports;
+pub mod server;
+pub mod snapshot;
+pub mod wait;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use self::server::Server;
+pub use self::snapshot::Snapshot;
+pub use self::wait::{holds_within, holds_within_slowly, wait_until};
+
+/// How long a cluster that works may take to become identical. Generous: test machines are small and shared.
+pub const CONVERGE_DEADLINE: Duration = Duration::from_secs(20);
+
+/// What static passdbs on all servers accept.
+pub const PASSWORD: &str = "pass";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Sdbox,
+    Mdbox,
+    Maildir,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    V23,
+    V24,
+}
+
+/// One server to be, before it is started.
+#[derive(Clone)]
+pub struct Setup {
+    pub name: String,
+    pub format: Format,
+    /// Start it with our plugin and the example configuration.
+    pub plugin: bool,
+    /// More configuration, behind everything else, in 2.3's and in 2.4's syntax. `{DIR}` is the server's folder.
+    pub extra_23: String,
+    pub extra_24: String,
+    /// Files below the server's folder: those in `bin/` are programs, those in `home/` belong to the mail user.
+    pub files: Vec<(String, String)>,
+    /// Instead of the right value of `dovetail_peers`.
+    pub peers: Option<String>,
+}
+
+impl Setup {
+    pub fn new(name: &str, format: Format) -> Setup {
+        Setup {
+            name: name.into(),
+            format,
+            plugin: true,
+            extra_23: String::new(),
+            extra_24: String::new(),
+            files: Vec::new(),
+            peers: None,
+        }
+    }
+
+    pub fn without_plugin(mut self) -> Setup {
+        self.plugin = false;
+        self
+    }
+
+    pub fn peers(mut self, value: &str) -> Setup {
+        self.peers = Some(value.into());
+        self
+    }
+
+    /// `{DIR}` in the text becomes the server's folder.
+    pub fn file(mut self, path: &str, text: &str) -> Setup {
+        self.files.push((path.into(), text.into()));
+        self
+    }
+
+    pub fn extra(mut self, v23: &str, v24: &str) -> Setup {
+        self.extra_23 += v23;
+        self.extra_24 += v24;
+        self
+    }
+}
+
+pub struct Cluster {
+    servers: Vec<Server>,
+    // Dropped after the servers: removes what they leave.
+    janitor: Arc<janitor::Janitor>,
+}
+
+impl Cluster {
+    /// Starts the servers, every one a peer of every other; returns when all of them answer.
+    pub fn start(setups: Vec<Setup>) -> Cluster {
+        server::require_root();
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let id = format!("dovetail-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let roots: Vec<server::Root> = setups.iter().map(|setup| server::Root::of(&setup.name)).collect();
+        let mut folders: Vec<PathBuf> = roots.iter().map(|root| root.outside(&format!("/tmp/{id}"))).collect();
+        folders.dedup();
+        let janitor = Arc::new(janitor::Janitor::watch(&folders));
+
+        let mut prepared: Vec<Server> = setups
+            .into_iter()
+            .zip(roots)
+            .map(|(setup, root)| Server::prepare(setup, root, &format!("/tmp/{id}"), janitor.clone()))
+            .collect();
+        let relays: Vec<(String, u16)> = prepared.iter().map(|s| (s.name().to_owned(), s.ports.relay)).collect();
+        for server in &mut prepared {
+            let peers: Vec<_> = relays.iter().filter(|(name, _)| name != server.name()).cloned().collect();
+            server.configure(&peers);
+        }
+        for server in &prepared {
+            server.start();
+        }
+        Cluster { servers: prepared, janitor }
+    }
+
+    pub fn pair(format_a: Format, format_b: Format) -> Cluster {
+        Cluster::start(vec![Setup::new("a", format_a), Setup::new("b", format_b)])
+    }
+
+    pub fn servers(&self) -> &[Server] {
+        &self.servers
+    }
+
+    pub fn a(&self) -> &Server {
+        &self.servers[0]
+    }
+
+    pub fn b(&self) -> &Server {
+        &self.servers[1]
+    }
+
+    /// Waits until all servers show the same mail state for `user`; panics with the differences if they never do.
+    pub fn converged(&self, user: &str) -> Snapshot {
+        self.converged_within(CONVERGE_DEADLINE, user)
+    }
+
+    pub fn converged_within(&self, deadline: Duration, user: &str) -> Snapshot {
+        let (first, others) = self.servers.split_first().expect("a cluster has servers");
+        let with_save_dates = self.servers.iter().all(|s| s.format() != Format::Maildir);
+        let mut difference = String::new();
+        let mut result = None;
+        let converged = holds_within_slowly(deadline, || {
+            // A look at a server would create the user's INBOX there; do not race the first change for that.
+            if let Some(server) = self.servers.iter().find(|s| !s.has_inbox(user)) {
+                difference = format!("  {user} has no INBOX on {}\n", server.name());
+                return false;
+            }
+            let wanted = Snapshot::take(first, user, with_save_dates);
+            difference.clear();
+            for other in others {
+                difference += &wanted.difference(&Snapshot::take(other, user, with_save_dates));
+            }
+            result = Some(wanted);
+            difference.is_empty()
+        });
+        if !converged {
+            panic!("{user}'s mail did not become the same everywhere within {deadline:?}:\n{difference}");
+        }
+        // Metadata is equal; now every byte.
+        let bodies = first.bodies(user);
+        for other in others {
+            let theirs = other.bodies(user);
+            snapshot::compare_bodies(first.name(), &bodies, other.name(), &theirs);
+        }
+        result.expect("a snapshot was compared")
+    }
+
+    /// All servers' logs, for a test that failed.
+    pub fn print_logs(&self) {
+        for server in &self.servers {
+            eprintln!("---- log of {} ({}) ----\n{}", server.name(), server.version_text(), server.log());
+        }
+    }
+}

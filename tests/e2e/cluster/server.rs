@@ -1,0 +1,388 @@
+//! One Dovecot under test: its folder, its namespace, starting and stopping it, running programs in it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::config::{self, Ports};
+use super::imap::Imap;
+use super::janitor::Janitor;
+use super::lmtp::Lmtp;
+use super::pop3::Pop3;
+use super::ports::{PortBlock, LOOPBACK};
+use super::snapshot::{table, Body};
+use super::{holds_within, wait_until, Format, Setup, Version};
+
+/// Where the distribution keeps Dovecot's programs and modules; ours are added there.
+const PKGLIBDIR: &str = "/usr/lib/dovecot";
+
+const START_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Where a server's Dovecot is installed.
+pub struct Root {
+    path: PathBuf,
+    /// Our files as `make install DESTDIR=` laid them out.
+    stage: PathBuf,
+}
+
+impl Root {
+    /// Server `a` lives in DOVETAIL_TEST_ROOT_A with the files of DOVETAIL_TEST_STAGE_A, and so on.
+    pub fn of(server: &str) -> Root {
+        let variable = |what: &str| std::env::var_os(format!("DOVETAIL_TEST_{what}_{}", server.to_uppercase()));
+        let path = variable("ROOT").map_or(PathBuf::from("/"), PathBuf::from);
+        let stage = variable("STAGE")
+            .or(std::env::var_os("DOVETAIL_TEST_STAGE"))
+            .map_or(Path::new(env!("CARGO_MANIFEST_DIR")).join("target/stage"), PathBuf::from);
+        Root { path, stage }
+    }
+
+    /// A path inside this root as it is seen from outside.
+    pub fn outside(&self, inside: &str) -> PathBuf {
+        self.path.join(inside.trim_start_matches('/'))
+    }
+
+    fn version(&self) -> (Version, String) {
+        let output = Command::new("chroot").arg(&self.path).args(["dovecot", "--version"]).output().expect("chroot");
+        let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        let version = match text.get(..4) {
+            Some("2.3.") => Version::V23,
+            Some("2.4.") => Version::V24,
+            _ => panic!(
+                "cannot run Dovecot in {}: version {text:?} {}",
+                self.path.display(),
+                String::from_utf8_lossy(&output.stderr)
+            ),
+        };
+        (version, text)
+    }
+}
+
+pub struct Server {
+    setup: Setup,
+    root: Root,
+    version: Version,
+    version_text: String,
+    /// The server's folder as it sees it itself.
+    dir: String,
+    pub ports: Ports,
+    _port_block: PortBlock,
+    master: Mutex<Option<Child>>,
+    log_checked: Mutex<usize>,
+    janitor: Arc<Janitor>,
+}
+
+impl Server {
+    pub fn prepare(setup: Setup, root: Root, cluster_dir: &str, janitor: Arc<Janitor>) -> Server {
+        let (version, version_text) = root.version();
+        let mut block = PortBlock::reserve();
+        let ports = Ports { imap: block.take(), pop3: block.take(), lmtp: block.take(), relay: block.take() };
+        let dir = format!("{cluster_dir}/{}", setup.name);
+        let server = Server {
+            setup,
+            root,
+            version,
+            version_text,
+            dir,
+            ports,
+            _port_block: block,
+            master: Mutex::new(None),
+            log_checked: Mutex::new(0),
+            janitor,
+        };
+        server.make_folder();
+        server
+    }
+
+    fn make_folder(&self) {
+        let dir = self.outside("");
+        for part in ["run", "state", "home", "bin"] {
+            fs::create_dir_all(dir.join(part)).unwrap_or_else(|e| panic!("mkdir {}/{part}: {e}", dir.display()));
+        }
+        for (path, text) in &self.setup.files {
+            use std::os::unix::fs::PermissionsExt;
+            fs::write(dir.join(path), text.replace("{DIR}", &self.dir)).unwrap_or_else(|e| panic!("{path}: {e}"));
+            let mode = if path.starts_with("bin/") { 0o755 } else { 0o644 };
+            fs::set_permissions(dir.join(path), fs::Permissions::from_mode(mode)).expect("chmod");
+        }
+        // Mail processes, which are not root, write their log lines here too when they cannot reach the log service.
+        fs::write(dir.join("log"), "").expect("log");
+        run("chown", &["8:8".as_ref(), dir.join("home").as_os_str(), dir.join("log").as_os_str()]);
+        let installed = self.root.outside(PKGLIBDIR);
+        let copy = dir.join("lib");
+        run("cp", &["-a".as_ref(), installed.as_os_str(), copy.as_os_str()]);
+        if self.setup.plugin {
+            let ours = self.root.stage.join(PKGLIBDIR.trim_start_matches('/'));
+            assert!(
+                ours.join("modules").exists(),
+                "our files are not in {}: run the tests by `make test`, or `make stage` first",
+                ours.display()
+            );
+            run("cp", &["-a".as_ref(), ours.join(".").as_os_str(), copy.as_os_str()]);
+            let example = match self.version {
+                Version::V23 => "dovecot-plugin-2.3.conf.example",
+                Version::V24 => "dovecot-plugin.conf.example",
+            };
+            let example = Path::new(env!("CARGO_MANIFEST_DIR")).join(example);
+            fs::copy(&example, dir.join(config::EXAMPLE)).unwrap_or_else(|e| panic!("{}: {e}", example.display()));
+        }
+    }
+
+    pub fn configure(&self, peers: &[(String, u16)]) {
+        let text =
+            config::Server { setup: &self.setup, version: self.version, dir: &self.dir, ports: &self.ports, peers }
+                .text()
+                .replace("{DIR}", &self.dir);
+        fs::write(self.outside("/dovecot.conf"), text).expect("dovecot.conf");
+    }
+
+    /// Starts Dovecot and waits until it answers on all its ports.
+    pub fn start(&self) {
+        let mut master = self.master.lock().unwrap_or_else(|e| e.into_inner());
+        assert!(master.is_none(), "{} runs already", self.name());
+        // The last exec makes the master the process that is spawned here.
+        let script = r#"mount --bind "$1" "$2" && exec chroot "$3" dovecot -F -c "$4""#;
+        let child = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c", script, "dovetail-test"])
+            .arg(self.outside("/lib"))
+            .arg(self.root.outside(PKGLIBDIR))
+            .arg(&self.root.path)
+            .arg(self.conf())
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("unshare");
+        self.janitor.add_master(child.id());
+        *master = Some(child);
+        let child = master.as_mut().expect("just started");
+        let ports = [self.ports.imap, self.ports.pop3, self.ports.lmtp];
+        let mut ended = None;
+        let answers = holds_within(START_DEADLINE, || {
+            ended = child.try_wait().expect("wait for Dovecot's master");
+            ended.is_some() || ports.iter().all(|port| TcpStream::connect((LOOPBACK, *port)).is_ok())
+        });
+        if ended.is_some() || !answers {
+            let mut stderr = String::new();
+            if let (true, Some(mut pipe)) = (ended.is_some(), child.stderr.take()) {
+                let _ = std::io::Read::read_to_string(&mut pipe, &mut stderr);
+            }
+            panic!("Dovecot {} did not start ({ended:?}): {stderr}\n{}", self.name(), self.log());
+        }
+    }
+
+    /// Stops Dovecot as `systemctl stop` does and waits for its end.
+    pub fn stop(&self) {
+        let Some(mut child) = self.master.lock().unwrap_or_else(|e| e.into_inner()).take() else {
+            return;
+        };
+        signal(child.id(), "TERM");
+        let ended = |child: &mut Child| matches!(child.try_wait(), Ok(Some(_)) | Err(_));
+        if !holds_within(Duration::from_secs(10), || ended(&mut child)) {
+            eprintln!("{}: Dovecot did not stop within 10 s, killing it", self.name());
+            signal(child.id(), "KILL");
+            let _ = child.wait();
+        }
+        self.janitor.remove_master(child.id());
+    }
+
+    pub fn name(&self) -> &str {
+        &self.setup.name
+    }
+
+    pub fn format(&self) -> Format {
+        self.setup.format
+    }
+
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    pub fn version_text(&self) -> &str {
+        &self.version_text
+    }
+
+    /// The server's folder as it sees it itself.
+    pub fn dir(&self) -> &str {
+        &self.dir
+    }
+
+    /// A path below the server's folder, seen from outside.
+    pub fn outside(&self, below: &str) -> PathBuf {
+        self.root.outside(&format!("{}{below}", self.dir))
+    }
+
+    pub fn conf(&self) -> String {
+        format!("{}/dovecot.conf", self.dir)
+    }
+
+    /// Whether the user's INBOX exists here, asked without touching it (any program of Dovecot would create it).
+    pub fn has_inbox(&self, user: &str) -> bool {
+        let index = match self.format() {
+            Format::Sdbox => "sdbox/mailboxes/INBOX/dbox-Mails/dovecot.index.log",
+            Format::Mdbox => "mdbox/mailboxes/INBOX/dbox-Mails/dovecot.index.log",
+            Format::Maildir => "Maildir/dovecot.index.log",
+        };
+        self.outside(&format!("/home/{user}/{index}")).exists()
+    }
+
+    // ---- Programs ---------------------------------------------------------------------------------------------------
+
+    /// A program of this server's root, in its namespace, while its Dovecot runs.
+    pub fn command(&self, program: &str) -> Command {
+        let master = self.master.lock().unwrap_or_else(|e| e.into_inner());
+        let pid = master.as_ref().unwrap_or_else(|| panic!("{} is stopped", self.name())).id();
+        let mut command = Command::new("nsenter");
+        command.args(["--mount", "--root", "--wd", "--target", &pid.to_string(), program]).current_dir("/");
+        command
+    }
+
+    pub fn try_doveadm(&self, args: &[&str]) -> Output {
+        self.run_with_input(self.command("doveadm").args(["-c", &self.conf()]).args(args), b"")
+    }
+
+    /// doveadm's standard output; panics if it fails.
+    pub fn doveadm(&self, args: &[&str]) -> String {
+        String::from_utf8_lossy(&self.doveadm_bytes(args, b"")).into_owned()
+    }
+
+    pub fn doveadm_bytes(&self, args: &[&str], input: &[u8]) -> Vec<u8> {
+        let output = self.run_with_input(self.command("doveadm").args(["-c", &self.conf()]).args(args), input);
+        assert!(
+            output.status.success(),
+            "{}: doveadm {args:?} failed ({}): {}",
+            self.name(),
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+        output.stdout
+    }
+
+    /// The rows of `doveadm dovetail status`: one for each peer.
+    pub fn status(&self) -> Vec<BTreeMap<String, String>> {
+        table(&self.doveadm(&["-f", "tab", "dovetail", "status"])).collect()
+    }
+
+    /// What the relay counts, asked as doveadm asks it.
+    pub fn counters(&self) -> dovetail::wire::proto::Counters {
+        let socket = self.outside("/run/dovetail");
+        let status = dovetail::relay::client::status(&socket, Duration::from_secs(10));
+        status.unwrap_or_else(|error| panic!("{}: {error}", self.name())).counters.unwrap_or_default()
+    }
+
+    /// Delivers by the real dovecot-lda.
+    pub fn lda(&self, user: &str, mail: &[u8]) {
+        let program = format!("{PKGLIBDIR}/dovecot-lda");
+        let output = self.run_with_input(self.command(&program).args(["-c", &self.conf(), "-d", user]), mail);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}: dovecot-lda -d {user} failed ({}): {stderr}", self.name(), output.status);
+    }
+
+    fn run_with_input(&self, command: &mut Command, input: &[u8]) -> Output {
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("nsenter");
+        let mut stdin = child.stdin.take().expect("piped");
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                // A program that does not read its input closes it: no matter.
+                let _ = stdin.write_all(input);
+            });
+            child.wait_with_output().expect("wait")
+        })
+    }
+
+    /// Process ids of a service of this Dovecot (its name as in the configuration).
+    pub fn pids(&self, service: &str) -> Vec<u32> {
+        let text = self.doveadm(&["-f", "tab", "process", "status", service]);
+        let pids = text.lines().filter_map(|line| {
+            let mut fields = line.split('\t');
+            (fields.next() == Some(service)).then(|| fields.next().and_then(|pid| pid.parse().ok())).flatten()
+        });
+        pids.collect()
+    }
+
+    /// Kills the processes of a service with SIGKILL; returns how many there were.
+    pub fn kill(&self, service: &str) -> usize {
+        let pids = self.pids(service);
+        for pid in &pids {
+            signal(*pid, "KILL");
+        }
+        pids.len()
+    }
+
+    // ---- Mail -------------------------------------------------------------------------------------------------------
+
+    pub fn imap(&self, user: &str) -> Imap {
+        Imap::login(self.ports.imap, user)
+    }
+
+    pub fn lmtp(&self) -> Lmtp {
+        Lmtp::connect(self.ports.lmtp)
+    }
+
+    pub fn pop3(&self, user: &str) -> Pop3 {
+        Pop3::login(self.ports.pop3, user)
+    }
+
+    /// Delivers one mail by LMTP; panics unless Dovecot takes it.
+    pub fn deliver(&self, user: &str, mail: &[u8]) {
+        self.lmtp().deliver(&[user], mail);
+    }
+
+    /// The bytes of all of a user's mails, as stored.
+    pub fn bodies(&self, user: &str) -> Vec<Body> {
+        Body::fetch_all(self, user)
+    }
+
+    // ---- Log --------------------------------------------------------------------------------------------------------
+
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.outside("/log")).unwrap_or_default()).into_owned()
+    }
+
+    pub fn wait_for_log(&self, text: &str) {
+        wait_until(Duration::from_secs(10), &format!("{} logs {text:?}", self.name()), || self.log().contains(text));
+    }
+
+    /// Log lines since the last call that no healthy server writes, except those that contain one of `allowed`.
+    pub fn new_complaints(&self, allowed: &[&str]) -> Vec<String> {
+        let log = self.log();
+        let mut checked = self.log_checked.lock().unwrap_or_else(|e| e.into_inner());
+        let new = log.get(*checked..).unwrap_or_default();
+        // Leave a line that is still being written for the next time.
+        let complete = new.rfind('\n').map_or(0, |end| end + 1);
+        *checked += complete;
+        new[..complete]
+            .lines()
+            .filter(|line| ["Panic:", "Fatal:", "Error:"].iter().any(|word| line.contains(word)))
+            .filter(|line| !allowed.iter().any(|text| line.contains(text)))
+            .map(|line| format!("{}: {line}", self.name()))
+            .collect()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+pub fn signal(pid: u32, name: &str) {
+    let _ = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).stderr(Stdio::null()).status();
+}
+
+pub fn require_root() {
+    use std::os::unix::fs::MetadataExt;
+    let uid = fs::metadata("/proc/self").expect("/proc").uid();
+    assert!(uid == 0, "the end-to-end tests start real Dovecots in mount namespaces: run them as root (now uid {uid})");
+}
+
+fn run(program: &str, args: &[&std::ffi::OsStr]) {
+    let output = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+}

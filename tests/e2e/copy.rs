@@ -1,0 +1,75 @@
+//! COPY and MOVE, inside a mailbox and between mailboxes.
+
+use crate::cluster::imap::{Appended, Imap};
+use crate::scene::{mail, stories, Scene};
+
+/// Three mails in INBOX, the second with flags, and a mailbox `Archive`; INBOX selected.
+fn given_three_mails(t: &Scene) -> Imap {
+    let mut imap = t.here().imap(&t.user);
+    imap.ok("CREATE Archive");
+    let (one, two, three) = (mail("one"), mail("two"), mail("three"));
+    let date = " 1-Jan-2020 12:00:00 +0000";
+    imap.append_all(
+        "INBOX",
+        &[
+            Appended { flags: "", date, mail: &one },
+            Appended { flags: "\\Seen \\Flagged $Work", date, mail: &two },
+            Appended { flags: "", date, mail: &three },
+        ],
+    );
+    imap.select("INBOX")
+}
+
+stories! {
+    fn copy_to_another_mailbox(t) {
+        given_three_mails(t).ok("COPY 1:2 Archive");
+        let snapshot = t.settled();
+        assert_eq!((snapshot.messages("INBOX").len(), snapshot.messages("Archive").len()), (3, 2));
+        assert_eq!(snapshot.messages("Archive")[1].flags, ["$Work", "\\Flagged", "\\Seen"]);
+    }
+
+    fn uid_copy_to_another_mailbox(t) {
+        given_three_mails(t).ok("UID COPY 3 Archive");
+        assert_eq!(t.settled().messages("Archive").len(), 1);
+    }
+
+    fn copy_inside_a_mailbox(t) {
+        given_three_mails(t).ok("COPY 2 INBOX");
+        assert_eq!(t.settled().messages("INBOX").len(), 4);
+    }
+
+    fn copy_of_what_the_peer_has_had_for_a_while(t) {
+        let mut imap = given_three_mails(t);
+        t.settled();
+        imap.ok("COPY 1:3 Archive");
+        assert_eq!(t.settled().messages("Archive").len(), 3);
+    }
+
+    fn move_to_another_mailbox(t) {
+        given_three_mails(t).ok("MOVE 1:2 Archive");
+        let snapshot = t.settled();
+        assert_eq!((snapshot.messages("INBOX").len(), snapshot.messages("Archive").len()), (1, 2));
+    }
+
+    fn uid_move_to_another_mailbox_after_a_while(t) {
+        let mut imap = given_three_mails(t);
+        t.settled();
+        imap.ok("UID MOVE 2 Archive");
+        let snapshot = t.settled();
+        assert_eq!((snapshot.messages("INBOX").len(), snapshot.messages("Archive").len()), (2, 1));
+    }
+
+    fn move_inside_a_mailbox(t) {
+        given_three_mails(t).ok("MOVE 1 INBOX");
+        let uids: Vec<u32> = t.settled().mailboxes["INBOX"].messages.keys().copied().collect();
+        assert_eq!(uids, [2, 3, 4]);
+    }
+
+    fn move_there_and_back_again(t) {
+        let mut imap = given_three_mails(t);
+        imap.ok("MOVE 1:3 Archive");
+        imap.select("Archive").ok("MOVE 1:3 INBOX");
+        let uids: Vec<u32> = t.settled().mailboxes["INBOX"].messages.keys().copied().collect();
+        assert_eq!(uids, [4, 5, 6]);
+    }
+}

@@ -1,0 +1,219 @@
+//! Applied changes have no side effects: what a delivery, an expunge or a new mailbox sets off, it sets off once, on the
+//! server on which it happened.
+
+use std::fs;
+
+use crate::cluster::{wait_until, Cluster, Format, Server, Setup};
+use crate::scene::{mail_of_size, Scene, SOON};
+
+/// Notes that it was run, and with what.
+const EFFECT: &str = "#!/bin/sh
+echo \"$*\" >>{DIR}/home/effects
+cat >/dev/null
+";
+
+const BEFORE_SIEVE: &str = r#"require ["vacation", "fileinto", "mailbox", "vnd.dovecot.pipe", "copy"];
+pipe :copy "effect" ["sieve"];
+if header :contains "subject" "file me" { fileinto :create "Filed"; }
+if header :contains "subject" "holiday" { vacation :addresses ["you@client.test"] "I am away"; }
+"#;
+
+const SPAM_SIEVE: &str = r#"require ["vnd.dovecot.pipe", "copy"];
+pipe :copy "effect" ["imapsieve"];
+"#;
+
+const EXTRA_23: &str = "
+mail_plugins = $mail_plugins quota lazy_expunge last_login welcome
+protocol lmtp {
+  mail_plugins = $mail_plugins sieve
+}
+protocol imap {
+  mail_plugins = $mail_plugins imap_sieve
+}
+namespace inbox {
+  mailbox Spam {
+    auto = create
+  }
+}
+sendmail_path = {DIR}/bin/effect vacation
+plugin {
+  sieve_plugins = sieve_imapsieve sieve_extprograms
+  sieve_global_extensions = +vnd.dovecot.pipe
+  sieve_pipe_bin_dir = {DIR}/bin
+  sieve_before = {DIR}/home/before.sieve
+  imapsieve_mailbox1_name = Spam
+  imapsieve_mailbox1_causes = APPEND COPY
+  imapsieve_mailbox1_before = file:{DIR}/home/spam.sieve
+  lazy_expunge = Expunged
+  last_login_dict = file:{DIR}/home/last-login
+  welcome_script = welcome welcome
+  quota = count:User quota
+  quota_vsizes = yes
+  quota_rule = *:storage=200K
+  quota_warning = storage=50%% quota-warning quota
+}
+service welcome {
+  executable = script {DIR}/bin/effect
+  user = mail
+  unix_listener welcome {
+    mode = 0666
+  }
+}
+service quota-warning {
+  executable = script {DIR}/bin/effect
+  user = mail
+  unix_listener quota-warning {
+    mode = 0666
+  }
+}
+";
+
+const EXTRA_24: &str = "
+mail_plugins {
+  quota = yes
+  lazy_expunge = yes
+  last_login = yes
+  welcome = yes
+}
+protocol lmtp {
+  mail_plugins {
+    sieve = yes
+  }
+}
+protocol imap {
+  mail_plugins {
+    imap_sieve = yes
+  }
+}
+namespace inbox {
+  mailbox Spam {
+    auto = create
+  }
+}
+sendmail_path = {DIR}/bin/effect vacation
+sieve_plugins = sieve_imapsieve sieve_extprograms
+sieve_global_extensions {
+  vnd.dovecot.pipe = yes
+}
+sieve_pipe_bin_dir = {DIR}/bin
+sieve_script before {
+  type = before
+  path = {DIR}/home/before.sieve
+}
+mailbox Spam {
+  sieve_script spam {
+    type = before
+    cause = append copy
+    path = {DIR}/home/spam.sieve
+  }
+}
+lazy_expunge_mailbox = Expunged
+last_login {
+  dict file {
+    path = {DIR}/home/last-login
+  }
+}
+welcome {
+  execute welcome {
+    args = welcome
+  }
+}
+quota \"User quota\" {
+  storage_size = 200K
+  warning half {
+    quota_storage_percentage = 50
+    execute quota-warning {
+      args = quota
+    }
+  }
+}
+service welcome {
+  executable = script {DIR}/bin/effect
+  user = mail
+  unix_listener welcome {
+    mode = 0666
+  }
+}
+service quota-warning {
+  executable = script {DIR}/bin/effect
+  user = mail
+  unix_listener quota-warning {
+    mode = 0666
+  }
+}
+";
+
+fn setup(name: &str) -> Setup {
+    Setup::new(name, Format::Sdbox)
+        .extra(EXTRA_23, EXTRA_24)
+        .file("bin/effect", EFFECT)
+        .file("home/before.sieve", BEFORE_SIEVE)
+        .file("home/spam.sieve", SPAM_SIEVE)
+}
+
+/// What was run on a server, sorted.
+fn effects(server: &Server) -> Vec<String> {
+    let text = fs::read_to_string(server.outside("/home/effects")).unwrap_or_default();
+    let mut effects: Vec<String> = text.lines().filter_map(|line| line.split(' ').next().map(str::to_owned)).collect();
+    effects.sort();
+    effects
+}
+
+/// Mails of a user's mailbox, counted without any program of Dovecot: those have effects.
+fn files(server: &Server, user: &str, mailbox: &str) -> usize {
+    let dir = server.outside(&format!("/home/{user}/sdbox/mailboxes/{mailbox}/dbox-Mails"));
+    let Ok(entries) = fs::read_dir(dir) else { return 0 };
+    entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("u.")).count()
+}
+
+fn to_you(subject: &str, size: usize) -> Vec<u8> {
+    let mut mail =
+        format!("From: sender@client.test\r\nTo: you@client.test\r\nSubject: {subject}\r\n\r\n").into_bytes();
+    mail.extend(mail_of_size(size));
+    mail
+}
+
+#[test]
+fn what_a_change_sets_off_happens_once_and_on_its_own_server() {
+    let mut setups = vec![setup("a"), setup("b")];
+    let single = std::env::var_os("DOVETAIL_TEST_SINGLE").is_some();
+    if single {
+        setups = vec![setup("a").without_plugin()];
+    }
+    let t = Scene::on(Cluster::start(setups), "story-effects");
+    let (a, peer) = (t.here(), t.there());
+
+    // When mail comes in on A that a sieve script files and answers, that fills half the quota, into a new INBOX.
+    a.deliver(&t.user, &to_you("holiday", 100));
+    a.deliver(&t.user, &to_you("file me", 100));
+    a.deliver(&t.user, &to_you("large", 120_000));
+    let expected = ["quota", "sieve", "sieve", "sieve", "vacation", "welcome"];
+    wait_until(SOON, &format!("A ran {expected:?}"), || effects(a) == expected);
+
+    // Then the peer has the mails, filed alike, and nobody but their worker has touched them.
+    wait_until(SOON, "the peer has the mails", || {
+        files(peer, &t.user, "INBOX") == 2 && files(peer, &t.user, "Filed") == 1
+    });
+    if !single {
+        assert!(!peer.outside("/home/last-login").exists(), "last_login ran on the peer");
+    }
+    assert!(a.outside("/home/last-login").exists(), "last_login did not run on A");
+
+    // When a client on A appends to a mailbox with a script, and expunges a mail that lazy_expunge keeps.
+    let mut imap = a.imap(&t.user);
+    imap.append("Spam", &to_you("spam", 100));
+    let mut imap = imap.select("INBOX");
+    imap.ok("STORE 1 +FLAGS (\\Deleted)");
+    imap.ok("EXPUNGE");
+    imap.ok("LOGOUT");
+    let expected = ["imapsieve", "quota", "sieve", "sieve", "sieve", "vacation", "welcome"];
+    wait_until(SOON, &format!("A ran {expected:?}"), || effects(a) == expected);
+
+    // Then the kept mail is there once, and still nothing was run on the peer.
+    let snapshot = t.settled();
+    assert_eq!((snapshot.messages("INBOX").len(), snapshot.messages("Expunged").len()), (1, 1));
+    assert_eq!(effects(a), expected);
+    if !single {
+        assert_eq!(effects(peer), Vec::<String>::new(), "the peer ran something");
+    }
+}

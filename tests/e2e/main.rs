@@ -1,0 +1,18 @@
+//! End-to-end tests: real Dovecots, driven as users and admins do.
+//!
+//! Each story runs for every pair of mail formats, both ways; `cargo test --test e2e sdbox_to_mdbox` runs one pair,
+//! `cargo test --test e2e flags::` one chapter. They need root and the files of `make stage`.
+
+mod cluster;
+mod scene;
+
+mod bodies;
+mod copy;
+mod deliver;
+mod effects;
+mod expunge;
+mod flags;
+mod mailboxes;
+mod plain;
+mod status;
+mod trouble;

@@ -1,0 +1,214 @@
+//! Peers, relays and configurations that fail: mail goes on.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::cluster::ports::LOOPBACK;
+use crate::cluster::server::signal;
+use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Version};
+use crate::scene::{mail, Scene, SOON};
+
+fn pair(user: &str) -> Scene {
+    Scene::on(Cluster::pair(Format::Sdbox, Format::Sdbox), user)
+}
+
+/// Delivers `count` mails, one connection each; the slowest one's time.
+fn deliver_and_time(server: &Server, user: &str, count: usize) -> Duration {
+    let deliver = |i| {
+        let start = Instant::now();
+        server.deliver(user, &mail(&format!("mail {i}")));
+        start.elapsed()
+    };
+    (0..count).map(deliver).max().unwrap_or_default()
+}
+
+/// Far above any delivery on a working machine, far below any timeout.
+const NO_DELAY: Duration = Duration::from_secs(2);
+
+#[test]
+fn a_relay_killed_in_the_stream_comes_back_and_catches_up() {
+    let t = pair("story-killed-relay");
+    t.expects_in_log("killed with signal 9");
+    t.expects_in_log("dovetail");
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let mut lmtp = t.a().lmtp();
+            for i in 0..150 {
+                lmtp.deliver(&[&t.user], &mail(&format!("mail {i}")));
+            }
+        });
+        let mut killed = 0;
+        while !sender.is_finished() && killed < 3 {
+            let pids = t.b().pids("dovetail");
+            pids.iter().for_each(|pid| signal(*pid, "KILL"));
+            killed += pids.len();
+            wait_until(SOON, "B's relay runs again", || t.b().pids("dovetail").iter().any(|pid| !pids.contains(pid)));
+        }
+        assert!(killed > 0, "no relay was killed");
+    });
+    assert_eq!(t.settled().messages("INBOX").len(), 150);
+}
+
+#[test]
+fn a_peer_that_is_away_gets_everything_when_it_is_back() {
+    let t = pair("story-away");
+    t.expects_in_log("dovetail");
+    t.a().deliver(&t.user, &mail("before"));
+    t.settled();
+
+    t.b().stop();
+    let slowest = deliver_and_time(t.a(), &t.user, 20);
+    assert!(slowest < NO_DELAY, "a delivery took {slowest:?} while the peer was away");
+    wait_until(SOON, "A's status shows pending changes and the reason", || {
+        let peer = &t.a().status()[0];
+        peer["pending"].parse::<u64>().is_ok_and(|n| n >= 20) && !peer["last_error"].is_empty()
+    });
+
+    t.b().start();
+    assert_eq!(t.settled().messages("INBOX").len(), 21);
+    wait_until(SOON, "nothing is pending", || t.a().status()[0]["pending"] == "0");
+}
+
+#[test]
+fn a_relay_that_hangs_delays_no_mail() {
+    let t = pair("story-hung-relay");
+    t.expects_in_log("dovetail");
+    t.a().deliver(&t.user, &mail("before"));
+    t.settled();
+    let relay = t.a().pids("dovetail")[0];
+    signal(relay, "STOP");
+    let slowest = deliver_and_time(t.a(), &t.user, 5);
+    signal(relay, "CONT");
+    assert!(slowest < NO_DELAY, "a delivery took {slowest:?} while the relay hung");
+    t.a().imap(&t.user).select("INBOX").ok("STORE 1:* +FLAGS (\\Seen)");
+}
+
+#[test]
+fn garbage_on_the_relays_port_closes_that_connection_only() {
+    let t = pair("story-garbage");
+    t.expects_in_log("dovetail");
+    let lines_before = t.b().log().lines().count();
+    let senders: [&[u8]; 4] = [
+        b"GET / HTTP/1.0\r\n\r\n",
+        // An unknown version, a frame that is too long, one that is no protobuf.
+        b"\xff\x00\x00\x01x",
+        b"\x01\xff\xff\xff",
+        b"\x01\x00\x00\x04\xff\xff\xff\xff",
+    ];
+    for garbage in senders {
+        let mut stream = TcpStream::connect((LOOPBACK, t.b().ports.relay)).expect("connect to the relay");
+        stream.set_read_timeout(Some(SOON)).expect("timeout");
+        // It may be closed before all is written.
+        let _ = stream.write_all(garbage);
+        let mut answer = Vec::new();
+        let end = stream.read_to_end(&mut answer);
+        let timed_out = end.is_err_and(|e| matches!(e.kind(), std::io::ErrorKind::WouldBlock));
+        assert!(!timed_out, "the relay kept a connection open that sent {garbage:?}");
+    }
+    t.a().deliver(&t.user, &mail("after"));
+    t.settled();
+    let log = t.b().log();
+    let reasons: Vec<&str> = log.lines().skip(lines_before).filter(|line| line.contains("dovetail")).collect();
+    assert!((senders.len()..=3 * senders.len()).contains(&reasons.len()), "one reason each: {reasons:#?}");
+}
+
+#[test]
+fn a_malformed_setting_is_named_and_mail_goes_on() {
+    let setup = Setup::new("a", Format::Sdbox).peers("nonsense");
+    let t = Scene::on(Cluster::start(vec![setup]), "story-malformed");
+    t.expects_in_log("dovetail");
+    deliver_and_time(t.a(), &t.user, 3);
+    assert_eq!(t.a().imap(&t.user).select("INBOX").uids().len(), 3);
+    t.a().wait_for_log("dovetail_peers");
+}
+
+#[test]
+fn an_unknown_setting_is_named_and_mail_goes_on() {
+    let setup =
+        Setup::new("a", Format::Sdbox).peers("b=127.0.0.1:1").extra("plugin {\n  dovetail_colour = green\n}\n", "");
+    let cluster = Cluster::start(vec![setup]);
+    if cluster.a().version() == Version::V24 {
+        // Dovecot 2.4 itself refuses to start with unknown settings, whoever's they are.
+        return;
+    }
+    let t = Scene::on(cluster, "story-unknown");
+    t.expects_in_log("dovetail");
+    deliver_and_time(t.a(), &t.user, 3);
+    assert_eq!(t.a().imap(&t.user).select("INBOX").uids().len(), 3);
+    t.a().wait_for_log("dovetail_colour");
+}
+
+#[test]
+fn a_peer_that_is_not_on_loopback_is_refused() {
+    // 192.0.2.0/24 is reserved for documentation.
+    let setup = Setup::new("a", Format::Sdbox).peers("b=192.0.2.1:4192");
+    let t = Scene::on(Cluster::start(vec![setup]), "story-not-loopback");
+    t.expects_in_log("dovetail");
+    deliver_and_time(t.a(), &t.user, 3);
+    t.a().wait_for_log("192.0.2.1");
+    t.a().wait_for_log("dovetail_insecure_plaintext");
+    assert_eq!(t.a().imap(&t.user).select("INBOX").uids().len(), 3);
+}
+
+#[test]
+fn without_a_relay_mail_goes_on_and_one_line_says_why() {
+    let setup = Setup::new("a", Format::Sdbox)
+        .peers("b=127.0.0.1:1")
+        .extra("plugin {\n  dovetail_socket = no-relay-here\n}\n", "dovetail_socket = no-relay-here\n");
+    let t = Scene::on(Cluster::start(vec![setup]), "story-no-relay");
+    t.expects_in_log("no-relay-here");
+    let mut imap = t.a().imap(&t.user).select("INBOX");
+    for i in 0..20 {
+        imap.append("INBOX", &mail(&format!("mail {i}")));
+    }
+    imap.ok("STORE 1:* +FLAGS (\\Seen)");
+    imap.ok("LOGOUT");
+    t.a().wait_for_log("no-relay-here");
+    let log = t.a().log();
+    let lines = log.lines().filter(|line| line.contains("no-relay-here")).count();
+    assert!(lines <= 2, "one line for one session, not one for each mail:\n{log}");
+}
+
+#[test]
+fn both_servers_write_at_once_in_different_mailboxes() {
+    let t = pair("story-both-write");
+    t.a().deliver(&t.user, &mail("first"));
+    t.a().imap(&t.user).ok("CREATE OnA");
+    t.a().imap(&t.user).ok("CREATE OnB");
+    t.settled();
+    std::thread::scope(|scope| {
+        for (server, mailbox) in [(t.a(), "OnA"), (t.b(), "OnB")] {
+            let user = &t.user;
+            scope.spawn(move || {
+                let mut imap = server.imap(user).select(mailbox);
+                for i in 1..=50 {
+                    imap.append(mailbox, &mail(&format!("mail {i}")));
+                    imap.ok(&format!("UID STORE {i} +FLAGS.SILENT (\\Seen)"));
+                }
+            });
+        }
+    });
+    let snapshot = t.settled();
+    assert_eq!((snapshot.messages("OnA").len(), snapshot.messages("OnB").len()), (50, 50));
+}
+
+/// Both servers make an INBOX by themselves, in different seconds, before they have heard of each other's.
+#[test]
+fn an_inbox_that_was_born_on_both_sides_becomes_one() {
+    let t = pair("story-two-inboxes");
+    let relays = [t.a().pids("dovetail")[0], t.b().pids("dovetail")[0]];
+    relays.iter().for_each(|pid| signal(*pid, "STOP"));
+    t.a().imap(&t.user).select("INBOX");
+    let second = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let first = second();
+    wait_until(SOON, "the next second", || second() > first);
+    t.b().imap(&t.user).select("INBOX");
+    relays.iter().for_each(|pid| signal(*pid, "CONT"));
+    t.settled();
+
+    t.b().deliver(&t.user, &mail("from b"));
+    assert_eq!(t.settled().messages("INBOX").len(), 1);
+    t.a().deliver(&t.user, &mail("from a"));
+    assert_eq!(t.settled().messages("INBOX").len(), 2);
+}

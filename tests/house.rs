@@ -1,0 +1,154 @@
+//! The rules of the house, read off the sources: who may use what, where C and `unsafe` may stand, and that the
+//! generated header is fresh.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn sources(under: &str, extension: &str) -> Vec<(String, String)> {
+    fn walk(dir: &Path, extension: &str, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display())) {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(&path, extension, found);
+            } else if path.extension().is_some_and(|e| e == extension) {
+                found.push(path);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    let start = root().join(under);
+    if start.is_file() {
+        found.push(start);
+    } else {
+        walk(&start, extension, &mut found);
+    }
+    found
+        .into_iter()
+        .map(|path| {
+            let name = path.strip_prefix(root()).unwrap().display().to_string();
+            let text = fs::read_to_string(&path).unwrap();
+            (name, text)
+        })
+        .collect()
+}
+
+/// The lines of a source that are code of the product: no comments, nothing from the tests at its end.
+fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    text.lines()
+        .take_while(|line| !line.starts_with("#[cfg(test)]"))
+        .enumerate()
+        .map(|(i, line)| (i + 1, line))
+        .filter(|(_, line)| !line.trim_start().starts_with("//"))
+}
+
+#[test]
+fn pure_modules_touch_nothing_outside() {
+    let forbidden = [
+        "std::fs",
+        "std::net",
+        "std::os",
+        "std::env",
+        "std::process",
+        "std::thread",
+        "std::time",
+        "Instant",
+        "SystemTime",
+        "mio",
+        "libc::",
+        "crate::host",
+        "crate::relay",
+        "crate::worker",
+        "crate::capture",
+    ];
+    for module in ["src/change.rs", "src/wire", "src/peer", "src/settings.rs", "src/capture/transaction.rs"] {
+        for (name, text) in sources(module, "rs") {
+            for (line_number, line) in code(&text) {
+                for word in forbidden {
+                    assert!(!line.contains(word), "{name}:{line_number}: a pure module uses {word}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn dependencies_run_one_way() {
+    let below = [
+        (
+            "src/wire",
+            ["crate::change", "crate::peer", "crate::relay", "crate::capture", "crate::worker", "crate::host"]
+                .as_slice(),
+        ),
+        ("src/change.rs", &["crate::peer", "crate::relay", "crate::capture", "crate::worker", "crate::host"]),
+        ("src/peer", &["crate::relay", "crate::capture", "crate::worker", "crate::host"]),
+        ("src/relay", &["crate::capture", "crate::worker", "crate::host"]),
+        ("src/capture", &["crate::relay", "crate::worker", "crate::host", "crate::peer"]),
+        ("src/worker", &["crate::relay", "crate::capture", "crate::peer"]),
+    ];
+    for (module, forbidden) in below {
+        for (name, text) in sources(module, "rs") {
+            for (line_number, line) in code(&text) {
+                for word in forbidden {
+                    assert!(!line.contains(word), "{name}:{line_number}: {module} must not know {word}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn unsafe_stands_in_host_only() {
+    for (name, text) in sources("src", "rs") {
+        if name.starts_with("src/host/") || name == "src/bin/dovetail.rs" {
+            continue;
+        }
+        for (line_number, line) in code(&text) {
+            let word = line.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "unsafe");
+            assert!(!word, "{name}:{line_number}: unsafe outside of src/host");
+        }
+    }
+}
+
+#[test]
+fn the_version_of_dovecot_is_asked_in_one_header() {
+    for extension in ["c", "h"] {
+        for (name, text) in sources("src/shim", extension) {
+            if name == "src/shim/compat.h" {
+                continue;
+            }
+            for (i, line) in text.lines().enumerate() {
+                let asks = line.starts_with("#if") && (line.contains("DOVECOT") || line.contains("VERSION"));
+                assert!(!asks, "{name}:{}: only compat.h asks for Dovecot's version", i + 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn c_stands_in_the_shim_only() {
+    for extension in ["c", "h"] {
+        for (name, _) in sources("src", extension) {
+            assert!(name.starts_with("src/shim/"), "{name}: C code outside of src/shim");
+        }
+    }
+}
+
+/// With `DOVETAIL_WRITE_HEADER` set, writes it anew (`make header`).
+#[test]
+fn the_c_header_is_fresh() {
+    let config = cbindgen::Config::from_file(root().join("cbindgen.toml")).unwrap();
+    let builder = cbindgen::Builder::new().with_config(config).with_src(root().join("src/host/mod.rs"));
+    let mut bytes = Vec::new();
+    builder.generate().expect("cbindgen").write(&mut bytes);
+    let fresh = String::from_utf8(bytes).unwrap();
+    let path = root().join("include/dovetail.h");
+    if std::env::var_os("DOVETAIL_WRITE_HEADER").is_some() {
+        fs::write(&path, &fresh).unwrap();
+    }
+    let checked_in = fs::read_to_string(&path).unwrap_or_default();
+    assert!(checked_in == fresh, "include/dovetail.h is not what src/host says: run `make header`");
+}

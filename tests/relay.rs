@@ -1,0 +1,399 @@
+//! The relay's engine with real sockets on loopback: two engines, scripted mail processes, workers and peers.
+//! No Dovecot is needed.
+
+mod relay {
+    pub mod house;
+}
+
+use std::time::Duration;
+
+use dovetail::relay::client;
+use dovetail::wire::proto::frame::Kind;
+use dovetail::wire::proto::{Ack, Applied, BodyChunk, BodyMore, BodyRequest, Intent, Record, Refused};
+use relay::house::*;
+
+#[test]
+fn a_change_goes_from_a_process_on_a_to_a_worker_on_b_and_its_acknowledgement_back() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut imap = a.process("imap");
+
+    imap.save("jane", 1);
+    imap.save("jane", 2);
+    let (worker, apply) = b.next_job();
+    assert_eq!(apply.user, "jane");
+    let stamp = apply.changes[0].stamp.clone().unwrap();
+    assert_eq!((stamp.origin.as_str(), stamp.seq), ("a", 1));
+    assert!(stamp.epoch > 0 && stamp.clock > 0);
+    assert_eq!(a.peer("b").acked, 0);
+    worker.applied(&apply);
+    if apply.changes.len() == 1 {
+        let (worker, apply) = b.next_job();
+        worker.applied(&apply);
+    }
+
+    until("both are acknowledged", || a.peer("b").acked == 2);
+    let status = a.status();
+    assert_eq!((status.peers[0].pending, status.peers[0].state.as_str()), (0, "connected"));
+    let counters = status.counters.unwrap();
+    assert_eq!((counters.records, counters.changes, counters.gaps), (2, 2, 0));
+    assert_eq!(b.status().counters.unwrap().applied, 2);
+}
+
+#[test]
+fn changes_go_both_ways_and_carry_what_was_applied() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    a.process("imap").save("jane", 1);
+    let (worker, apply) = b.next_job();
+    worker.applied(&apply);
+    until("it is acknowledged", || a.peer("b").acked == 1);
+
+    b.process("lmtp").save("joe", 1);
+    let (_, apply) = a.next_job();
+    let stamp = apply.changes[0].stamp.clone().unwrap();
+    assert_eq!(stamp.origin, "b");
+    assert_eq!((stamp.vector[0].origin.as_str(), stamp.vector[0].seq), ("a", 1));
+}
+
+#[test]
+fn a_refused_user_waits_and_holds_up_nobody_else() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut lmtp = a.process("lmtp");
+    lmtp.save("jane", 1);
+    let (worker, apply) = b.next_job();
+    worker.finish(Kind::Applied(Applied { job: apply.job, done: 0, error: "disk full".into(), ..Default::default() }));
+    until("the refusal is known", || a.peer("b").last_error == "user jane: disk full");
+
+    lmtp.save("jane", 2);
+    lmtp.save("joe", 1);
+    let (worker, apply) = b.next_job();
+    assert_eq!(apply.user, "joe");
+    worker.applied(&apply);
+    until("joe's is acknowledged", || a.peer("b").acked == 1);
+
+    let mut seqs = Vec::new();
+    while seqs.len() < 2 {
+        let (worker, apply) = b.next_job();
+        seqs.extend(apply.changes.iter().map(|change| (change.user.clone(), change.stamp.as_ref().unwrap().seq)));
+        worker.applied(&apply);
+    }
+    assert_eq!(seqs, [("jane".to_string(), 1), ("jane".to_string(), 2)], "again, in order");
+    until("nothing is pending", || a.peer("b").pending == 0);
+    assert_eq!(b.status().counters.unwrap().refused, 1);
+}
+
+#[test]
+fn a_worker_that_dies_in_mid_job_costs_nothing() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    a.process("imap").save("jane", 1);
+    let (worker, _) = b.next_job();
+    drop(worker);
+    let (worker, apply) = b.next_job();
+    assert_eq!(apply.changes[0].stamp.as_ref().unwrap().seq, 1);
+    worker.applied(&apply);
+    until("it is acknowledged", || a.peer("b").acked == 1);
+}
+
+#[test]
+fn a_peer_that_is_cut_in_mid_frame_gets_everything_again() {
+    let house = House::new();
+    let listener = house.listener();
+    let a = house.server("a", &[("b", address(&listener))]);
+    let mut lmtp = a.process("lmtp");
+
+    let mut b = Wire::accept(&listener);
+    b.greet("b");
+    lmtp.save("jane", 1);
+    lmtp.save("jane", 2);
+    let first = b.next_change();
+    b.send(Kind::Ack(Ack { epoch: first.epoch, seqs: vec![first.seq] }));
+    until("the first is acknowledged", || a.peer("b").acked == 1);
+    b.send_bytes(&[1, 0, 0, 50, 1, 2]);
+    drop(b);
+    until("the cut is noticed", || a.peer("b").state != "connected");
+    assert!(a.peer("b").last_error.contains("closed") || a.peer("b").last_error.contains("reset"));
+    lmtp.save("joe", 1);
+
+    let mut b = Wire::accept(&listener);
+    b.greet("b");
+    let seqs = [b.next_change().seq, b.next_change().seq];
+    assert_eq!(seqs, [2, 3], "what was not acknowledged, and what came since");
+    b.send(Kind::Ack(Ack { epoch: first.epoch, seqs: seqs.to_vec() }));
+    until("nothing is pending", || a.peer("b").pending == 0);
+    assert_eq!(a.peer("b").dropped, 0);
+}
+
+#[test]
+fn what_was_applied_is_acknowledged_again_and_not_applied_again() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut a = b.connect_as_peer("a");
+    a.send_change("jane", 1);
+    let (worker, apply) = b.next_job();
+    worker.applied(&apply);
+    a.next_ack(1);
+    drop(a);
+
+    let mut a = b.connect_as_peer("a");
+    a.send_change("jane", 1);
+    a.next_ack(1);
+    assert_eq!(b.status().counters.unwrap().applied, 1);
+}
+
+#[test]
+fn bad_frames_close_the_connection_and_are_counted() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+
+    let mut garbage = b.process("imap");
+    garbage.send_bytes(b"GET / HTTP/1.0\r\n\r\n");
+    assert!(garbage.is_closed());
+
+    let mut too_long = b.process("imap");
+    too_long.send_bytes(&[1, 1, 0, 1]);
+    assert!(too_long.is_closed());
+
+    let mut as_worker = b.process("imap");
+    as_worker.send(Kind::Applied(Applied::default()));
+    assert!(as_worker.is_closed());
+
+    let mut peer = b.connect_as_peer("a");
+    peer.send_bytes(&[1, 0, 0, 1, 0xff]);
+    assert!(peer.is_closed());
+
+    let mut foreign = b.connect_as_peer("a");
+    foreign.send_change_of("c", "jane", 1);
+    assert!(foreign.is_closed());
+
+    assert_eq!(b.status().counters.unwrap().malformed, 5);
+    until("all were said to be closed", || b.closed() >= 5);
+}
+
+#[test]
+fn strangers_are_told_why_they_are_turned_away() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into()), ("c", "127.0.0.1:9".into())]);
+    for (name, reason) in [("x", "not in dovetail_peers"), ("c", "lower name connects"), ("b", "name of its own")] {
+        let mut stranger = b.connect();
+        stranger.say_hello(name);
+        match stranger.next() {
+            Kind::Refused(Refused { error, .. }) => assert!(error.contains(reason), "{error}"),
+            other => panic!("{other:?}"),
+        }
+        assert!(stranger.is_closed());
+    }
+}
+
+#[test]
+fn of_two_relays_of_one_server_the_newer_one_is_talked_to() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut old = b.connect_as_peer("a");
+    let mut new = b.connect();
+    new.say_hello_of("a", 6);
+    assert!(matches!(new.next(), Kind::Hello(_)));
+    assert!(old.is_closed());
+
+    let mut old = b.connect();
+    old.say_hello_of("a", 5);
+    assert!(matches!(old.next(), Kind::Refused(Refused { error, .. }) if error.contains("newer relay")));
+    assert_eq!(b.peer("a").state, "connected");
+}
+
+#[test]
+fn a_full_queue_drops_and_counts() {
+    let house = House::new();
+    let a = house.server_with("a", &[("b", "127.0.0.1:9".into())], |config| config.queue_bytes_max = 4000);
+    let mut lmtp = a.process("lmtp");
+    for uid in 1..=100 {
+        lmtp.save("jane", uid);
+    }
+    until("all were taken", || a.status().counters.unwrap().changes == 100);
+    let peer = a.peer("b");
+    assert!(peer.dropped > 50 && peer.pending_bytes <= 4000, "{peer:?}");
+    assert_eq!(peer.dropped + peer.pending, 100);
+    assert_eq!(peer.state, "waiting");
+}
+
+#[test]
+fn nothing_but_loopback_is_connected_to() {
+    let house = House::new();
+    let a = house.server("a", &[("b", "192.0.2.1:4190".into())]);
+    until("it is refused", || a.peer("b").state == "refused");
+    assert!(a.peer("b").last_error.contains("dovetail_insecure_plaintext"), "{:?}", a.peer("b"));
+}
+
+#[test]
+fn stragglers_are_put_in_order_and_holes_counted() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let (mut first, mut second) = (a.process("lmtp"), a.process("imap"));
+    first.save_with_span("jane", 1, (100, 200));
+    until("the log's end is known", || a.status().counters.unwrap().changes == 1);
+    second.save_with_span("jane", 3, (300, 400));
+    until("it arrived", || a.status().counters.unwrap().changes == 2);
+    first.save_with_span("jane", 2, (200, 300));
+    let mut uids = Vec::new();
+    while uids.len() < 3 {
+        let (worker, apply) = b.next_job();
+        uids.extend(apply.changes.iter().map(uid_of));
+        worker.applied(&apply);
+    }
+    assert_eq!(uids, [1, 2, 3]);
+    assert_eq!(a.status().counters.unwrap().gaps, 0);
+
+    second.save_with_span("jane", 4, (500, 600));
+    let (worker, apply) = b.next_job();
+    assert_eq!(uid_of(&apply.changes[0]), 4, "the hole holds it up for a moment only");
+    worker.applied(&apply);
+    assert_eq!(a.status().counters.unwrap().gaps, 1);
+}
+
+#[test]
+fn processes_that_end_without_a_goodbye_are_counted() {
+    let house = House::new();
+    let a = house.server("a", &[]);
+    let intent = || Kind::Intent(Intent { user: "jane".into(), mailbox: None });
+    let mut killed = a.process("imap");
+    killed.send(intent());
+    let mut ended = a.process("imap");
+    ended.send(intent());
+    ended.send(Kind::Goodbye(Default::default()));
+    ended.send(Kind::Record(Record { dropped: 7, ..Default::default() }));
+    drop((killed, ended));
+    until("both ends are noticed", || a.closed() >= 2);
+    let counters = a.status().counters.unwrap();
+    assert_eq!((counters.unclean_ends, counters.dropped_by_processes), (1, 7));
+}
+
+#[test]
+fn a_body_is_pulled_through_both_relays_window_by_window() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    a.process("lmtp").save("jane", 1);
+    let (mut applying, apply) = b.next_job();
+    const CHUNK: usize = 40_000;
+    let request = BodyRequest {
+        id: 77,
+        origin: "a".into(),
+        user: "jane".into(),
+        uid: 1,
+        window: CHUNK as u32,
+        ..Default::default()
+    };
+    applying.send(Kind::BodyRequest(request));
+
+    let (mut reading, request) = a.next_read();
+    assert_eq!((request.user.as_str(), request.uid, request.window), ("jane", 1, CHUNK as u32));
+    for round in 0..5_u8 {
+        reading.send(Kind::BodyChunk(BodyChunk { id: request.id, data: vec![round; CHUNK], ..Default::default() }));
+        match applying.next() {
+            Kind::BodyChunk(chunk) => assert_eq!((chunk.id, chunk.data), (77, vec![round; CHUNK])),
+            other => panic!("{other:?}"),
+        }
+        applying.send(Kind::BodyMore(BodyMore { id: 77, bytes: CHUNK as u32 }));
+        match reading.next() {
+            Kind::BodyMore(more) => assert_eq!((more.id, more.bytes), (request.id, CHUNK as u32)),
+            other => panic!("{other:?}"),
+        }
+    }
+    reading.finish(Kind::BodyChunk(BodyChunk { id: request.id, last: true, ..Default::default() }));
+    assert!(matches!(applying.next(), Kind::BodyChunk(BodyChunk { id: 77, last: true, .. })));
+    applying.applied(&apply);
+    until("it is acknowledged", || a.peer("b").acked == 1);
+
+    // The reading worker is free again; this time it sends more than it may.
+    a.process("lmtp").save("jane", 2);
+    let (mut applying, _) = b.next_job();
+    let request =
+        BodyRequest { id: 78, origin: "a".into(), user: "jane".into(), uid: 2, window: 10, ..Default::default() };
+    applying.send(Kind::BodyRequest(request));
+    let (mut reading, request) = a.next_read();
+    reading.send(Kind::BodyChunk(BodyChunk { id: request.id, data: vec![0; 11], ..Default::default() }));
+    match applying.next() {
+        Kind::BodyChunk(chunk) => assert!(chunk.last && chunk.error.contains("worker"), "{chunk:?}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_body_whose_end_is_gone_is_given_up_at_the_other() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    a.process("lmtp").save("jane", 1);
+    let (mut applying, _) = b.next_job();
+    let request = |origin: &str| {
+        Kind::BodyRequest(BodyRequest {
+            id: 1,
+            origin: origin.into(),
+            user: "jane".into(),
+            uid: 1,
+            window: 1 << 20,
+            ..Default::default()
+        })
+    };
+    applying.send(request("nobody"));
+    match applying.next() {
+        Kind::BodyChunk(chunk) => assert!(chunk.last && chunk.error.contains("not a peer"), "{chunk:?}"),
+        other => panic!("{other:?}"),
+    }
+    applying.send(request("a"));
+    let (mut reading, asked) = a.next_read();
+    drop(applying);
+    match reading.next() {
+        Kind::BodyCancel(cancel) => assert_eq!(cancel.id, asked.id),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn an_orderly_end_waits_for_the_last_acknowledgements() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut lmtp = a.process("lmtp");
+    lmtp.save("jane", 1);
+    until("it arrived", || a.status().counters.unwrap().changes == 1);
+    let stopping = std::thread::spawn(move || drop(a));
+    let (worker, apply) = b.next_job();
+    worker.applied(&apply);
+    stopping.join().unwrap();
+    assert!(lmtp.is_closed());
+}
+
+#[test]
+fn what_a_process_could_send_before_the_end_is_not_lost() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut lmtp = a.process("lmtp");
+    let sending = std::thread::spawn(move || (1..=200).take_while(|uid| lmtp.try_save("jane", *uid)).count());
+    until("some arrived", || a.status().counters.unwrap().changes >= 50);
+    let stopping = std::thread::spawn(move || drop(a));
+    let mut applied = 0;
+    while let Some((worker, apply)) = b.try_next_job(Duration::from_secs(1)) {
+        applied += apply.changes.len();
+        worker.applied(&apply);
+    }
+    stopping.join().unwrap();
+    assert_eq!(applied, sending.join().unwrap());
+}
+
+#[test]
+fn a_name_is_resolved() {
+    let house = House::new();
+    let listener = house.listener();
+    let port = listener.local_addr().unwrap().port();
+    let a = house.server("a", &[("b", format!("localhost:{port}"))]);
+    let mut b = Wire::accept(&listener);
+    b.greet("b");
+    until("it is connected", || a.peer("b").state == "connected");
+}
+
+#[test]
+fn who_asks_for_the_status_of_nothing_is_told_so() {
+    let house = House::new();
+    let error = client::status(&house.path("nothing"), Duration::from_secs(1)).unwrap_err();
+    assert!(error.starts_with("connect("), "{error}");
+}

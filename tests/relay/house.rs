@@ -1,0 +1,442 @@
+//! Servers for the tests: each an engine with its listeners, in a folder that goes with the test.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use dovetail::relay::{client, start, Config, Connection, Handle, Peer};
+use dovetail::wire::frame::{self, Decoder};
+use dovetail::wire::proto::frame::Kind;
+use dovetail::wire::proto::op::What;
+use dovetail::wire::proto::*;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits for a condition.
+pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+}
+
+pub fn address(listener: &TcpListener) -> String {
+    listener.local_addr().unwrap().to_string()
+}
+
+/// UIDNEXT tells the tests' changes apart.
+pub fn uid_of(change: &Change) -> u32 {
+    change.mailbox.as_ref().unwrap().uid_next
+}
+
+pub struct House {
+    folder: PathBuf,
+}
+
+impl House {
+    pub fn new() -> House {
+        static HOUSES: AtomicUsize = AtomicUsize::new(0);
+        let number = HOUSES.fetch_add(1, Ordering::Relaxed);
+        let folder = std::env::temp_dir().join(format!("dovetail-relay-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        House { folder }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    pub fn listener(&self) -> TcpListener {
+        TcpListener::bind("127.0.0.1:0").unwrap()
+    }
+
+    /// Servers a and b, connected.
+    pub fn pair(&self) -> (Server, Server) {
+        let (for_a, for_b) = (self.listener(), self.listener());
+        let (at_a, at_b) = (address(&for_a), address(&for_b));
+        let b = Server::start(self, "b", &[("a", at_a)], for_b, |_| {});
+        let a = Server::start(self, "a", &[("b", at_b)], for_a, |_| {});
+        until("a and b are connected", || a.peer("b").state == "connected" && b.peer("a").state == "connected");
+        (a, b)
+    }
+
+    pub fn server(&self, name: &str, peers: &[(&str, String)]) -> Server {
+        self.server_with(name, peers, |_| {})
+    }
+
+    pub fn server_with(&self, name: &str, peers: &[(&str, String)], edit: impl FnOnce(&mut Config)) -> Server {
+        Server::start(self, name, peers, self.listener(), edit)
+    }
+}
+
+impl Drop for House {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// An engine with its listeners. Its workers are played by the test, one job at a time.
+pub struct Server {
+    handle: Option<Arc<Handle>>,
+    is_ending: Arc<AtomicBool>,
+    listeners: Vec<JoinHandle<()>>,
+    local: PathBuf,
+    worker_socket: PathBuf,
+    peer_address: String,
+    closed: Arc<AtomicUsize>,
+    jobs: Mutex<Receiver<(Wire, Kind)>>,
+}
+
+impl Server {
+    fn start(
+        house: &House,
+        name: &str,
+        peers: &[(&str, String)],
+        for_peers: TcpListener,
+        edit: impl FnOnce(&mut Config),
+    ) -> Server {
+        let worker_socket = house.path(&format!("{name}-worker"));
+        let local = house.path(&format!("{name}-local"));
+        let peer_address = address(&for_peers);
+        let (workers, for_local) = (UnixListener::bind(&worker_socket).unwrap(), UnixListener::bind(&local).unwrap());
+        let mut config = Config {
+            server: name.into(),
+            peers: peers
+                .iter()
+                .map(|(name, address)| Peer { name: (*name).into(), address: address.clone() })
+                .collect(),
+            worker_socket: worker_socket.clone(),
+            workers: 2,
+            queue_bytes_max: 16 << 20,
+            insecure_plaintext: false,
+            software: "test".into(),
+        };
+        edit(&mut config);
+        let closed = Arc::new(AtomicUsize::new(0));
+        let count = closed.clone();
+        let handle = start(config, move || {
+            count.fetch_add(1, Ordering::SeqCst);
+        })
+        .unwrap();
+        let handle = Arc::new(handle);
+        let is_ending = Arc::new(AtomicBool::new(false));
+        let (to_test, jobs) = channel();
+        let accept = |kind: Connection| {
+            let (handle, is_ending) = (Arc::downgrade(&handle), is_ending.clone());
+            move |socket: OwnedFd| {
+                if let (false, Some(handle)) = (is_ending.load(Ordering::SeqCst), handle.upgrade()) {
+                    assert!(handle.accept(socket, kind));
+                }
+            }
+        };
+        let (take_local, take_peer) = (accept(Connection::Local), accept(Connection::Peer));
+        let (ends, ending) = (is_ending.clone(), is_ending.clone());
+        let listeners = vec![
+            listen(ending.clone(), move || for_local.accept().unwrap().0, move |s| take_local(s.into())),
+            listen(ending, move || for_peers.accept().unwrap().0, move |s| take_peer(s.into())),
+            listen(ends, move || workers.accept().unwrap().0, move |s| listen_to_engine(s, to_test.clone())),
+        ];
+        Server {
+            handle: Some(handle),
+            is_ending,
+            listeners,
+            local,
+            worker_socket,
+            peer_address,
+            closed,
+            jobs: Mutex::new(jobs),
+        }
+    }
+
+    pub fn status(&self) -> Status {
+        client::status(&self.local, PATIENCE).unwrap()
+    }
+
+    pub fn peer(&self, name: &str) -> PeerStatus {
+        self.status().peers.into_iter().find(|peer| peer.peer == name).unwrap()
+    }
+
+    /// Accepted connections that were closed, those of status requests included.
+    pub fn closed(&self) -> usize {
+        self.closed.load(Ordering::SeqCst)
+    }
+
+    /// A mail process that has attached.
+    pub fn process(&self, name: &str) -> Wire {
+        let mut wire = Wire::new(UnixStream::connect(&self.local).unwrap());
+        wire.send(Kind::Attach(Attach { process: name.into(), pid: 4711 }));
+        wire
+    }
+
+    pub fn connect(&self) -> Wire {
+        Wire::new(TcpStream::connect(&self.peer_address).unwrap())
+    }
+
+    /// A peer that has greeted and was greeted.
+    pub fn connect_as_peer(&self, name: &str) -> Wire {
+        let mut wire = self.connect();
+        wire.greet(name);
+        wire
+    }
+
+    /// The next job for one of the workers, and that worker.
+    pub fn next_job(&self) -> (Wire, Apply) {
+        match self.jobs.lock().unwrap().recv_timeout(PATIENCE).expect("a job") {
+            (wire, Kind::Apply(apply)) => (wire, apply),
+            (_, other) => panic!("{other:?}"),
+        }
+    }
+
+    /// The same, if one comes in time.
+    pub fn try_next_job(&self, patience: Duration) -> Option<(Wire, Apply)> {
+        match self.jobs.lock().unwrap().recv_timeout(patience).ok()? {
+            (wire, Kind::Apply(apply)) => Some((wire, apply)),
+            (_, other) => panic!("{other:?}"),
+        }
+    }
+
+    /// The next request to read a body.
+    pub fn next_read(&self) -> (Wire, BodyRequest) {
+        match self.jobs.lock().unwrap().recv_timeout(PATIENCE).expect("a request to read") {
+            (wire, Kind::BodyRequest(request)) => (wire, request),
+            (_, other) => panic!("{other:?}"),
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.is_ending.store(true, Ordering::SeqCst);
+        // Wakes the listeners.
+        let _ = UnixStream::connect(&self.local);
+        let _ = UnixStream::connect(&self.worker_socket);
+        let _ = TcpStream::connect(&self.peer_address);
+        for listener in self.listeners.drain(..) {
+            let _ = listener.join();
+        }
+        if let Some(handle) = self.handle.take().and_then(Arc::into_inner) {
+            handle.stop();
+        }
+    }
+}
+
+fn listen<S: 'static>(
+    is_ending: Arc<AtomicBool>,
+    accept: impl Fn() -> S + Send + 'static,
+    take: impl Fn(S) + Send + 'static,
+) -> JoinHandle<()> {
+    std::thread::spawn(move || loop {
+        let socket = accept();
+        if is_ending.load(Ordering::SeqCst) {
+            return;
+        }
+        take(socket);
+    })
+}
+
+/// A worker's connection: its first frame goes to the test, with the connection. The test gives it back for the next
+/// job by [`Wire::finish`].
+fn listen_to_engine(stream: UnixStream, to_test: Sender<(Wire, Kind)>) {
+    let mut wire = Wire::new(stream);
+    wire.to_test = Some(to_test);
+    wire.wait_for_job();
+}
+
+enum Stream {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl From<UnixStream> for Stream {
+    fn from(stream: UnixStream) -> Stream {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Stream::Unix(stream)
+    }
+}
+
+impl From<TcpStream> for Stream {
+    fn from(stream: TcpStream) -> Stream {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Stream::Tcp(stream)
+    }
+}
+
+/// Stamp of a change, as far as the tests look at it.
+pub struct Seq {
+    pub epoch: u64,
+    pub seq: u64,
+}
+
+/// The test's end of a connection.
+pub struct Wire {
+    stream: Stream,
+    decoder: Decoder,
+    to_test: Option<Sender<(Wire, Kind)>>,
+}
+
+impl Wire {
+    fn new(stream: impl Into<Stream>) -> Wire {
+        Wire { stream: stream.into(), decoder: Decoder::new(), to_test: None }
+    }
+
+    pub fn accept(listener: &TcpListener) -> Wire {
+        Wire::new(listener.accept().unwrap().0)
+    }
+
+    pub fn send(&mut self, kind: Kind) {
+        self.send_bytes(&frame::encode(&kind.into()).unwrap());
+    }
+
+    pub fn send_bytes(&mut self, bytes: &[u8]) {
+        match &mut self.stream {
+            Stream::Unix(stream) => stream.write_all(bytes).unwrap(),
+            Stream::Tcp(stream) => stream.write_all(bytes).unwrap(),
+        }
+    }
+
+    pub fn next(&mut self) -> Kind {
+        self.try_next().expect("a frame, not the connection's end")
+    }
+
+    /// Whether the engine closed the connection, whatever it said before.
+    pub fn is_closed(&mut self) -> bool {
+        while self.try_next().is_some() {}
+        true
+    }
+
+    fn try_next(&mut self) -> Option<Kind> {
+        let mut buffer = [0; 4096];
+        loop {
+            if let Some(frame) = self.decoder.next().unwrap() {
+                return frame.kind;
+            }
+            let outcome = match &mut self.stream {
+                Stream::Unix(stream) => stream.read(&mut buffer),
+                Stream::Tcp(stream) => stream.read(&mut buffer),
+            };
+            match outcome {
+                Ok(0) => return None,
+                Ok(length) => self.decoder.push(&buffer[..length]),
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return None,
+                Err(error) => panic!("waited in vain for the engine: {error}"),
+            }
+        }
+    }
+
+    // ---- A mail process.
+
+    pub fn save(&mut self, user: &str, uid: u32) {
+        self.send(Kind::Record(Record { change: Some(save(user, uid)), ..Default::default() }));
+    }
+
+    /// False if the relay takes nothing more.
+    pub fn try_save(&mut self, user: &str, uid: u32) -> bool {
+        let record = Record { change: Some(save(user, uid)), ..Default::default() };
+        let bytes = frame::encode(&Kind::Record(record).into()).unwrap();
+        match &mut self.stream {
+            Stream::Unix(stream) => stream.write_all(&bytes).is_ok(),
+            Stream::Tcp(stream) => stream.write_all(&bytes).is_ok(),
+        }
+    }
+
+    pub fn save_with_span(&mut self, user: &str, uid: u32, (begin, end): (u64, u64)) {
+        let span = Span { user: user.into(), mailbox_guid: vec![1; 16], log_seq: 2, begin, end, ..Default::default() };
+        self.send(Kind::Record(Record { change: Some(save(user, uid)), spans: vec![span], dropped: 0 }));
+    }
+
+    // ---- A worker.
+
+    /// Everything in the job is applied. The worker is free for the next one.
+    pub fn applied(self, apply: &Apply) {
+        let done = apply.changes.len() as u32;
+        self.finish(Kind::Applied(Applied { job: apply.job, done, ..Default::default() }));
+    }
+
+    /// This ends the job. The worker is free for the next one.
+    pub fn finish(mut self, answer: Kind) {
+        self.send(answer);
+        self.wait_for_job();
+    }
+
+    fn wait_for_job(mut self) {
+        std::thread::spawn(move || {
+            let Stream::Unix(stream) = &self.stream else { return };
+            stream.set_read_timeout(None).unwrap();
+            let Some(kind) = self.try_next() else { return };
+            let Stream::Unix(stream) = &self.stream else { return };
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            let to_test = self.to_test.clone();
+            if let Some(to_test) = to_test {
+                let _ = to_test.send((self, kind));
+            }
+        });
+    }
+
+    // ---- A peer.
+
+    pub fn say_hello(&mut self, server: &str) {
+        self.say_hello_of(server, 5);
+    }
+
+    pub fn say_hello_of(&mut self, server: &str, epoch: u64) {
+        let instance = format!("{server}{epoch}").into_bytes();
+        self.send(Kind::Hello(Hello { server: server.into(), instance, epoch, ..Default::default() }));
+    }
+
+    pub fn greet(&mut self, server: &str) {
+        self.say_hello(server);
+        match self.next() {
+            Kind::Hello(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn next_change(&mut self) -> Seq {
+        loop {
+            match self.next() {
+                Kind::Change(change) => {
+                    let stamp = change.stamp.unwrap();
+                    return Seq { epoch: stamp.epoch, seq: stamp.seq };
+                }
+                Kind::Ping(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    pub fn next_ack(&mut self, seq: u64) {
+        match self.next() {
+            Kind::Ack(ack) => assert_eq!((ack.epoch, ack.seqs), (5, vec![seq])),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn send_change(&mut self, user: &str, seq: u64) {
+        self.send_change_of("a", user, seq);
+    }
+
+    pub fn send_change_of(&mut self, origin: &str, user: &str, seq: u64) {
+        let mut change = save(user, seq as u32);
+        change.stamp = Some(Stamp { origin: origin.into(), epoch: 5, seq, clock: 1, vector: vec![] });
+        self.send(Kind::Change(change));
+    }
+}
+
+fn save(user: &str, uid: u32) -> Change {
+    let body = format!("Subject: mail {uid}\n\n").into_bytes();
+    let save = Save { size: body.len() as u64, body_inline: true, body, ..Default::default() };
+    Change {
+        user: user.into(),
+        mailbox: Some(Mailbox { guid: vec![1; 16], path: vec!["INBOX".into()], uid_next: uid, ..Default::default() }),
+        ops: vec![Op { what: Some(What::Save(save)) }],
+        ..Default::default()
+    }
+}
