@@ -131,7 +131,7 @@ impl Turn<'_> {
         self.rounds
             .push(median(self.times[self.times.len() - operations..].iter().flatten().map(Duration::as_secs_f64)));
         drop(held);
-        drain(self.variant, self.cluster, &[self.user.clone()]);
+        drain(self.variant, self.cluster, std::slice::from_ref(&self.user));
     }
 }
 

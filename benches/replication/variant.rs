@@ -121,7 +121,7 @@ fn move_homes_to_memory(cluster: &Cluster) -> Janitor {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let id = format!("dovetail-bench-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     let folder = Path::new("/dev/shm").join(id);
-    let janitor = Janitor::watch(&[folder.clone()]);
+    let janitor = Janitor::watch(std::slice::from_ref(&folder));
     for server in cluster.servers() {
         let (home, in_memory) = (server.outside("/home"), folder.join(server.name()));
         let moved = std::fs::create_dir_all(&in_memory)

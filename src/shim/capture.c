@@ -9,7 +9,6 @@
 #include "guid.h"
 #include "hash.h"
 #include "istream.h"
-#include "sha1.h"
 #include "mail-user.h"
 #include "mail-namespace.h"
 #include "mail-storage-private.h"
@@ -22,6 +21,7 @@
 #include "maildir-storage.h"
 #include "maildir-uidlist.h"
 #include "master-service.h"
+#include "inbox.h"
 #include "spans.h"
 #include "shim.h"
 #include "capture.h"
@@ -502,25 +502,11 @@ static int capture_copy(struct mail_save_context *ctx, struct mail *mail)
 	return 0;
 }
 
-/* INBOX is born on every server by itself: it gets its GUID from the user, so that it is the same one everywhere. */
 static int capture_create_box(struct mailbox *box, const struct mailbox_update *update, bool directory)
 {
 	struct capture_box *cbox = CAPTURE_CONTEXT(box);
-	struct mailbox_update inbox_update;
-	unsigned char digest[SHA1_RESULTLEN];
 
 	cbox->directory = directory;
-	if (box->inbox_user && capture_box_is_ours(box) && (update == NULL || guid_128_is_empty(update->mailbox_guid))) {
-		const char *seed = t_strconcat("dovetail INBOX ", capture_namespace(box)->owner->username, NULL);
-
-		if (update != NULL)
-			inbox_update = *update;
-		else
-			i_zero(&inbox_update);
-		sha1_get_digest(seed, strlen(seed), digest);
-		memcpy(inbox_update.mailbox_guid, digest, sizeof(inbox_update.mailbox_guid));
-		update = &inbox_update;
-	}
 	return cbox->module_ctx.super.create_box(box, update, directory);
 }
 
@@ -579,6 +565,7 @@ void dt_capture_init(struct module *module)
 	}
 	capture_module = module;
 	mail_storage_hooks_add(module, &capture_hooks);
+	dt_inbox_init(module);
 	dt_spans_init(module, dt_rs_span);
 }
 
@@ -587,6 +574,7 @@ void dt_capture_deinit(void)
 	if (capture_notify == NULL)
 		return;
 	dt_spans_deinit(capture_module);
+	dt_inbox_deinit(capture_module);
 	compat_notify_unregister(&capture_notify);
 	mail_storage_hooks_remove(&capture_hooks);
 	dt_rs_capture_deinit();

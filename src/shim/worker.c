@@ -13,6 +13,7 @@
 #include "mail-storage-private.h"
 #include "mail-storage-service.h"
 #include "mailbox-list-private.h"
+#include "inbox.h"
 #include "spans.h"
 #include "worker.h"
 
@@ -914,6 +915,7 @@ int dt_worker_init(struct mail_storage_service_ctx *storage_service,
 		return -1;
 	w.plugins = i_strdup(plugins);
 	w.result = str_new(default_pool, 128);
+	dt_inbox_init(NULL);
 	dt_spans_init(NULL, dt_rs_worker_span);
 	return 0;
 }
@@ -923,6 +925,7 @@ void dt_worker_deinit(void)
 	dt_rs_worker_disconnect();
 	dt_worker_user_close();
 	dt_spans_deinit(NULL);
+	dt_inbox_deinit(NULL);
 	str_free(&w.result);
 	i_free(w.plugins);
 	i_free(w.allowed_plugins);

@@ -1,0 +1,66 @@
+#include "compat.h"
+#include "guid.h"
+#include "sha1.h"
+#include "mail-user.h"
+#include "mail-namespace.h"
+#include "mail-storage-private.h"
+#include "mail-storage-hooks.h"
+#include "inbox.h"
+
+#define INBOX_CONTEXT_REQUIRE(obj) MODULE_CONTEXT_REQUIRE(obj, inbox_storage_module)
+
+static MODULE_CONTEXT_DEFINE_INIT(inbox_storage_module, &mail_storage_module_register);
+
+static int inbox_create_box(struct mailbox *box, const struct mailbox_update *update, bool directory)
+{
+	union mailbox_module_context *ctx = INBOX_CONTEXT_REQUIRE(box);
+	struct mailbox_update inbox_update;
+	unsigned char digest[SHA1_RESULTLEN];
+
+	if (update == NULL || guid_128_is_empty(update->mailbox_guid)) {
+		const char *seed = t_strconcat("dovetail INBOX ", mailbox_get_namespace(box)->owner->username, NULL);
+
+		if (update != NULL)
+			inbox_update = *update;
+		else
+			i_zero(&inbox_update);
+		sha1_get_digest(seed, strlen(seed), digest);
+		memcpy(inbox_update.mailbox_guid, digest, sizeof(inbox_update.mailbox_guid));
+		update = &inbox_update;
+	}
+	return ctx->super.create_box(box, update, directory);
+}
+
+static void inbox_mailbox_allocated(struct mailbox *box)
+{
+	struct mailbox_vfuncs *v = box->vlast;
+	union mailbox_module_context *ctx;
+
+	if (!box->inbox_user || mailbox_get_namespace(box)->owner == NULL)
+		return;
+	ctx = p_new(box->pool, union mailbox_module_context, 1);
+	ctx->super = *v;
+	box->vlast = &ctx->super;
+	v->create_box = inbox_create_box;
+	MODULE_CONTEXT_SET_SELF(box, inbox_storage_module, ctx);
+}
+
+static const struct mail_storage_hooks inbox_hooks = {
+	.mailbox_allocated = inbox_mailbox_allocated,
+};
+
+void dt_inbox_init(struct module *module)
+{
+	if (module != NULL)
+		mail_storage_hooks_add(module, &inbox_hooks);
+	else
+		mail_storage_hooks_add_internal(&inbox_hooks);
+}
+
+void dt_inbox_deinit(struct module *module)
+{
+	if (module != NULL)
+		mail_storage_hooks_remove(&inbox_hooks);
+	else
+		mail_storage_hooks_remove_internal(&inbox_hooks);
+}

@@ -1,0 +1,12 @@
+/* INBOX is born on every server by itself: it gets its GUID from its owner's name, so that it is the same mailbox
+   everywhere. For the plugin in mail processes and for the worker. */
+#ifndef DOVETAIL_INBOX_H
+#define DOVETAIL_INBOX_H
+
+struct module;
+
+/* For users that use the plugin `module`, or for all users if it is NULL. Call the deinit with the same module. */
+void dt_inbox_init(struct module *module);
+void dt_inbox_deinit(struct module *module);
+
+#endif
