@@ -77,6 +77,7 @@ extern "C" {
     fn dt_worker_user_close();
     fn dt_worker_namespace_prefix() -> *const c_char;
     fn dt_worker_namespace_separator() -> c_char;
+    fn dt_worker_inbox_guid(guid_r: *mut u8);
     fn dt_worker_temp_file() -> c_int;
     fn dt_worker_existence(vname: *const c_char, existence_r: *mut c_int) -> c_int;
     fn dt_worker_find_guid(guid: *const u8, vname_r: *mut *const c_char) -> c_int;
@@ -418,6 +419,14 @@ impl Storage for DovecotStorage {
                 separator: char::from(dt_worker_namespace_separator() as u8),
             })
         }
+    }
+
+    fn inbox_guid(&self) -> Result<Guid> {
+        self.need_user()?;
+        let mut guid = [0; 16];
+        // SAFETY: a user is open; there is room for a GUID.
+        unsafe { dt_worker_inbox_guid(guid.as_mut_ptr()) };
+        Ok(guid)
     }
 
     fn temp_file(&mut self) -> Result<File> {

@@ -11,21 +11,29 @@
 
 static MODULE_CONTEXT_DEFINE_INIT(inbox_storage_module, &mail_storage_module_register);
 
+void dt_inbox_guid(const struct mail_user *user, unsigned char guid_r[16])
+{
+	unsigned char digest[SHA1_RESULTLEN];
+
+	T_BEGIN {
+		const char *seed = t_strconcat("dovetail INBOX ", user->username, NULL);
+
+		sha1_get_digest(seed, strlen(seed), digest);
+	} T_END;
+	memcpy(guid_r, digest, GUID_128_SIZE);
+}
+
 static int inbox_create_box(struct mailbox *box, const struct mailbox_update *update, bool directory)
 {
 	union mailbox_module_context *ctx = INBOX_CONTEXT_REQUIRE(box);
 	struct mailbox_update inbox_update;
-	unsigned char digest[SHA1_RESULTLEN];
 
 	if (update == NULL || guid_128_is_empty(update->mailbox_guid)) {
-		const char *seed = t_strconcat("dovetail INBOX ", mailbox_get_namespace(box)->owner->username, NULL);
-
 		if (update != NULL)
 			inbox_update = *update;
 		else
 			i_zero(&inbox_update);
-		sha1_get_digest(seed, strlen(seed), digest);
-		memcpy(inbox_update.mailbox_guid, digest, sizeof(inbox_update.mailbox_guid));
+		dt_inbox_guid(mailbox_get_namespace(box)->owner, inbox_update.mailbox_guid);
 		update = &inbox_update;
 	}
 	return ctx->super.create_box(box, update, directory);

@@ -197,6 +197,11 @@ char dt_worker_namespace_separator(void)
 	return mail_namespace_get_sep(w.ns);
 }
 
+void dt_worker_inbox_guid(unsigned char guid_r[16])
+{
+	dt_inbox_guid(w.user, guid_r);
+}
+
 int dt_worker_temp_file(void)
 {
 	int fd;

@@ -41,6 +41,8 @@ void dt_worker_user_close(void);
 /* The private namespace with the INBOX. */
 const char *dt_worker_namespace_prefix(void);
 char dt_worker_namespace_separator(void);
+/* The GUID with which the user's INBOX is born. */
+void dt_worker_inbox_guid(unsigned char guid_r[16]);
 /* A new file without a name in mail_temp_dir; -1 on error. */
 int dt_worker_temp_file(void);
 

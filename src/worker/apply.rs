@@ -74,6 +74,7 @@ struct Open {
     uid_validity: u32,
     /// UIDNEXT including the saves that are not committed yet.
     uid_next: u32,
+    reason: Reason,
     /// It is not the same mailbox by GUID or UIDVALIDITY: UIDs alone say nothing.
     conflict: bool,
     /// What the changes said that it must reach.
@@ -283,7 +284,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     fn enter(&mut self, mailbox: &proto::Mailbox, reason: Reason) -> Outcome<bool> {
         if let Some(open) = &self.open {
             let same_uids = mailbox.uid_validity == 0 || mailbox.uid_validity == open.uid_validity;
-            if same_uids && open.mailbox.0 == mailbox.guid && open.mailbox.1 == mailbox.path {
+            // Ours stood against a creation; against a message it may give way.
+            let again = open.conflict && open.reason == Reason::Create && reason == Reason::Save;
+            if !again && same_uids && open.mailbox.0 == mailbox.guid && open.mailbox.1 == mailbox.path {
                 return Ok(true);
             }
         }
@@ -342,9 +345,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             return Err("it disappeared".to_string().into());
         }
         let status = self.storage.status();
-        if status.messages == 0 && (reason != Reason::Create || *guid > status.guid) {
-            // Nobody can miss ours.
-            let uid_validity = mailbox.uid_validity;
+        // Nobody can miss ours.
+        let empty = status.messages == 0 && (reason != Reason::Create || *guid > status.guid);
+        // A program of Dovecot that opens INBOX while another creates it gives it a GUID by chance.
+        let born_everywhere = mailbox.path == ["INBOX"] && *guid == self.storage.inbox_guid()?;
+        if empty || born_everywhere {
+            let uid_validity = if status.messages == 0 { mailbox.uid_validity } else { 0 };
             self.storage.update(&Update { guid: *guid, uid_validity, ..Update::default() })?;
             self.note("guid_adopted");
         }
@@ -378,6 +384,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             mailbox: (mailbox.guid.clone(), mailbox.path.clone()),
             uid_validity: mailbox.uid_validity,
             uid_next: status.uid_next,
+            reason,
             conflict,
             min_uid_next: 0,
             min_highest_modseq: 0,
@@ -613,7 +620,7 @@ pub fn printable(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fake::{gone, FakeStorage, Script};
+    use super::super::fake::{gone, FakeStorage, Script, INBOX_GUID};
     use super::*;
 
     const GUID: [u8; 16] = [7; 16];
@@ -735,6 +742,28 @@ mod tests {
         apply(&mut storage, Script::default(), &[save(1, 1, "theirs")]);
         assert_eq!(storage.guid("INBOX"), GUID);
         assert_eq!(storage.messages("INBOX"), [(1, "theirs".to_string())]);
+    }
+
+    #[test]
+    fn inbox_gets_the_guid_that_it_is_born_with_even_if_it_has_messages() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", [9; 16], 9, &[(1, "ours")]);
+        let mut theirs = save(1, 2, "theirs");
+        theirs.mailbox.as_mut().unwrap().guid = INBOX_GUID.to_vec();
+        let outcome = apply(&mut storage, Script::default(), &[theirs]);
+        assert_eq!((outcome.error, outcome.notes), (None, vec!["guid_adopted".to_string()]));
+        assert_eq!(storage.guid("INBOX"), INBOX_GUID);
+        assert_eq!(storage.messages("INBOX"), [(1, "ours".to_string()), (2, "theirs".to_string())]);
+    }
+
+    #[test]
+    fn a_message_mends_what_the_creation_left() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", [9; 16], 9, &[]);
+        let create = change(1, What::Create(proto::MailboxCreate::default()));
+        apply(&mut storage, Script::default(), &[create, save(2, 1, "one")]);
+        assert_eq!(storage.guid("INBOX"), GUID);
+        assert_eq!(storage.messages("INBOX"), [(1, "one".to_string())]);
     }
 
     #[test]

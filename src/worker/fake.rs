@@ -7,6 +7,9 @@ use super::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Statu
 use crate::wire::frame;
 use crate::wire::proto::{self, frame::Kind};
 
+/// With which the INBOX of the only user is born.
+pub const INBOX_GUID: Guid = [5; 16];
+
 #[derive(Default)]
 struct FakeMailbox {
     guid: Guid,
@@ -73,6 +76,9 @@ impl Storage for FakeStorage {
     }
     fn namespace(&self) -> Result<Namespace> {
         Ok(Namespace { prefix: String::new(), separator: '/' })
+    }
+    fn inbox_guid(&self) -> Result<Guid> {
+        Ok(INBOX_GUID)
     }
     fn temp_file(&mut self) -> Result<File> {
         Err("no files here".into())

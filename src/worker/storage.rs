@@ -79,6 +79,8 @@ pub trait Storage {
     /// Closes all that is open of the user, gives his privileges back.
     fn close_user(&mut self);
     fn namespace(&self) -> Result<Namespace>;
+    /// The GUID with which the INBOX of the user is born on every server.
+    fn inbox_guid(&self) -> Result<Guid>;
     /// A new file without a name, for the user's temporary data.
     fn temp_file(&mut self) -> Result<File>;
 

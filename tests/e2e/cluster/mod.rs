@@ -162,6 +162,11 @@ impl Cluster {
                 difference = format!("  {user} has no INBOX on {}\n", server.name());
                 return false;
             }
+            // Nor look at it while the worker is creating it: Dovecot may give it another GUID then.
+            if let Some(server) = self.servers.iter().find(|s| self.servers.len() > 1 && !s.has_nothing_pending()) {
+                difference = format!("  changes are pending on {}\n", server.name());
+                return false;
+            }
             let wanted = Snapshot::take(first, user, with_save_dates);
             difference.clear();
             for other in others {

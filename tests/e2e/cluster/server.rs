@@ -268,11 +268,18 @@ impl Server {
         table(&self.doveadm(&["-f", "tab", "dovetail", "status"])).collect()
     }
 
+    fn relay_status(&self) -> Result<dovetail::wire::proto::Status, String> {
+        dovetail::relay::client::status(&self.outside("/run/dovetail"), Duration::from_secs(10))
+    }
+
     /// What the relay counts, asked as doveadm asks it.
     pub fn counters(&self) -> dovetail::wire::proto::Counters {
-        let socket = self.outside("/run/dovetail");
-        let status = dovetail::relay::client::status(&socket, Duration::from_secs(10));
-        status.unwrap_or_else(|error| panic!("{}: {error}", self.name())).counters.unwrap_or_default()
+        self.relay_status().unwrap_or_else(|error| panic!("{}: {error}", self.name())).counters.unwrap_or_default()
+    }
+
+    /// Whether the relay answers and nothing of it is still on its way to a peer.
+    pub fn has_nothing_pending(&self) -> bool {
+        self.relay_status().is_ok_and(|status| status.peers.iter().all(|peer| peer.pending == 0))
     }
 
     /// Delivers by the real dovecot-lda.
