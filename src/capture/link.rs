@@ -242,6 +242,11 @@ impl Link {
         self.wake();
     }
 
+    /// Counts a change that could not even be told.
+    pub fn drop_one(&mut self) {
+        self.dropped += 1;
+    }
+
     /// Sends what is left within the deadline, says goodbye and ends the thread.
     pub fn finish(&mut self) {
         if self.thread.is_none() && !self.say_goodbye() {

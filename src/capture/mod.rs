@@ -16,6 +16,9 @@ use std::collections::{HashMap, HashSet};
 /// Most spans that wait for their change: a transaction that writes more is told in pieces.
 const PENDING_SPANS_MAX: usize = 256;
 
+/// Mailboxes that the relay was told of, at most: then they are told again.
+const INTENTS_MAX: usize = 10_000;
+
 /// The transactions and spans of one mail process.
 pub struct Capture {
     link: Link,
@@ -45,6 +48,9 @@ impl Capture {
 
     /// Says that this process may write to this mailbox, once.
     pub fn intend(&mut self, user: &str, mailbox: &proto::Mailbox) {
+        if self.intents.len() >= INTENTS_MAX {
+            self.intents.clear();
+        }
         if self.intents.insert((user.to_owned(), mailbox.guid.clone())) {
             self.link.intent(proto::Intent { user: user.to_owned(), mailbox: Some(mailbox.clone()) });
         }
@@ -60,6 +66,13 @@ impl Capture {
             self.link.send(proto::Record { change: Some(change), spans, dropped: 0 });
         }
         self.send_spans(spans);
+    }
+
+    /// The transaction that `begin` announced was committed, but cannot be told.
+    pub fn lose(&mut self, mailbox_guid: &[u8]) {
+        let spans = self.end(mailbox_guid);
+        self.send_spans(spans);
+        self.link.drop_one();
     }
 
     /// The transaction that `begin` announced did not happen.

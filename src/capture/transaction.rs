@@ -9,6 +9,9 @@ use prost::Message as _;
 /// Aim for the encoded size of a change: a frame holds 64 KiB, and spans and stamp are added later.
 const CHANGE_SIZE_AIM: usize = 48 << 10;
 
+/// What a range without its GUID takes in a record, at most.
+const RANGE_BYTES: usize = 16;
+
 /// Most messages that one flag change names: their ranges must fit into a frame.
 const RANGES_PER_OP_MAX: usize = 512;
 
@@ -19,6 +22,9 @@ pub struct Transaction {
     flags: Vec<proto::FlagUpdate>,
     expunges: Vec<proto::MessageRange>,
     bytes: usize,
+    body_bytes: usize,
+    bytes_max: usize,
+    overflowed: bool,
 }
 
 /// A message that got its UID at the commit.
@@ -30,29 +36,56 @@ pub struct Saved {
     pub guid: Option<String>,
 }
 
+/// Why a transaction cannot be told to the peers.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Untold {
+    #[error("it has {0} bytes, more than dovetail_process_queue_size")]
+    TooLarge(usize),
+    #[error("it saved {saves} messages, and {uids} of them have a UID")]
+    Uids { saves: usize, uids: usize },
+}
+
 impl Transaction {
-    /// Bytes of memory that inline bodies hold, roughly.
-    pub fn bytes(&self) -> usize {
-        self.bytes
+    /// It may take up to `bytes_max` as it would be sent, a quarter of it for bodies.
+    pub fn new(bytes_max: usize) -> Transaction {
+        Transaction { bytes_max, ..Default::default() }
     }
 
     /// A message was saved or copied; its UID comes with the commit.
     pub fn save(&mut self, save: proto::Save) {
-        self.bytes += save.body.len();
+        if !self.take(save.encoded_len() - save.body.len()) {
+            return;
+        }
+        self.body_bytes += save.body.len();
         self.saves.push(save);
+        if self.body_bytes > self.bytes_max / 4 {
+            self.drop_bodies();
+        }
+    }
+
+    /// Counts what is added. False if it is too much.
+    fn take(&mut self, bytes: usize) -> bool {
+        self.bytes += bytes;
+        if self.bytes > self.bytes_max {
+            *self = Transaction { overflowed: true, bytes: self.bytes, ..Default::default() };
+        }
+        !self.overflowed
     }
 
     /// Gives up the bodies that were to ride along: they are read from the mailbox later.
-    pub fn drop_bodies(&mut self) {
+    fn drop_bodies(&mut self) {
         for save in &mut self.saves {
             save.body = Vec::new();
             save.body_inline = false;
         }
-        self.bytes = 0;
+        self.body_bytes = 0;
     }
 
     /// Flags and keywords of one message changed.
     pub fn flags(&mut self, uid: u32, guid: Option<String>, delta: proto::FlagUpdate) {
+        if !self.take(guid.as_ref().map_or(0, String::len) + RANGE_BYTES) {
+            return;
+        }
         if let Some(last) = self.flags.last_mut() {
             if same_delta(last, &delta) && last.messages.len() < RANGES_PER_OP_MAX {
                 push_message(&mut last.messages, uid, guid);
@@ -64,16 +97,19 @@ impl Transaction {
         self.flags.push(update);
     }
 
-    /// One message was expunged. Each keeps its GUID, even in a run: the peer must not expunge another one by mistake.
+    /// One message was expunged.
     pub fn expunge(&mut self, uid: u32, guid: Option<String>) {
-        match guid {
-            Some(guid) => self.expunges.push(proto::MessageRange { first_uid: uid, last_uid: uid, guid }),
-            None => push_message(&mut self.expunges, uid, None),
+        if self.take(guid.as_ref().map_or(0, String::len) + RANGE_BYTES) {
+            push_message(&mut self.expunges, uid, guid);
         }
     }
 
     /// The changes, in the order in which they have to be applied. `saved` are the UIDs (and GUIDs) in the order of
-    /// the saves; a save without one was not assigned a UID and cannot be told.
+    /// the saves.
+    ///
+    /// # Errors
+    ///
+    /// Why it cannot be told.
     pub fn into_changes(
         self,
         user: &str,
@@ -81,7 +117,13 @@ impl Transaction {
         saved: &[Saved],
         clock: u64,
         generate_birth_guid: impl Fn(&str) -> Vec<u8>,
-    ) -> Vec<proto::Change> {
+    ) -> Result<Vec<proto::Change>, Untold> {
+        if self.overflowed {
+            return Err(Untold::TooLarge(self.bytes));
+        }
+        if self.saves.len() != saved.len() {
+            return Err(Untold::Uids { saves: self.saves.len(), uids: saved.len() });
+        }
         let mut ops = Vec::new();
         ops.extend(self.flags.into_iter().map(proto::op::What::Flags));
         for (mut save, saved) in self.saves.into_iter().zip(saved) {
@@ -92,10 +134,12 @@ impl Transaction {
                 Some(proto::Birth { guid: generate_birth_guid(&save.guid), origin: String::new(), uid: saved.uid });
             ops.push(proto::op::What::Save(save));
         }
-        for messages in self.expunges.chunks(RANGES_PER_OP_MAX) {
-            ops.push(proto::op::What::Expunge(proto::Expunge { messages: messages.to_vec() }));
+        let mut expunges = self.expunges.into_iter().peekable();
+        while expunges.peek().is_some() {
+            let messages = expunges.by_ref().take(RANGES_PER_OP_MAX).collect();
+            ops.push(proto::op::What::Expunge(proto::Expunge { messages }));
         }
-        split(ops, user, mailbox, clock)
+        Ok(split(ops, user, mailbox, clock))
     }
 }
 
@@ -141,14 +185,12 @@ fn same_delta(a: &proto::FlagUpdate, b: &proto::FlagUpdate) -> bool {
     a.add == b.add && a.remove == b.remove && a.add_keywords == b.add_keywords && a.remove_keywords == b.remove_keywords
 }
 
-/// Extends the last range where UID follows on UID and no GUID is to be kept for a single message.
+/// A message with a GUID stands for itself, so that the peer finds it even if it gave it another UID; the others become
+/// ranges.
 fn push_message(messages: &mut Vec<proto::MessageRange>, uid: u32, guid: Option<String>) {
-    let previous_uid = uid.wrapping_sub(1);
-    if let Some(last) = messages.last_mut() {
-        if last.last_uid == previous_uid && last.last_uid != 0 {
-            // A run is named by its UIDs alone.
+    if let (None, Some(last)) = (&guid, messages.last_mut()) {
+        if last.guid.is_empty() && last.last_uid != 0 && last.last_uid == uid.wrapping_sub(1) {
             last.last_uid = uid;
-            last.guid.clear();
             return;
         }
     }
@@ -168,14 +210,18 @@ mod tests {
     }
 
     fn changes(transaction: Transaction, saved: &[Saved]) -> Vec<proto::Change> {
+        untold(transaction, saved).unwrap()
+    }
+
+    fn untold(transaction: Transaction, saved: &[Saved]) -> Result<Vec<proto::Change>, Untold> {
         transaction.into_changes("u", &mailbox(), saved, 1, |guid| guid.as_bytes().to_vec())
     }
 
     #[test]
     fn the_same_flag_on_a_run_of_messages_is_one_range() {
-        let mut transaction = Transaction::default();
+        let mut transaction = Transaction::new(64 << 20);
         for uid in 1..=100_000 {
-            transaction.flags(uid, Some("g".into()), delta(2));
+            transaction.flags(uid, None, delta(2));
         }
         let changes = changes(transaction, &[]);
         assert_eq!(changes.len(), 1);
@@ -184,8 +230,41 @@ mod tests {
     }
 
     #[test]
+    fn what_is_too_large_is_given_up_whole() {
+        let mut transaction = Transaction::new(10_000);
+        for uid in 1..=100 {
+            transaction.expunge(uid, Some("0123456789abcdef0123456789abcdef".into()));
+        }
+        assert!(!transaction.overflowed);
+        for uid in 101..=1_000_000 {
+            transaction.expunge(uid, Some("0123456789abcdef0123456789abcdef".into()));
+        }
+        assert_eq!(transaction.expunges.len(), 0);
+        assert!(matches!(untold(transaction, &[]), Err(Untold::TooLarge(bytes)) if bytes > 10_000));
+    }
+
+    #[test]
+    fn bodies_are_given_up_before_the_rest() {
+        let mut transaction = Transaction::new(100_000);
+        let save = || proto::Save { body: vec![b'x'; 9_000], body_inline: true, ..Default::default() };
+        for _ in 0..10 {
+            transaction.save(save());
+        }
+        assert!(transaction.saves.iter().map(|save| save.body.len()).sum::<usize>() <= 25_000);
+        assert_eq!(transaction.saves.len(), 10);
+    }
+
+    #[test]
+    fn saves_that_nobody_can_tell_apart_are_not_told() {
+        let mut transaction = Transaction::new(100_000);
+        transaction.save(proto::Save::default());
+        transaction.save(proto::Save::default());
+        assert_eq!(untold(transaction, &[Saved { uid: 7, guid: None }]), Err(Untold::Uids { saves: 2, uids: 1 }));
+    }
+
+    #[test]
     fn saves_get_their_uids_in_order_and_come_before_expunges() {
-        let mut transaction = Transaction::default();
+        let mut transaction = Transaction::new(64 << 20);
         transaction.expunge(3, None);
         transaction.save(proto::Save { guid: "x".into(), ..Default::default() });
         transaction.save(proto::Save::default());
@@ -201,7 +280,7 @@ mod tests {
 
     #[test]
     fn each_of_a_run_of_expunged_messages_keeps_its_guid() {
-        let mut transaction = Transaction::default();
+        let mut transaction = Transaction::new(64 << 20);
         transaction.expunge(1, Some("a".into()));
         transaction.expunge(2, Some("b".into()));
         let changes = changes(transaction, &[]);
@@ -212,7 +291,7 @@ mod tests {
 
     #[test]
     fn a_large_transaction_becomes_changes_that_fit_into_frames() {
-        let mut transaction = Transaction::default();
+        let mut transaction = Transaction::new(64 << 20);
         let mut saved = Vec::new();
         for uid in 1..=20 {
             transaction.save(proto::Save { body: vec![b'x'; 30_000], body_inline: true, ..Default::default() });

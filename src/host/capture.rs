@@ -94,7 +94,9 @@ extern "C" fn dt_rs_transaction_begin(mailbox: *const ffi::DtMailbox) -> *mut c_
         if began.is_none() {
             return std::ptr::null_mut();
         }
-        let open = OpenTransaction { user, mailbox_guid: mailbox.guid, transaction: Transaction::default() };
+        let limit = with_process(|process| process.process_queue_size).unwrap_or(0);
+        let transaction = Transaction::new(usize::try_from(limit).unwrap_or(usize::MAX));
+        let open = OpenTransaction { user, mailbox_guid: mailbox.guid, transaction };
         Box::into_raw(Box::new(open)).cast()
     })
 }
@@ -115,12 +117,7 @@ extern "C" fn dt_rs_save(txn: *mut c_void, save: *const ffi::DtSave) {
         // SAFETY: the shim passes an open transaction and a valid struct.
         let (Some(open), save) = (unsafe { open_transaction(txn) }, unsafe { &*save }) else { return };
         // SAFETY: as above.
-        let save = unsafe { owned_save(save) };
-        open.transaction.save(save);
-        let limit = with_process(|process| process.process_queue_size).unwrap_or(0);
-        if open.transaction.bytes() as u64 > limit / 4 {
-            open.transaction.drop_bodies();
-        }
+        open.transaction.save(unsafe { owned_save(save) });
     });
 }
 
@@ -192,8 +189,19 @@ extern "C" fn dt_rs_commit(
             let saved = unsafe { std::slice::from_raw_parts(saved, saved_count) };
             saved.iter().map(|s| Saved { uid: s.uid, guid: optional_text(s.guid) }).collect()
         };
-        let changes = open.transaction.into_changes(&open.user, &mailbox, &saved, now_usecs(), birth_guid);
-        with_process(|process| process.capture.commit(&open.mailbox_guid, changes));
+        let told = open.transaction.into_changes(&open.user, &mailbox, &saved, now_usecs(), birth_guid);
+        with_process(|process| match told {
+            Ok(changes) => process.capture.commit(&open.mailbox_guid, changes),
+            Err(error) => {
+                let path = mailbox.path.join("/");
+                log::error!(
+                    "user {}: mailbox {path}: a transaction can't be told to the peers: {error} - \
+                     what it did will be missing there",
+                    open.user
+                );
+                process.capture.lose(&open.mailbox_guid);
+            }
+        });
     });
 }
 

@@ -264,6 +264,7 @@ fn disconnect() {
     let worker = WORKER.with_borrow_mut(Option::take);
     if let Some(mut worker) = worker {
         worker.storage.close_user();
+        worker.storage.unlock_user();
         // The fd is watched: first that ends, then it is closed.
         // SAFETY: on the main thread, once per connection.
         unsafe { dt_worker_connection_closed() };

@@ -26,6 +26,9 @@
 #include "shim.h"
 #include "capture.h"
 
+/* Flag updates in one transaction that name the mail by its GUID, too; further ones name it by its UID only. */
+#define CAPTURE_NAMED_UPDATES_MAX 100
+
 #define CAPTURE_CONTEXT(obj) MODULE_CONTEXT(obj, capture_storage_module)
 
 struct capture_box {
@@ -43,6 +46,7 @@ struct capture_box {
 struct capture_txn {
 	struct mailbox *box;
 	void *rs;			/* NULL until there is something to tell */
+	unsigned int updated;		/* updates that were told with their GUID */
 	bool ignored;
 };
 
@@ -57,14 +61,10 @@ static struct mail_namespace *capture_namespace(struct mailbox *box)
 	return box->list->ns;
 }
 
-/* Mailboxes of a user; not public ones (nobody's), virtual ones (made of others), or LMTP's and lda's raw mail. */
+/* Mailboxes of a user; not public ones (nobody's). */
 static bool capture_box_is_ours(struct mailbox *box)
 {
-	const struct mail_namespace *ns = capture_namespace(box);
-
-	if (ns->owner == NULL || ns->type == MAIL_NAMESPACE_TYPE_PUBLIC)
-		return FALSE;
-	return box->virtual_vfuncs == NULL && strcmp(box->storage->name, "raw") != 0;
+	return CAPTURE_CONTEXT(box) != NULL && capture_namespace(box)->type != MAIL_NAMESPACE_TYPE_PUBLIC;
 }
 
 static void capture_box_names(struct mailbox *box, const char *vname, struct dt_mailbox *ref_r)
@@ -75,6 +75,11 @@ static void capture_box_names(struct mailbox *box, const char *vname, struct dt_
 	i_zero(ref_r);
 	ref_r->user = ns->owner->username;
 	ref_r->separator = mail_namespace_get_sep(capture_namespace(box));
+	if (box->inbox_any && vname == box->vname) {
+		/* Another's INBOX may have no name but its namespace's. */
+		ref_r->name = "INBOX";
+		return;
+	}
 	/* Below the inbox namespace and in shared ones the prefix is this server's own business; the prefix of another
 	   private namespace is part of the name. */
 	if (((ns->flags & NAMESPACE_FLAG_INBOX_USER) != 0 || ns->type == MAIL_NAMESPACE_TYPE_SHARED) &&
@@ -122,7 +127,7 @@ static void *capture_transaction_begin(struct mailbox_transaction_context *t)
 	struct capture_box *cbox = CAPTURE_CONTEXT(t->box);
 
 	txn->box = t->box;
-	txn->ignored = cbox == NULL || cbox->deleting || !capture_box_is_ours(t->box);
+	txn->ignored = !capture_box_is_ours(t->box) || cbox->deleting;
 	if (!txn->ignored) {
 		/* saved_uids is empty otherwise */
 		t->flags |= MAILBOX_TRANSACTION_FLAG_ASSIGN_UIDS;
@@ -189,6 +194,20 @@ static void capture_read_body(struct mail *mail, struct dt_save *save)
 	i_stream_seek(input, old_offset);
 }
 
+static bool capture_is_maildir(struct mailbox *box)
+{
+	return dt_spans_is_maildir(box);
+}
+
+/* System flags that belong to the mailbox's owner: in a shared mailbox some may be the user's own (INDEXPVT). */
+static enum mail_flags capture_flags(struct mailbox *box, enum mail_flags flags)
+{
+	flags &= MAIL_FLAGS_NONRECENT;
+	if (box->view_pvt != NULL)
+		flags &= ~mailbox_get_private_flags_mask(box);
+	return flags;
+}
+
 static void capture_saved(struct capture_txn *txn, struct mail *mail, struct mail *copied_from)
 {
 	struct capture_box *cbox = CAPTURE_CONTEXT(txn->box);
@@ -198,19 +217,25 @@ static void capture_saved(struct capture_txn *txn, struct mail *mail, struct mai
 
 	i_zero(&save);
 	save.guid = cbox->save_guid;
-	save.flags = mail_get_flags(mail) & (MAIL_FLAGS_MASK & ~MAIL_RECENT);
+	save.flags = capture_flags(txn->box, mail_get_flags(mail));
 	save.keywords = mail_get_keywords(mail);
 	mail_storage_last_error_push(mail->box->storage);
 	if (mail_get_received_date(mail, &date) == 0)
 		save.received_date = date;
 	save.save_date = cbox->save_date;
-	if (copied_from != NULL && capture_box_is_ours(copied_from->box)) {
+	if (copied_from != NULL && capture_box_is_ours(copied_from->box) &&
+	    capture_namespace(copied_from->box)->owner == capture_namespace(txn->box)->owner) {
+		/* The peer copies as well; if it can't, it asks for the body. */
 		capture_box_ref(copied_from->box, &source);
 		save.copied_from = &source;
 		save.copied_from_uid = copied_from->uid;
+	} else {
+		capture_read_body(mail, &save);
 	}
-	capture_read_body(mail, &save);
 	mail_storage_last_error_pop(mail->box->storage);
+	/* dbox would have to open the file for each flag that is changed. (maildir keeps it in dovecot-uidlist.) */
+	if (save.guid != NULL)
+		index_mail_cache_add(INDEX_MAIL(mail), MAIL_CACHE_GUID, save.guid, strlen(save.guid));
 	dt_rs_save(capture_txn_rs(txn), &save);
 }
 
@@ -249,6 +274,15 @@ static void capture_mail_expunge(void *_txn, struct mail *mail)
 	} T_END;
 }
 
+/* GUID of a mail whose flags are changed: worth opening some files, but not thousands. */
+static const char *capture_updated_guid(struct capture_txn *txn, struct mail *mail)
+{
+	if (txn->updated >= CAPTURE_NAMED_UPDATES_MAX)
+		return NULL;
+	txn->updated++;
+	return capture_mail_guid(mail, MAIL_LOOKUP_ABORT_NEVER);
+}
+
 static void capture_mail_update_flags(void *_txn, struct mail *mail, enum mail_flags old_flags)
 {
 	struct capture_txn *txn = _txn;
@@ -256,12 +290,12 @@ static void capture_mail_update_flags(void *_txn, struct mail *mail, enum mail_f
 
 	if (txn->ignored || mail->saving)
 		return;
-	new_flags = mail_get_flags(mail) & (MAIL_FLAGS_MASK & ~MAIL_RECENT);
-	old_flags &= MAIL_FLAGS_MASK & ~MAIL_RECENT;
+	new_flags = capture_flags(txn->box, mail_get_flags(mail));
+	old_flags = capture_flags(txn->box, old_flags);
 	if (new_flags == old_flags)
 		return;
 	T_BEGIN {
-		dt_rs_flags(capture_txn_rs(txn), mail->uid, capture_mail_guid(mail, MAIL_LOOKUP_ABORT_NOT_IN_CACHE),
+		dt_rs_flags(capture_txn_rs(txn), mail->uid, capture_updated_guid(txn, mail),
 			    new_flags & ~old_flags, old_flags & ~new_flags);
 	} T_END;
 }
@@ -274,7 +308,7 @@ capture_mail_update_keywords(void *_txn, struct mail *mail, const char *const *o
 	if (txn->ignored || mail->saving)
 		return;
 	T_BEGIN {
-		dt_rs_keywords(capture_txn_rs(txn), mail->uid, capture_mail_guid(mail, MAIL_LOOKUP_ABORT_NOT_IN_CACHE),
+		dt_rs_keywords(capture_txn_rs(txn), mail->uid, capture_updated_guid(txn, mail),
 			       old_keywords, mail_get_keywords(mail));
 	} T_END;
 }
@@ -292,11 +326,6 @@ static const char *capture_maildir_guid(struct mailbox *box, uint32_t uid)
 	if (maildir_uidlist_lookup(mbox->uidlist, uid, &flags, &fname) <= 0)
 		return NULL;
 	return t_strcut(fname, MAILDIR_INFO_SEP);
-}
-
-static bool capture_is_maildir(struct mailbox *box)
-{
-	return strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0;
 }
 
 static void capture_committed(struct capture_txn *txn, struct mail_transaction_commit_changes *changes)
@@ -353,7 +382,7 @@ static void capture_mailbox_create(struct mailbox *box)
 	struct capture_box *cbox = CAPTURE_CONTEXT(box);
 	struct dt_mailbox ref;
 
-	if (cbox == NULL || !capture_box_is_ours(box))
+	if (!capture_box_is_ours(box))
 		return;
 	T_BEGIN {
 		if (cbox->directory)
@@ -369,7 +398,7 @@ static void *capture_mailbox_delete_begin(struct mailbox *box)
 	struct capture_box *cbox = CAPTURE_CONTEXT(box);
 	unsigned char *guid;
 
-	if (cbox == NULL || !capture_box_is_ours(box))
+	if (!capture_box_is_ours(box))
 		return NULL;
 	guid = i_malloc(GUID_128_SIZE);
 	(void)dt_spans_mailbox_guid(box, guid);
@@ -420,7 +449,8 @@ static void capture_mailbox_set_subscribed(struct mailbox *box, bool subscribed)
 {
 	struct dt_mailbox ref;
 
-	if (!capture_box_is_ours(box))
+	/* To another's mailbox it is not the owner's subscription. */
+	if (!capture_box_is_ours(box) || capture_namespace(box)->type != MAIL_NAMESPACE_TYPE_PRIVATE)
 		return;
 	T_BEGIN {
 		capture_box_names(box, box->vname, &ref);
@@ -531,8 +561,11 @@ static void capture_free(struct mailbox *box)
 static void capture_mailbox_allocated(struct mailbox *box)
 {
 	struct mailbox_vfuncs *v = box->vlast;
-	struct capture_box *cbox = p_new(box->pool, struct capture_box, 1);
+	struct capture_box *cbox;
 
+	if (!dt_spans_is_watched(box))
+		return;
+	cbox = p_new(box->pool, struct capture_box, 1);
 	cbox->module_ctx.super = *v;
 	box->vlast = &cbox->module_ctx.super;
 	v->save_begin = capture_save_begin;

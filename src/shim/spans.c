@@ -9,6 +9,7 @@
 #include "mail-index-private.h"
 #include "mail-index-transaction-private.h"
 #include "mail-transaction-log-private.h"
+#include "maildir-storage.h"
 #include "spans.h"
 
 #define DT_SPANS_BOX_CONTEXT(obj) \
@@ -137,15 +138,25 @@ static void dt_spans_mailbox_free(struct mailbox *box)
 	sbox->module_ctx.super.free(box);
 }
 
+bool dt_spans_is_maildir(struct mailbox *box)
+{
+	return strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0;
+}
+
+bool dt_spans_is_watched(struct mailbox *box)
+{
+	static const char *const storages[] = { "sdbox", "mdbox", MAILDIR_STORAGE_NAME, NULL };
+
+	return box->virtual_vfuncs == NULL && dt_spans_owner(box) != NULL &&
+		str_array_find(storages, box->storage->name);
+}
+
 static void dt_spans_mailbox_allocated(struct mailbox *box)
 {
 	struct mailbox_vfuncs *v = box->vlast;
 	struct dt_spans_mailbox *sbox;
 
-	/* Virtual mailboxes only mirror others. A mail that is being delivered is opened as "raw" storage. */
-	if (box->virtual_vfuncs != NULL ||
-	    strcmp(box->storage->name, "raw") == 0 ||
-	    dt_spans_owner(box) == NULL)
+	if (!dt_spans_is_watched(box))
 		return;
 
 	sbox = p_new(box->pool, struct dt_spans_mailbox, 1);

@@ -15,6 +15,11 @@ struct module;
 void dt_spans_init(struct module *module, void (*report)(const struct dt_span *span));
 void dt_spans_deinit(struct module *module);
 
+/* Whether we know how this storage keeps its mailboxes: sdbox, mdbox and maildir of a user. Not virtual mailboxes, which
+   only mirror others, nor a mail that is being delivered, which is opened as "raw" storage. */
+bool dt_spans_is_watched(struct mailbox *box);
+bool dt_spans_is_maildir(struct mailbox *box);
+
 /* The GUID of an open mailbox as the spans carry it; FALSE if it is not known. Needs no I/O. */
 bool dt_spans_mailbox_guid(struct mailbox *box, unsigned char guid_r[16]);
 

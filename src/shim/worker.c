@@ -13,6 +13,7 @@
 #include "mail-storage-private.h"
 #include "mail-storage-service.h"
 #include "mailbox-list-private.h"
+#include "index-mail.h"
 #include "inbox.h"
 #include "spans.h"
 #include "worker.h"
@@ -568,10 +569,9 @@ int dt_worker_was_expunged(uint32_t uid, const char *guid)
 		/* All of the log that is still there. */
 		(void)mailbox_get_expunges(w.box, 0, &filter, &expunges);
 		array_foreach(&expunges, rec) {
-			/* Before UIDVALIDITY changed it may have been another message. */
+			/* Without a GUID it may have been another message. */
 			if (rec->uid == uid &&
-			    (guid_128_is_empty(rec->guid_128) ||
-			     guid_128_equals(rec->guid_128, guid_128)))
+			    guid_128_equals(rec->guid_128, guid_128))
 				ret = 1;
 		}
 	} T_END;
@@ -622,13 +622,20 @@ dt_worker_save_alloc(const struct dt_worker_save *save, struct mail_keywords **k
 }
 
 static int
-dt_worker_save_input(struct mail_save_context *ctx, struct istream *input)
+dt_worker_save_input(struct mail_save_context *ctx, const char *guid,
+		     struct istream *input)
 {
 	ssize_t ret;
 
 	/* This frees the context if it fails. */
 	if (mailbox_save_begin(&ctx, input) < 0)
 		return dt_worker_set_box_error(w.box, "mailbox_save_begin()");
+	/* dbox would have to open the file for each flag that is changed. (maildir keeps it in dovecot-uidlist.) */
+	if (!dt_spans_is_maildir(w.box) && ctx->dest_mail != NULL &&
+	    *guid != '\0') {
+		index_mail_cache_add(INDEX_MAIL(ctx->dest_mail),
+				     MAIL_CACHE_GUID, guid, strlen(guid));
+	}
 	do {
 		if (mailbox_save_continue(ctx) < 0) {
 			mailbox_save_cancel(&ctx);
@@ -664,7 +671,7 @@ int dt_worker_save(const struct dt_worker_save *save, const void *data, size_t s
 			i_stream_set_name(input, "(fetched body)");
 			i_stream_seek(input, 0);
 		}
-		ret = dt_worker_save_input(ctx, input);
+		ret = dt_worker_save_input(ctx, save->guid, input);
 		i_stream_unref(&input);
 		if (keywords != NULL)
 			mailbox_keywords_unref(&keywords);
@@ -783,7 +790,12 @@ int dt_worker_expunge(uint32_t first_uid, uint32_t last_uid)
 	T_BEGIN {
 		mailbox_get_seq_range(w.box, first_uid, last_uid, &seq, &seq2);
 		for (; seq > 0 && seq <= seq2; seq++) {
+			const char *guid;
+
 			mail_set_seq(w.mail, seq);
+			/* Only what is known without opening a file gets into the log, where dt_worker_was_expunged()
+			   looks for it. */
+			(void)mail_get_special(w.mail, MAIL_FETCH_GUID, &guid);
 			mail_expunge(w.mail);
 		}
 	} T_END;

@@ -523,7 +523,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             }
             match self.storage.message_guid(range.first_uid)? {
                 Some(guid) if guid == range.guid => found.push((range.first_uid, range.first_uid)),
-                None if !conflict => {}
+                None if self.storage.was_expunged(range.first_uid, &range.guid)? => {}
                 // It was given another UID here.
                 _ => match self.storage.find_message(&range.guid)? {
                     Some(uid) => found.push((uid, uid)),
@@ -549,7 +549,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if !self.enter_for_change(mailbox)? {
             return Ok(());
         }
-        for (first, last) in self.find(&expunge.messages)? {
+        let (named, unnamed): (Vec<_>, Vec<_>) = expunge.messages.iter().cloned().partition(|m| !m.guid.is_empty());
+        // A UID alone may be another message here, which would be lost.
+        for _ in unnamed {
+            self.note("messages_unknown");
+        }
+        for (first, last) in self.find(&named)? {
             self.storage.expunge(first, last)?;
             self.pending = Pending::Changes;
         }
@@ -703,6 +708,17 @@ mod tests {
             assert_eq!(storage.messages("INBOX"), [(2, "two".to_string())]);
         }
         assert_eq!(storage.guid("INBOX"), GUID);
+    }
+
+    #[test]
+    fn a_message_that_was_given_another_uid_here_is_expunged_by_its_guid() {
+        let mut storage = FakeStorage::default();
+        let outcome =
+            apply(&mut storage, Script::default(), &[save(1, 2, "two"), save(2, 1, "one"), expunge(3, 1, "one")]);
+        assert_eq!(outcome.notes, ["uid_late"]);
+        assert_eq!(storage.messages("INBOX"), [(2, "two".to_string())]);
+        apply(&mut storage, Script::default(), &[expunge(4, 2, "")]);
+        assert_eq!(storage.messages("INBOX"), [(2, "two".to_string())], "a UID alone is not enough");
     }
 
     #[test]
