@@ -75,6 +75,8 @@ struct Open {
     /// UIDNEXT including the saves that are not committed yet.
     uid_next: u32,
     reason: Reason,
+    /// Its GUID or UIDVALIDITY is not theirs.
+    differs: bool,
     /// It is not the same mailbox by GUID or UIDVALIDITY: UIDs alone say nothing.
     conflict: bool,
     /// What the changes said that it must reach.
@@ -284,8 +286,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     fn enter(&mut self, mailbox: &proto::Mailbox, reason: Reason) -> Outcome<bool> {
         if let Some(open) = &self.open {
             let same_uids = mailbox.uid_validity == 0 || mailbox.uid_validity == open.uid_validity;
-            // Ours stood against a creation; against a message it may give way.
-            let again = open.conflict && open.reason == Reason::Create && reason == Reason::Save;
+            // Ours stood against a creation; against a message it gives way.
+            let again = open.differs && open.reason == Reason::Create && reason == Reason::Save;
             if !again && same_uids && open.mailbox.0 == mailbox.guid && open.mailbox.1 == mailbox.path {
                 return Ok(true);
             }
@@ -376,7 +378,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             conflict = true;
             self.note("guid_conflict");
         }
-        if mailbox.uid_validity != 0 && status.uid_validity != mailbox.uid_validity && theirs_wins {
+        let other_validity = mailbox.uid_validity != 0 && status.uid_validity != mailbox.uid_validity;
+        if other_validity && theirs_wins {
             conflict = true;
             self.note("uidvalidity_conflict");
         }
@@ -385,6 +388,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             uid_validity: mailbox.uid_validity,
             uid_next: status.uid_next,
             reason,
+            differs: conflict || other_validity,
             conflict,
             min_uid_next: 0,
             min_highest_modseq: 0,
@@ -775,10 +779,10 @@ mod tests {
     #[test]
     fn a_message_mends_what_the_creation_left() {
         let mut storage = FakeStorage::default();
-        storage.add("INBOX", [9; 16], 9, &[]);
+        storage.add("INBOX", [9; 16], 10, &[]);
         let create = change(1, What::Create(proto::MailboxCreate::default()));
         apply(&mut storage, Script::default(), &[create, save(2, 1, "one")]);
-        assert_eq!(storage.guid("INBOX"), GUID);
+        assert_eq!((storage.guid("INBOX"), storage.uid_validity("INBOX")), (GUID, 9));
         assert_eq!(storage.messages("INBOX"), [(1, "one".to_string())]);
     }
 
