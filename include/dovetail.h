@@ -245,9 +245,14 @@ void dt_rs_mailbox_op(int op,
                       bool directory);
 
 /*
- Called inside of a commit: only copies.
+ Called inside of a commit: only copies. True: dt_rs_flush() is to be called soon.
  */
-void dt_rs_span(const struct dt_span *span);
+bool dt_rs_span(const struct dt_span *span);
+
+/*
+ The client has its answer: what could wait until then is sent.
+ */
+void dt_rs_flush(void);
 
 int dt_rs_status(void (*row)(void*, const struct dt_status_row*),
                  void *context,

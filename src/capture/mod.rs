@@ -26,6 +26,8 @@ pub struct Capture {
     intents: HashSet<(String, Vec<u8>)>,
     /// Per mailbox: open transactions that have something to tell, and the spans that belong to their changes.
     open: HashMap<Vec<u8>, OpenMailbox>,
+    /// Spans of one user that belong to no change. They close holes in what the relay knows, and are in no hurry.
+    idle: Vec<proto::Span>,
 }
 
 #[derive(Default)]
@@ -37,7 +39,7 @@ struct OpenMailbox {
 impl Capture {
     /// Nothing is connected before the first write.
     pub fn new(config: LinkConfig) -> Capture {
-        Capture { link: Link::new(config), intents: HashSet::new(), open: HashMap::new() }
+        Capture { link: Link::new(config), intents: HashSet::new(), open: HashMap::new(), idle: Vec::new() }
     }
 
     /// A transaction on this mailbox is about to write. The first one tells the relay, before anything is committed.
@@ -58,6 +60,7 @@ impl Capture {
 
     /// The transaction that `begin` announced was committed as these changes.
     pub fn commit(&mut self, mailbox_guid: &[u8], changes: Vec<proto::Change>) {
+        self.flush();
         let mut spans = self.end(mailbox_guid);
         let count = changes.len();
         for (i, change) in changes.into_iter().enumerate() {
@@ -83,19 +86,37 @@ impl Capture {
 
     /// A change without a transaction: of a mailbox itself.
     pub fn mailbox(&mut self, change: proto::Change) {
+        self.flush();
         self.link.send(proto::Record { change: Some(change), spans: Vec::new(), dropped: 0 });
     }
 
-    /// A commit wrote this. It waits for its change if there is one to come.
-    pub fn span(&mut self, span: proto::Span) {
+    /// A commit wrote this. It waits for its change if there is one to come, otherwise for the next record. True: the
+    /// caller is to call [`Capture::flush`] as soon as its client has its answer.
+    pub fn span(&mut self, span: proto::Span) -> bool {
         match self.open.get_mut(&span.mailbox_guid) {
-            Some(open) if open.spans.len() < PENDING_SPANS_MAX => open.spans.push(span),
-            _ => self.send_spans(vec![span]),
+            Some(open) if open.spans.len() < PENDING_SPANS_MAX => {
+                open.spans.push(span);
+                return false;
+            }
+            _ => {}
         }
+        let other_user = self.idle.first().is_some_and(|first| first.user != span.user);
+        if other_user || self.idle.len() >= PENDING_SPANS_MAX {
+            self.flush();
+        }
+        self.idle.push(span);
+        true
+    }
+
+    /// Sends the spans that belong to no change.
+    pub fn flush(&mut self) {
+        let spans = std::mem::take(&mut self.idle);
+        self.send_spans(spans);
     }
 
     /// Sends what is left within the link's deadline, says goodbye and ends the thread.
     pub fn finish(mut self) {
+        self.flush();
         let spans: Vec<_> = self.open.drain().flat_map(|(_, open)| open.spans).collect();
         self.send_spans(spans);
         self.link.finish();

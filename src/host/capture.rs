@@ -241,10 +241,10 @@ extern "C" fn dt_rs_mailbox_op(op: c_int, mailbox: *const ffi::DtMailbox, new_na
     });
 }
 
-/// Called inside of a commit: only copies.
+/// Called inside of a commit: only copies. True: dt_rs_flush() is to be called soon.
 #[no_mangle]
-extern "C" fn dt_rs_span(span: *const ffi::DtSpan) {
-    guard("span", (), || {
+extern "C" fn dt_rs_span(span: *const ffi::DtSpan) -> bool {
+    guard("span", false, || {
         // SAFETY: valid during the call.
         let span = unsafe { &*span };
         let span = proto::Span {
@@ -259,7 +259,15 @@ extern "C" fn dt_rs_span(span: *const ffi::DtSpan) {
             prev_log_end: span.prev_log_end,
             applied: Vec::new(),
         };
-        with_process(|process| process.capture.span(span));
+        with_process(|process| process.capture.span(span)).unwrap_or(false)
+    })
+}
+
+/// The client has its answer: what could wait until then is sent.
+#[no_mangle]
+extern "C" fn dt_rs_flush() {
+    guard("flush", (), || {
+        with_process(|process| process.capture.flush());
     });
 }
 

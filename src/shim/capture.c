@@ -53,6 +53,7 @@ struct capture_txn {
 static MODULE_CONTEXT_DEFINE_INIT(capture_storage_module, &mail_storage_module_register);
 static struct notify_context *capture_notify = NULL;
 static struct module *capture_module;
+static struct timeout *capture_to_flush = NULL;
 
 /* ---- names ---- */
 
@@ -582,6 +583,26 @@ static void capture_mail_user_created(struct mail_user *user)
 		dt_rs_capture_init(user, master_service_get_name(master_service));
 }
 
+/* ---- spans ---- */
+
+static void capture_flush(void *context ATTR_UNUSED)
+{
+	timeout_remove(&capture_to_flush);
+	dt_rs_flush();
+}
+
+/* What closes a hole in the log, but tells of no change, is sent when the client has its answer: each record wakes the
+   relay, which then works on the client's time. */
+static void capture_span(const struct dt_span *span)
+{
+	if (!dt_rs_span(span) || capture_to_flush != NULL)
+		return;
+	if (current_ioloop == NULL)
+		dt_rs_flush();
+	else
+		capture_to_flush = timeout_add_short_to(io_loop_get_root(), 0, capture_flush, (void *)NULL);
+}
+
 static const struct mail_storage_hooks capture_hooks = {
 	.mail_user_created = capture_mail_user_created,
 	.mailbox_allocated = capture_mailbox_allocated,
@@ -599,7 +620,7 @@ void dt_capture_init(struct module *module)
 	capture_module = module;
 	mail_storage_hooks_add(module, &capture_hooks);
 	dt_inbox_init(module);
-	dt_spans_init(module, dt_rs_span);
+	dt_spans_init(module, capture_span);
 }
 
 void dt_capture_deinit(void)
@@ -610,5 +631,6 @@ void dt_capture_deinit(void)
 	dt_inbox_deinit(capture_module);
 	compat_notify_unregister(&capture_notify);
 	mail_storage_hooks_remove(&capture_hooks);
+	timeout_remove(&capture_to_flush);
 	dt_rs_capture_deinit();
 }
