@@ -76,6 +76,13 @@ pub struct Server {
     janitor: Arc<Janitor>,
 }
 
+/// Whether a program answers there: the master starts them when it has opened all of its ports.
+fn greets(port: u16) -> bool {
+    let Ok(mut stream) = TcpStream::connect((LOOPBACK, port)) else { return false };
+    let timeout = stream.set_read_timeout(Some(START_DEADLINE));
+    timeout.is_ok() && std::io::Read::read(&mut stream, &mut [0]).is_ok_and(|size| size > 0)
+}
+
 impl Server {
     pub fn prepare(setup: Setup, root: Root, cluster_dir: &str, janitor: Arc<Janitor>) -> Server {
         let (version, version_text) = root.version();
@@ -165,7 +172,7 @@ impl Server {
         let mut ended = None;
         let answers = holds_within(START_DEADLINE, || {
             ended = child.try_wait().expect("wait for Dovecot's master");
-            ended.is_some() || ports.iter().all(|port| TcpStream::connect((LOOPBACK, *port)).is_ok())
+            ended.is_some() || ports.iter().all(|port| greets(*port))
         });
         if ended.is_some() || !answers {
             let mut stderr = String::new();
