@@ -147,6 +147,8 @@ fn setup(name: &str) -> Setup {
     Setup::new(name, Format::Sdbox)
         .extra(EXTRA_23, EXTRA_24)
         .file("bin/effect", EFFECT)
+        // Programs of several users write to it, in any order.
+        .file("home/effects", "")
         .file("home/before.sieve", BEFORE_SIEVE)
         .file("home/spam.sieve", SPAM_SIEVE)
 }

@@ -118,7 +118,7 @@ impl Server {
         }
         // Mail processes, which are not root, write their log lines here too when they cannot reach the log service.
         fs::write(dir.join("log"), "").expect("log");
-        run("chown", &["8:8".as_ref(), dir.join("home").as_os_str(), dir.join("log").as_os_str()]);
+        run("chown", &["-R".as_ref(), "8:8".as_ref(), dir.join("home").as_os_str(), dir.join("log").as_os_str()]);
         let installed = self.root.outside(PKGLIBDIR);
         let copy = dir.join("lib");
         run("cp", &["-a".as_ref(), installed.as_os_str(), copy.as_os_str()]);
