@@ -232,7 +232,10 @@ void dt_rs_keywords(void *txn,
 
 void dt_rs_expunge(void *txn, uint32_t uid, const char *guid);
 
-void dt_rs_commit(void *txn,
+/*
+ True: dt_rs_flush() is to be called soon.
+ */
+bool dt_rs_commit(void *txn,
                   const struct dt_mailbox *mailbox,
                   const struct dt_saved *saved,
                   uintptr_t saved_count);

@@ -129,6 +129,13 @@ fn report_complaints(variant: Variant, cluster: &variant::Running, report: &mut 
         if let Some(first) = complaints.first() {
             report.note(format!("{}: {} errors in the log, the first: {first}", variant.name(), complaints.len()));
         }
+        if variant == Variant::Dovetail {
+            let counters = server.counters();
+            let notes: Vec<String> =
+                counters.notes.iter().map(|note| format!("{} {}", note.count, note.name)).collect();
+            let server = server.name();
+            report.note(format!("dovetail: {server} counted {} gaps, notes: {}", counters.gaps, notes.join(", ")));
+        }
     }
 }
 

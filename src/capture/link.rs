@@ -11,7 +11,7 @@ use mio::net::UnixStream;
 use mio::{Events, Interest, Poll, Token, Waker};
 use prost::Message as _;
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, IoSlice, Write};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 
 /// Records that the queue holds at most, whatever their size.
 const QUEUE_RECORDS_MAX: usize = 16 * 1024;
+/// Frames that one system call writes, at most.
+const FRAMES_PER_WRITE: usize = 64;
 /// Encoded bytes that wait for the socket; the rest stays in the queue.
 const OUTPUT_BYTES_AIM: usize = 256 << 10;
 const RECONNECT_MIN: Duration = Duration::from_millis(50);
@@ -101,27 +103,42 @@ impl Output {
 
     /// Writes what the socket takes. `Ok(true)`: all is written.
     fn flush(&mut self) -> io::Result<bool> {
-        let Some(stream) = &mut self.stream else { return Err(ErrorKind::NotConnected.into()) };
         loop {
-            let in_preamble = !self.preamble.is_empty();
-            let Some(current) = (if in_preamble { Some(&self.preamble) } else { self.frames.front() }) else {
+            let Some(stream) = &mut self.stream else { return Err(ErrorKind::NotConnected.into()) };
+            if self.preamble.is_empty() && self.frames.is_empty() {
                 return Ok(true);
-            };
-            match stream.write(&current[self.written..]) {
+            }
+            let frames = self.frames.iter().take(FRAMES_PER_WRITE).map(|frame| IoSlice::new(frame));
+            let mut slices: Vec<IoSlice> = Some(IoSlice::new(&self.preamble))
+                .filter(|slice| !slice.is_empty())
+                .into_iter()
+                .chain(frames)
+                .collect();
+            slices[0].advance(self.written);
+            match stream.write_vectored(&slices) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(n) => self.written += n,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
-            if self.written == current.len() {
-                self.written = 0;
-                if in_preamble {
-                    self.preamble.clear();
-                } else if let Some(frame) = self.frames.pop_front() {
-                    self.bytes -= frame.len();
-                }
+            self.forget_written();
+        }
+    }
+
+    /// Drops what was written whole.
+    fn forget_written(&mut self) {
+        if !self.preamble.is_empty() && self.written >= self.preamble.len() {
+            self.written -= self.preamble.len();
+            self.preamble.clear();
+        }
+        while let (true, Some(frame)) = (self.preamble.is_empty(), self.frames.front()) {
+            if self.written < frame.len() {
+                return;
             }
+            self.written -= frame.len();
+            self.bytes -= frame.len();
+            self.frames.pop_front();
         }
     }
 
@@ -195,32 +212,37 @@ impl Link {
         }
     }
 
-    /// The short way, when nothing waits before it: one non-blocking write, without the thread. Gives the record back if
-    /// it must queue.
-    fn write_through(&mut self, record: proto::Record) -> Option<proto::Record> {
+    /// The short way, when nothing waits before them: one non-blocking write, without the thread. Gives the records back
+    /// if they must queue.
+    fn write_through(&mut self, records: Vec<proto::Record>) -> Vec<proto::Record> {
         let shared = Arc::clone(&self.shared);
-        let Ok(mut output) = shared.output.try_lock() else { return Some(record) };
+        let Ok(mut output) = shared.output.try_lock() else { return records };
         if output.stream.is_none() && self.thread.is_none() {
             // The very first record, as for the very first intent.
             let _ = output.connect(&self.config);
             let _ = output.flush();
         }
         if self.dropped > 0 || output.stream.is_none() || !output.is_empty() || !self.sender.is_empty() {
-            return Some(record);
+            return records;
         }
-        output.push(proto::frame::Kind::Record(record));
+        records.into_iter().for_each(|record| output.push(proto::frame::Kind::Record(record)));
         let written = output.flush();
         if written.is_err() {
             output.disconnect();
         }
         drop(output);
         self.hand_over_unless(matches!(written, Ok(true)));
-        None
+        Vec::new()
     }
 
-    /// Writes a record, or queues it, or drops it and remembers how many were dropped.
-    pub fn send(&mut self, record: proto::Record) {
-        let Some(mut record) = self.write_through(record) else { return };
+    /// Writes the records, or queues them, or drops them and remembers how many were dropped.
+    pub fn send(&mut self, records: Vec<proto::Record>) {
+        for record in self.write_through(records) {
+            self.queue(record);
+        }
+    }
+
+    fn queue(&mut self, mut record: proto::Record) {
         self.start();
         let size = record.encoded_len() as u64;
         let queued = self.shared.queued_bytes.fetch_add(size, Ordering::Relaxed);
@@ -540,8 +562,8 @@ mod tests {
         let listener = UnixListener::bind(dir.socket()).unwrap();
         let mut link = link(&dir.socket(), 1 << 20);
         link.intent(intent());
-        link.send(record("a"));
-        link.send(record("b"));
+        link.send(vec![record("a")]);
+        link.send(vec![record("b")]);
         let hearing = std::thread::spawn(move || hear(&listener, |_| false));
         link.finish();
         let heard = hearing.join().unwrap();
@@ -572,7 +594,7 @@ mod tests {
         let dir = TempDir::new("down");
         let mut link = link(&dir.socket(), 1 << 20);
         link.intent(intent());
-        link.send(record("early"));
+        link.send(vec![record("early")]);
         let listener = UnixListener::bind(dir.socket()).unwrap();
         let heard = hear(&listener, |heard| !users(heard).is_empty());
         assert!(matches!(heard[1], proto::frame::Kind::Intent(_)));
@@ -585,7 +607,7 @@ mod tests {
         let size = record("x").encoded_len() as u64;
         let mut link = link(&dir.socket(), 3 * size);
         for _ in 0..10 {
-            link.send(record("x"));
+            link.send(vec![record("x")]);
         }
         assert_eq!(link.dropped, 7);
         let listener = UnixListener::bind(dir.socket()).unwrap();
@@ -595,7 +617,7 @@ mod tests {
             while link.shared.queued_bytes.load(Ordering::Relaxed) > 0 {
                 std::thread::yield_now();
             }
-            link.send(record("last"));
+            link.send(vec![record("last")]);
             (hearing.join().unwrap(), link)
         });
         let Some(proto::frame::Kind::Record(last)) = heard.last() else { panic!("{heard:?}") };

@@ -10,11 +10,15 @@ pub mod transaction;
 pub use link::{Link, LinkConfig};
 pub use transaction::{mailbox_change, Saved, Transaction};
 
+use crate::change;
 use crate::wire::proto;
 use std::collections::{HashMap, HashSet};
 
 /// Most spans that wait for their change: a transaction that writes more is told in pieces.
 const PENDING_SPANS_MAX: usize = 256;
+
+/// Records that wait for the client's answer, at most.
+const WAITING_MAX: usize = 64;
 
 /// Mailboxes that the relay was told of, at most: then they are told again.
 const INTENTS_MAX: usize = 10_000;
@@ -26,8 +30,8 @@ pub struct Capture {
     intents: HashSet<(String, Vec<u8>)>,
     /// Per mailbox: open transactions that have something to tell, and the spans that belong to their changes.
     open: HashMap<Vec<u8>, OpenMailbox>,
-    /// Spans of one user that belong to no change. They close holes in what the relay knows, and are in no hurry.
-    idle: Vec<proto::Span>,
+    /// What may leave after the client has its answer: flag changes, and spans that belong to no change.
+    waiting: Vec<proto::Record>,
 }
 
 #[derive(Default)]
@@ -39,7 +43,7 @@ struct OpenMailbox {
 impl Capture {
     /// Nothing is connected before the first write.
     pub fn new(config: LinkConfig) -> Capture {
-        Capture { link: Link::new(config), intents: HashSet::new(), open: HashMap::new(), idle: Vec::new() }
+        Capture { link: Link::new(config), intents: HashSet::new(), open: HashMap::new(), waiting: Vec::new() }
     }
 
     /// A transaction on this mailbox is about to write. The first one tells the relay, before anything is committed.
@@ -58,36 +62,43 @@ impl Capture {
         }
     }
 
-    /// The transaction that `begin` announced was committed as these changes.
-    pub fn commit(&mut self, mailbox_guid: &[u8], changes: Vec<proto::Change>) {
-        self.flush();
+    /// The transaction that `begin` announced was committed as these changes. What brings or takes messages is out of
+    /// this process when it returns. True: the caller is to call [`Capture::flush`] as soon as its client has its answer.
+    pub fn commit(&mut self, mailbox_guid: &[u8], changes: Vec<proto::Change>) -> bool {
         let mut spans = self.end(mailbox_guid);
         let count = changes.len();
+        let only_flags = changes.iter().all(|change| !change::has_saves(change) && !change::is_destructive(change));
         for (i, change) in changes.into_iter().enumerate() {
             // The last part completes what the spans cover.
             let spans = if i + 1 == count { std::mem::take(&mut spans) } else { Vec::new() };
-            self.link.send(proto::Record { change: Some(change), spans, dropped: 0 });
+            self.waiting.push(proto::Record { change: Some(change), spans, dropped: 0 });
         }
-        self.send_spans(spans);
+        self.keep_spans(spans);
+        if !only_flags || self.waiting.len() >= WAITING_MAX {
+            self.flush();
+        }
+        !self.waiting.is_empty()
     }
 
     /// The transaction that `begin` announced was committed, but cannot be told.
     pub fn lose(&mut self, mailbox_guid: &[u8]) {
         let spans = self.end(mailbox_guid);
-        self.send_spans(spans);
+        self.keep_spans(spans);
+        self.flush();
         self.link.drop_one();
     }
 
     /// The transaction that `begin` announced did not happen.
     pub fn rollback(&mut self, mailbox_guid: &[u8]) {
         let spans = self.end(mailbox_guid);
-        self.send_spans(spans);
+        self.keep_spans(spans);
+        self.flush();
     }
 
     /// A change without a transaction: of a mailbox itself.
     pub fn mailbox(&mut self, change: proto::Change) {
+        self.waiting.push(proto::Record { change: Some(change), spans: Vec::new(), dropped: 0 });
         self.flush();
-        self.link.send(proto::Record { change: Some(change), spans: Vec::new(), dropped: 0 });
     }
 
     /// A commit wrote this. It waits for its change if there is one to come, otherwise for the next record. True: the
@@ -100,25 +111,25 @@ impl Capture {
             }
             _ => {}
         }
-        let other_user = self.idle.first().is_some_and(|first| first.user != span.user);
-        if other_user || self.idle.len() >= PENDING_SPANS_MAX {
+        self.keep_spans(vec![span]);
+        if self.waiting.len() >= WAITING_MAX {
             self.flush();
         }
-        self.idle.push(span);
-        true
+        !self.waiting.is_empty()
     }
 
-    /// Sends the spans that belong to no change.
+    /// Sends what could wait.
     pub fn flush(&mut self) {
-        let spans = std::mem::take(&mut self.idle);
-        self.send_spans(spans);
+        if !self.waiting.is_empty() {
+            self.link.send(std::mem::take(&mut self.waiting));
+        }
     }
 
     /// Sends what is left within the link's deadline, says goodbye and ends the thread.
     pub fn finish(mut self) {
-        self.flush();
         let spans: Vec<_> = self.open.drain().flat_map(|(_, open)| open.spans).collect();
-        self.send_spans(spans);
+        self.keep_spans(spans);
+        self.flush();
         self.link.finish();
     }
 
@@ -133,9 +144,17 @@ impl Capture {
         spans
     }
 
-    fn send_spans(&mut self, spans: Vec<proto::Span>) {
-        if !spans.is_empty() {
-            self.link.send(proto::Record { change: None, spans, dropped: 0 });
+    /// Spans without a change wait, one record for each user's in a row.
+    fn keep_spans(&mut self, spans: Vec<proto::Span>) {
+        for span in spans {
+            match self.waiting.last_mut() {
+                Some(proto::Record { change: None, spans, .. })
+                    if spans.len() < PENDING_SPANS_MAX && spans.last().is_some_and(|last| last.user == span.user) =>
+                {
+                    spans.push(span);
+                }
+                _ => self.waiting.push(proto::Record { change: None, spans: vec![span], dropped: 0 }),
+            }
         }
     }
 }

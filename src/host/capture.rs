@@ -167,16 +167,17 @@ extern "C" fn dt_rs_expunge(txn: *mut c_void, uid: u32, guid: *const c_char) {
     });
 }
 
+/// True: dt_rs_flush() is to be called soon.
 #[no_mangle]
 extern "C" fn dt_rs_commit(
     txn: *mut c_void,
     mailbox: *const ffi::DtMailbox,
     saved: *const ffi::DtSaved,
     saved_count: usize,
-) {
-    guard("commit", (), || {
+) -> bool {
+    guard("commit", false, || {
         if txn.is_null() {
-            return;
+            return false;
         }
         // SAFETY: from dt_rs_transaction_begin(); C forgets it now.
         let open = unsafe { Box::from_raw(txn.cast::<OpenTransaction>()) };
@@ -200,9 +201,11 @@ extern "C" fn dt_rs_commit(
                     open.user
                 );
                 process.capture.lose(&open.mailbox_guid);
+                false
             }
-        });
-    });
+        })
+        .unwrap_or(false)
+    })
 }
 
 #[no_mangle]

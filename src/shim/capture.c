@@ -29,6 +29,9 @@
 /* Flag updates in one transaction that name the mail by its GUID, too; further ones name it by its UID only. */
 #define CAPTURE_NAMED_UPDATES_MAX 100
 
+/* What may wait until the client has its answer is sent so much later. */
+#define CAPTURE_FLUSH_MSECS 1
+
 #define CAPTURE_CONTEXT(obj) MODULE_CONTEXT(obj, capture_storage_module)
 
 struct capture_box {
@@ -54,6 +57,26 @@ static MODULE_CONTEXT_DEFINE_INIT(capture_storage_module, &mail_storage_module_r
 static struct notify_context *capture_notify = NULL;
 static struct module *capture_module;
 static struct timeout *capture_to_flush = NULL;
+
+/* ---- sending ---- */
+
+static void capture_flush(void *context ATTR_UNUSED)
+{
+	timeout_remove(&capture_to_flush);
+	dt_rs_flush();
+}
+
+/* What may wait is sent when the client has its answer and has perhaps asked for more: each time the relay is woken it
+   works on the client's time. */
+static void capture_flush_soon(void)
+{
+	if (capture_to_flush != NULL)
+		return;
+	if (current_ioloop == NULL)
+		dt_rs_flush();
+	else
+		capture_to_flush = timeout_add_short_to(io_loop_get_root(), CAPTURE_FLUSH_MSECS, capture_flush, (void *)NULL);
+}
 
 /* ---- names ---- */
 
@@ -354,7 +377,8 @@ static void capture_committed(struct capture_txn *txn, struct mail_transaction_c
 		ref.uid_validity = mail_index_get_header(box->view)->uid_validity;
 	if (box->index->log->head != NULL)
 		ref.highest_modseq = box->index->log->head->sync_highest_modseq;
-	dt_rs_commit(txn->rs, &ref, array_count(&saved) == 0 ? NULL : array_front(&saved), array_count(&saved));
+	if (dt_rs_commit(txn->rs, &ref, array_count(&saved) == 0 ? NULL : array_front(&saved), array_count(&saved)))
+		capture_flush_soon();
 }
 
 static void capture_transaction_commit(void *_txn, struct mail_transaction_commit_changes *changes)
@@ -585,22 +609,10 @@ static void capture_mail_user_created(struct mail_user *user)
 
 /* ---- spans ---- */
 
-static void capture_flush(void *context ATTR_UNUSED)
-{
-	timeout_remove(&capture_to_flush);
-	dt_rs_flush();
-}
-
-/* What closes a hole in the log, but tells of no change, is sent when the client has its answer: each record wakes the
-   relay, which then works on the client's time. */
 static void capture_span(const struct dt_span *span)
 {
-	if (!dt_rs_span(span) || capture_to_flush != NULL)
-		return;
-	if (current_ioloop == NULL)
-		dt_rs_flush();
-	else
-		capture_to_flush = timeout_add_short_to(io_loop_get_root(), 0, capture_flush, (void *)NULL);
+	if (dt_rs_span(span))
+		capture_flush_soon();
 }
 
 static const struct mail_storage_hooks capture_hooks = {

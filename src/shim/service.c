@@ -7,10 +7,15 @@
 #include "worker.h"
 #include "service.h"
 
+#include <sys/resource.h>
 #include <unistd.h>
 
 #define DT_RELAY_SERVICE_NAME "dovetail"
 #define DT_WORKER_SERVICE_NAME "dovetail-worker"
+
+/* Mail service comes first: without this, a relay that wakes up takes the CPU from the process that woke it, before its
+   client has the answer. */
+#define DT_SERVICE_NICE 10
 
 static struct io *dt_service_io;
 
@@ -138,6 +143,8 @@ int dt_service_main(int argc, char *argv[])
 			return FATAL_DEFAULT;
 	}
 
+	if (setpriority(PRIO_PROCESS, 0, DT_SERVICE_NICE) < 0)
+		i_warning("setpriority(%d) failed: %m", DT_SERVICE_NICE);
 	ret = worker ? dt_worker_main() : dt_relay_main();
 	dt_rs_service_deinit();
 	master_service_deinit(&master_service);
