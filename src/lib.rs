@@ -7,6 +7,8 @@
 //! | [`wire`] | the protocol: protobuf records, frames | nothing outside |
 //! | [`change`] | what a change is: limits, checks, helpers on the records | `wire` |
 //! | [`settings`] | the table of settings and their checks | nothing outside |
+//! | [`indexlog`] | what Dovecot wrote to a mailbox's index, read back from its log | nothing outside |
+//! | [`journal`] | the relay's memory on disk | files, SQLite |
 //! | [`peer`] | a session with a peer as a state machine: frames in, frames out | `change`, `wire` |
 //! | [`relay`] | the hub between local processes, workers and peers | all above, sockets, threads |
 //! | [`capture`] | a transaction becomes a change; the thread that sends it to the relay | all above, sockets, threads |
@@ -17,6 +19,8 @@ pub mod capture;
 pub mod change;
 #[cfg(feature = "host")]
 mod host;
+pub mod indexlog;
+pub mod journal;
 pub mod peer;
 pub mod relay;
 pub mod settings;

@@ -1,0 +1,228 @@
+//! The changes of this server that some peer has not acknowledged.
+
+use rusqlite::Row;
+
+use super::{from_sql, to_sql, Journal, JournalError};
+
+/// Changes that are looked at for their age at once.
+const TRIM_CHANGES: i64 = 1_000;
+
+/// A change as it was stored: the encoded frame that is sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    pub seq: u64,
+    pub user: String,
+    /// When, in microseconds since 1970.
+    pub at_us: u64,
+    pub frame: Vec<u8>,
+}
+
+/// What was dropped to stay within bounds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trimmed {
+    pub changes: u64,
+    /// The last number that was dropped.
+    pub up_to: u64,
+}
+
+impl Journal {
+    /// The number that the next change gets. The disk knows of it.
+    pub fn next_seq(&mut self) -> Result<u64, JournalError> {
+        self.reserve()?;
+        Ok(self.seq + 1)
+    }
+
+    /// Stores the change with the number that [`Journal::next_seq`] told, for the peers.
+    pub fn append(&mut self, user: &str, at_us: u64, frame: &[u8], peers: &[&str]) -> Result<(), JournalError> {
+        self.write()?;
+        let bits: i64 = peers.iter().map(|peer| self.bit_of(peer)).fold(0, |bits, bit| bits | bit);
+        let seq = self.seq + 1;
+        self.run(|db| {
+            db.prepare_cached("INSERT INTO changes (seq, user, at_us, peers, crc, frame) VALUES (?, ?, ?, ?, ?, ?)")?
+                .execute((to_sql(seq), user, to_sql(at_us), bits, crc(seq, at_us, user, frame), frame))
+        })?;
+        self.put("seq", to_sql(seq))?;
+        self.seq = seq;
+        self.bytes += frame.len() as u64;
+        Ok(())
+    }
+
+    /// The peer has applied the change.
+    pub fn acknowledge(&mut self, peer: &str, seq: u64) -> Result<(), JournalError> {
+        self.clear(peer, seq, seq).map(drop)
+    }
+
+    /// The peer has applied all up to `seq`, or does without them; how many there were.
+    pub fn acknowledge_up_to(&mut self, peer: &str, seq: u64) -> Result<u64, JournalError> {
+        self.clear(peer, 0, seq)
+    }
+
+    /// What no peer lacks any more goes.
+    fn clear(&mut self, peer: &str, first: u64, last: u64) -> Result<u64, JournalError> {
+        self.write()?;
+        let (bit, first, last) = (self.bit_of(peer), to_sql(first), to_sql(last));
+        let (cleared, bytes) = self.run(|db| {
+            let cleared = db
+                .prepare_cached(
+                    "UPDATE changes SET peers = peers & ~?1 WHERE seq BETWEEN ?2 AND ?3 AND peers & ?1 != 0",
+                )?
+                .execute((bit, first, last))?;
+            let mut gone = db.prepare_cached(
+                "DELETE FROM changes WHERE seq BETWEEN ? AND ? AND peers = 0 RETURNING length(frame)",
+            )?;
+            let mut bytes = 0;
+            let mut rows = gone.query((first, last))?;
+            while let Some(row) = rows.next()? {
+                bytes += from_sql(row.get(0)?);
+            }
+            Ok((cleared as u64, bytes))
+        })?;
+        self.bytes = self.bytes.saturating_sub(bytes);
+        Ok(cleared)
+    }
+
+    /// How many changes the peer has not acknowledged, and their bytes. Looks at all of them.
+    pub fn pending(&self, peer: &str) -> Result<(u64, u64), JournalError> {
+        let bit = self.bit_of(peer);
+        self.run(|db| {
+            db.query_row(
+                "SELECT count(*), coalesce(sum(length(frame)), 0) FROM changes WHERE peers & ? != 0",
+                [bit],
+                |row| Ok((from_sql(row.get(0)?), from_sql(row.get(1)?))),
+            )
+        })
+    }
+
+    /// A peer knows of numbers up to `seq` that were given away and forgotten. Takes out the changes of this start, which
+    /// got some of them again; the next number is behind.
+    pub fn skip_numbers(&mut self, seq: u64) -> Result<Vec<Stored>, JournalError> {
+        self.write()?;
+        let start = to_sql(self.seq_at_start);
+        let again = self.run(|db| {
+            let mut rows = db.prepare("SELECT seq, user, at_us, crc, frame FROM changes WHERE seq > ? ORDER BY seq")?;
+            let rows = rows.query_map([start], |row| read(row).map(|(stored, _)| stored))?;
+            let again = rows.collect::<rusqlite::Result<Vec<Stored>>>()?;
+            db.execute("DELETE FROM changes WHERE seq > ?", [start])?;
+            Ok(again)
+        })?;
+        self.bytes = self.bytes.saturating_sub(again.iter().map(|stored| stored.frame.len() as u64).sum());
+        self.seq = self.seq.max(seq);
+        self.put("seq", to_sql(self.seq))?;
+        self.reserve()?;
+        Ok(again)
+    }
+
+    /// The number of the first change that the peer has not acknowledged.
+    pub fn first_pending(&self, peer: &str) -> Result<Option<u64>, JournalError> {
+        let bit = self.bit_of(peer);
+        self.run(|db| {
+            db.prepare_cached("SELECT seq FROM changes WHERE peers & ? != 0 ORDER BY seq LIMIT 1")?
+                .query_map([bit], |row| row.get(0).map(from_sql))?
+                .next()
+                .transpose()
+        })
+    }
+
+    /// Of what the peer has not acknowledged, the next ones behind `after`, of one user or of all, up to about that many
+    /// bytes.
+    pub fn unacknowledged(
+        &self,
+        peer: &str,
+        user: Option<&str>,
+        after: u64,
+        bytes_max: usize,
+    ) -> Result<Vec<Stored>, JournalError> {
+        let bit = self.bit_of(peer);
+        let mut found = Vec::new();
+        let mut bytes = 0;
+        let of_user = if user.is_some() { "user = ?3" } else { "?3 IS NULL" };
+        let stored = self.run(|db| {
+            let mut query = db.prepare_cached(&format!(
+                "SELECT seq, user, at_us, crc, frame FROM changes WHERE seq > ?1 AND peers & ?2 != 0 AND {of_user} \
+                 ORDER BY seq"
+            ))?;
+            let mut rows = query.query((to_sql(after), bit, user))?;
+            while let Some(row) = rows.next()? {
+                let (stored, is_whole) = read(row)?;
+                if !is_whole {
+                    return Ok(Err(stored.seq));
+                }
+                bytes += stored.frame.len();
+                found.push(stored);
+                if bytes >= bytes_max {
+                    break;
+                }
+            }
+            Ok(Ok(found))
+        })?;
+        stored.map_err(|seq| self.damaged(format!("change {seq} is not what was written")))
+    }
+
+    /// Drops the oldest changes of whichever peer lacks most, until the journal is within its bounds. What is dropped was
+    /// of the returned peer alone.
+    pub fn trim(&mut self, bytes_max: u64, oldest_us: u64) -> Result<Option<(String, Trimmed)>, JournalError> {
+        let too_old = self.run(|db| {
+            let mut oldest = db.prepare_cached("SELECT seq, peers, at_us FROM changes ORDER BY seq LIMIT ?")?;
+            let rows = oldest.query_map([TRIM_CHANGES], |row| {
+                Ok((from_sql(row.get(0)?), row.get::<_, i64>(1)?, from_sql(row.get(2)?)))
+            })?;
+            let rows: Vec<(u64, i64, u64)> = rows.collect::<rusqlite::Result<_>>()?;
+            Ok(rows.into_iter().take_while(|(_, _, at_us)| *at_us < oldest_us).last())
+        })?;
+        let (up_to, bits) = match too_old {
+            Some((seq, peers, _)) => (seq, peers),
+            None if self.bytes > bytes_max => self.place_to_trim(bytes_max)?,
+            None => return Ok(None),
+        };
+        let bit = bits & bits.wrapping_neg();
+        let Some(peer) = self.peers.get(bit.trailing_zeros() as usize).cloned() else { return Ok(None) };
+        let changes = self.acknowledge_up_to(&peer, up_to)?;
+        self.run(|db| db.execute("UPDATE peers SET dropped = dropped + ? WHERE name = ?", (to_sql(changes), &peer)))?;
+        Ok(Some((peer, Trimmed { changes, up_to })))
+    }
+
+    /// The slowest peer's bit, and up to where its changes fill what is too much and a tenth of the rest.
+    fn place_to_trim(&self, bytes_max: u64) -> Result<(u64, i64), JournalError> {
+        let mut slowest = (0, 0);
+        for (at, peer) in self.peers.iter().enumerate().filter(|(_, name)| !name.is_empty()) {
+            let (_, bytes) = self.pending(peer)?;
+            slowest = slowest.max((bytes, 1i64 << at));
+        }
+        let goal = self.bytes.saturating_sub(bytes_max / 10 * 9);
+        let up_to = self.run(|db| {
+            let mut query = db.prepare("SELECT seq, length(frame) FROM changes WHERE peers & ? != 0 ORDER BY seq")?;
+            let mut rows = query.query([slowest.1])?;
+            let (mut up_to, mut bytes) = (0, 0);
+            while let (true, Some(row)) = (bytes < goal, rows.next()?) {
+                up_to = from_sql(row.get(0)?);
+                bytes += from_sql(row.get(1)?);
+            }
+            Ok(up_to)
+        })?;
+        Ok((up_to, slowest.1))
+    }
+
+    /// How many changes were dropped for the peer and are missing there.
+    pub fn dropped(&self, peer: &str) -> Result<u64, JournalError> {
+        self.run(|db| {
+            db.query_row("SELECT dropped FROM peers WHERE name = ?", [peer], |row| row.get::<_, i64>(0)).map(from_sql)
+        })
+    }
+}
+
+/// False: it is not what was written.
+fn read(row: &Row) -> rusqlite::Result<(Stored, bool)> {
+    let stored =
+        Stored { seq: from_sql(row.get(0)?), user: row.get(1)?, at_us: from_sql(row.get(2)?), frame: row.get(4)? };
+    let is_whole = row.get::<_, i64>(3)? == crc(stored.seq, stored.at_us, &stored.user, &stored.frame);
+    Ok((stored, is_whole))
+}
+
+fn crc(seq: u64, at_us: u64, user: &str, frame: &[u8]) -> i64 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&seq.to_le_bytes());
+    hasher.update(&at_us.to_le_bytes());
+    hasher.update(user.as_bytes());
+    hasher.update(frame);
+    hasher.finalize().into()
+}

@@ -1,0 +1,71 @@
+//! What could not be done and needs a comparison or a person.
+
+use rusqlite::Row;
+
+use super::{from_sql, to_sql, Journal, JournalError};
+
+/// A change of a peer that can never be applied, or a mailbox that has to be compared.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Failed {
+    /// Whose change; empty: the mailbox here has to be compared with all peers.
+    pub peer: String,
+    pub user: String,
+    /// GUID of the mailbox; empty: all of the user's.
+    pub mailbox: Vec<u8>,
+    /// The change's number; 0 for a mailbox.
+    pub seq: u64,
+    pub at_us: u64,
+    pub error: String,
+    /// The change, encoded.
+    pub frame: Option<Vec<u8>>,
+}
+
+impl Journal {
+    /// Remembers it; one that is there already stays.
+    pub fn fail(&mut self, failed: &Failed) -> Result<(), JournalError> {
+        self.write()?;
+        self.run(|db| {
+            db.prepare_cached(
+                "INSERT OR IGNORE INTO failed (peer, user, mailbox, seq, at_us, error, frame) \
+                 VALUES (?, ?, ?, ?, ?, ?, ?)",
+            )?
+            .execute((
+                &failed.peer,
+                &failed.user,
+                &failed.mailbox,
+                to_sql(failed.seq),
+                to_sql(failed.at_us),
+                &failed.error,
+                &failed.frame,
+            ))
+        })
+        .map(drop)
+    }
+
+    /// The oldest ones, without their frames.
+    pub fn failed(&self, count_max: usize) -> Result<Vec<Failed>, JournalError> {
+        self.run(|db| {
+            let mut rows =
+                db.prepare_cached("SELECT peer, user, mailbox, seq, at_us, error FROM failed ORDER BY at_us LIMIT ?")?;
+            let rows = rows.query_map([count_max as i64], read)?;
+            rows.collect()
+        })
+    }
+
+    /// How many there are.
+    pub fn failed_count(&self) -> Result<u64, JournalError> {
+        self.run(|db| db.prepare_cached("SELECT count(*) FROM failed")?.query_row([], |row| row.get(0).map(from_sql)))
+    }
+}
+
+fn read(row: &Row) -> rusqlite::Result<Failed> {
+    Ok(Failed {
+        peer: row.get(0)?,
+        user: row.get(1)?,
+        mailbox: row.get(2)?,
+        seq: from_sql(row.get(3)?),
+        at_us: from_sql(row.get(4)?),
+        error: row.get(5)?,
+        frame: None,
+    })
+}

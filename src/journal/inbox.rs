@@ -1,0 +1,40 @@
+//! Which changes of the peers are applied here.
+
+use super::{from_sql, to_sql, Journal, JournalError};
+
+impl Journal {
+    /// The peer's epoch and the runs (first, last) of its numbers that are applied here.
+    pub fn applied(&self, peer: &str) -> Result<(u64, Vec<(u64, u64)>), JournalError> {
+        self.run(|db| {
+            let mut epoch = db.prepare("SELECT epoch FROM epochs WHERE peer = ?")?;
+            let epoch = epoch.query_map([peer], |row| row.get(0).map(from_sql))?.next().transpose()?.unwrap_or(0);
+            let mut rows = db.prepare("SELECT first, last FROM applied WHERE peer = ? ORDER BY first")?;
+            let runs = rows.query_map([peer], |row| Ok((from_sql(row.get(0)?), from_sql(row.get(1)?))))?;
+            Ok((epoch, runs.collect::<rusqlite::Result<_>>()?))
+        })
+    }
+
+    /// The peer begins a new epoch: nothing of it is applied.
+    pub fn begin_epoch(&mut self, peer: &str, epoch: u64) -> Result<(), JournalError> {
+        self.write()?;
+        self.run(|db| {
+            db.execute("DELETE FROM applied WHERE peer = ?", [peer])?;
+            db.execute("INSERT OR REPLACE INTO epochs (peer, epoch) VALUES (?, ?)", (peer, to_sql(epoch)))
+        })
+        .map(drop)
+    }
+
+    /// The run that begins with `first` ends with `last` now, or (none) is there no more.
+    pub fn set_applied(&mut self, peer: &str, first: u64, last: Option<u64>) -> Result<(), JournalError> {
+        self.write()?;
+        self.run(|db| match last {
+            Some(last) => db
+                .prepare_cached("INSERT OR REPLACE INTO applied (peer, first, last) VALUES (?, ?, ?)")?
+                .execute((peer, to_sql(first), to_sql(last))),
+            None => {
+                db.prepare_cached("DELETE FROM applied WHERE peer = ? AND first = ?")?.execute((peer, to_sql(first)))
+            }
+        })
+        .map(drop)
+    }
+}

@@ -1,0 +1,339 @@
+use std::path::{Path, PathBuf};
+
+use super::*;
+
+/// A folder that goes when the test ends.
+pub struct Folder(pub PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let path = std::env::temp_dir().join(format!("dovetail-journal-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+
+    fn try_open(&self, boot: &str) -> Result<(Journal, Start), JournalError> {
+        let peers = ["b".to_owned(), "c".to_owned()];
+        let options = Options { folder: &self.0, server: "a", peers: &peers, boot, now_us: 77 };
+        let lock = Lock::try_take(&self.0).unwrap().expect("nobody else has it");
+        Journal::open(&options, lock)
+    }
+
+    fn open(&self) -> Journal {
+        self.try_open("boot").unwrap().0
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.join(open::FILE_NAME)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn append(journal: &mut Journal, user: &str, frame: &[u8]) -> u64 {
+    let seq = journal.next_seq().unwrap();
+    journal.append(user, seq * 1_000, frame, &["b", "c"]).unwrap();
+    seq
+}
+
+fn seqs(journal: &Journal, peer: &str, user: Option<&str>) -> Vec<u64> {
+    journal.unacknowledged(peer, user, 0, usize::MAX).unwrap().iter().map(|stored| stored.seq).collect()
+}
+
+#[test]
+fn what_was_committed_is_there_at_the_next_start() {
+    let folder = Folder::new("start");
+    let (mut journal, start) = folder.try_open("boot").unwrap();
+    assert_eq!(start, Start { epoch: 77, is_new: true });
+    append(&mut journal, "jane", b"one");
+    append(&mut journal, "joe", b"two");
+    append(&mut journal, "jane", b"three");
+    journal.acknowledge("b", 1).unwrap();
+    journal.set_applied("b", 1, Some(9)).unwrap();
+    journal.begin_epoch("c", 5).unwrap();
+    journal.commit().unwrap();
+    append(&mut journal, "jane", b"not committed");
+    drop(journal);
+
+    let (mut journal, start) = folder.try_open("boot").unwrap();
+    assert_eq!(start, Start { epoch: 77, is_new: false });
+    assert_eq!(seqs(&journal, "b", None), [2, 3]);
+    assert_eq!(seqs(&journal, "c", None), [1, 2, 3]);
+    assert_eq!(seqs(&journal, "c", Some("jane")), [1, 3]);
+    assert_eq!(journal.bytes(), 11);
+    assert_eq!((journal.pending("b").unwrap(), journal.first_pending("b").unwrap()), ((2, 8), Some(2)));
+    assert_eq!(journal.applied("b").unwrap(), (0, vec![(1, 9)]));
+    assert_eq!(journal.applied("c").unwrap(), (5, vec![]));
+    assert_eq!(append(&mut journal, "jane", b"four"), 4, "the next number");
+}
+
+#[test]
+fn what_all_have_is_gone() {
+    let folder = Folder::new("gone");
+    let mut journal = folder.open();
+    for _ in 0..3 {
+        append(&mut journal, "jane", b"frame");
+    }
+    assert_eq!(journal.acknowledge_up_to("b", 2).unwrap(), 2);
+    assert_eq!(journal.bytes(), 15);
+    journal.acknowledge("c", 2).unwrap();
+    journal.acknowledge("c", 2).unwrap();
+    assert_eq!((seqs(&journal, "c", None), journal.bytes()), (vec![1, 3], 10));
+}
+
+#[test]
+fn no_number_is_given_twice_after_a_power_failure() {
+    let folder = Folder::new("power");
+    let mut journal = folder.open();
+    append(&mut journal, "jane", b"perhaps not on the disk");
+    journal.commit().unwrap();
+    drop(journal);
+    let (mut journal, _) = folder.try_open("another boot").unwrap();
+    assert!(append(&mut journal, "jane", b"x") > 1_000_000);
+}
+
+#[test]
+fn a_peer_that_is_not_configured_any_more_holds_nothing_back() {
+    let folder = Folder::new("peers");
+    let mut journal = folder.open();
+    append(&mut journal, "jane", b"frame");
+    journal.acknowledge("b", 1).unwrap();
+    journal.commit().unwrap();
+    drop(journal);
+    let peers = ["d".to_owned(), "b".to_owned()];
+    let options = Options { folder: &folder.0, server: "a", peers: &peers, boot: "boot", now_us: 1 };
+    let lock = Lock::try_take(&folder.0).unwrap().unwrap();
+    let (journal, _) = Journal::open(&options, lock).unwrap();
+    assert_eq!((seqs(&journal, "b", None), seqs(&journal, "d", None), journal.bytes()), (vec![], vec![], 0));
+}
+
+#[test]
+fn after_a_peer_knew_more_new_numbers_are_behind_what_it_knew() {
+    let folder = Folder::new("set-back");
+    let mut journal = folder.open();
+    append(&mut journal, "jane", b"before");
+    journal.commit().unwrap();
+    drop(journal);
+    let mut journal = folder.open();
+    append(&mut journal, "jane", b"again");
+    let again = journal.skip_numbers(5_000_000).unwrap();
+    assert_eq!(again.iter().map(|stored| (stored.seq, &stored.frame[..])).collect::<Vec<_>>(), [(2, &b"again"[..])]);
+    assert_eq!(append(&mut journal, "jane", b"again"), 5_000_001);
+    journal.commit().unwrap();
+    drop(journal);
+    let (journal, _) = folder.try_open("another boot").unwrap();
+    assert_eq!(seqs(&journal, "b", None), [1, 5_000_001]);
+    assert!(journal.seq() > 6_000_000);
+}
+
+#[test]
+fn the_write_ahead_log_stays_bounded_while_commits_never_pause() {
+    let folder = Folder::new("wal");
+    let mut journal = folder.open();
+    let wal = folder.file().with_extension("sqlite-wal");
+    let mut largest = 0;
+    for _ in 0..20_000 {
+        let seq = append(&mut journal, "jane", &[7; 2_000]);
+        journal.commit().unwrap();
+        journal.acknowledge_up_to("b", seq).unwrap();
+        journal.acknowledge_up_to("c", seq).unwrap();
+        journal.commit().unwrap();
+        largest = largest.max(std::fs::metadata(&wal).unwrap().len());
+    }
+    assert!(largest < 100 << 20, "{largest} bytes");
+}
+
+#[test]
+fn two_at_once_are_impossible() {
+    let folder = Folder::new("lock");
+    let journal = folder.open();
+    assert!(Lock::try_take(&folder.0).unwrap().is_none());
+    drop(journal);
+    assert!(Lock::try_take(&folder.0).unwrap().is_some());
+}
+
+#[test]
+fn what_does_not_fit_is_dropped_for_the_slow_peer_alone() {
+    let folder = Folder::new("trim");
+    let mut journal = folder.open();
+    for _ in 0..100 {
+        append(&mut journal, "jane", &[0; 100]);
+    }
+    journal.acknowledge_up_to("b", 99).unwrap();
+    assert_eq!(journal.trim(20_000, 0).unwrap(), None);
+    let (peer, trimmed) = journal.trim(5_000, 0).unwrap().unwrap();
+    assert_eq!((peer.as_str(), trimmed), ("c", Trimmed { changes: 55, up_to: 55 }));
+    assert_eq!(journal.trim(5_000, 0).unwrap(), None);
+    assert_eq!((journal.dropped("c").unwrap(), journal.dropped("b").unwrap()), (55, 0));
+    assert_eq!(seqs(&journal, "b", None), [100]);
+
+    let (peer, trimmed) = journal.trim(5_000, 60_001).unwrap().unwrap();
+    assert_eq!((peer.as_str(), trimmed), ("c", Trimmed { changes: 5, up_to: 60 }), "older than may be");
+}
+
+#[test]
+fn logs_are_known_by_user_and_mailbox() {
+    let folder = Folder::new("logs");
+    let mut journal = folder.open();
+    let path = vec!["a".to_owned(), "b/c".to_owned()];
+    let log = KnownLog {
+        user: "jane".into(),
+        mailbox: vec![1; 16],
+        index_id: 3,
+        log_seq: 2,
+        end: 500,
+        tail: vec![1, 2],
+        path: path.clone(),
+        ..Default::default()
+    };
+    let healed = Some(((1, 40), (2, 500)));
+    journal.set_log(&KnownLog { healed, ..log.clone() }).unwrap();
+    journal.set_log(&KnownLog { end: 600, path: vec![], ..log.clone() }).unwrap();
+    journal.set_log(&KnownLog { user: "joe".into(), path: vec![], ..log.clone() }).unwrap();
+    let known = journal.log("jane", &[1; 16], "").unwrap().unwrap();
+    journal.advance_log(&KnownLog { end: 550, ..log.clone() }).unwrap();
+    assert_eq!(journal.log("jane", &[1; 16], "").unwrap().unwrap(), known, "it is not set back");
+    assert_eq!((known.end, &known.path, known.healed), (600, &path, healed));
+    assert_eq!(journal.log("jane", &[2; 16], "").unwrap(), None);
+    assert_eq!(journal.users("", 10).unwrap(), ["jane", "joe"]);
+    journal.forget_mailbox("jane", &[1; 16]).unwrap();
+    assert_eq!(journal.logs("jane").unwrap(), []);
+    assert_eq!(journal.logs("joe").unwrap().len(), 1);
+}
+
+#[test]
+fn a_process_that_was_killed_while_it_made_the_journal_leaves_no_half_one() {
+    let folder = Folder::new("half");
+    std::fs::write(folder.file().with_extension("new"), "half").unwrap();
+    let (mut journal, start) = folder.try_open("boot").unwrap();
+    assert!(start.is_new);
+    append(&mut journal, "jane", b"frame");
+    assert!(!folder.file().with_extension("new").exists());
+}
+
+#[test]
+fn foreign_files_are_refused_and_left_as_they_are() {
+    let folder = Folder::new("foreign");
+    let refusal = |write: &dyn Fn(&Path)| {
+        let _ = std::fs::remove_file(folder.file());
+        let _ = std::fs::remove_file(folder.0.join("journal.sqlite-wal"));
+        write(&folder.file());
+        let before = std::fs::read(folder.file()).unwrap();
+        let error = folder.try_open("boot").err().expect("it was refused").to_string();
+        assert_eq!(std::fs::read(folder.file()).unwrap(), before, "{error}");
+        error
+    };
+    let with_sql = |sql: &'static str| move |path: &Path| Connection::open(path).unwrap().execute_batch(sql).unwrap();
+    assert!(refusal(&|path| std::fs::write(path, "no database").unwrap()).contains("damaged"));
+    assert!(refusal(&with_sql("CREATE TABLE x (y)")).contains("no journal of Dovetail"));
+    assert!(refusal(&with_sql("PRAGMA application_id = 0x4476746c; PRAGMA user_version = 2; CREATE TABLE x (y)"))
+        .contains("its format is 2"));
+    assert!(refusal(&|path| {
+        drop(folder.open());
+        Connection::open(path).unwrap().execute_batch("UPDATE meta SET value = 'z' WHERE key = 'server'").unwrap();
+    })
+    .contains("belongs to server 'z'"));
+}
+
+#[test]
+fn a_change_whose_bytes_are_not_what_was_written_is_never_sent() {
+    let folder = Folder::new("flipped");
+    let mut journal = folder.open();
+    append(&mut journal, "jane", b"frame");
+    journal.run(|db| db.execute("UPDATE changes SET frame = x'00'", [])).unwrap();
+    let error = journal.unacknowledged("b", None, 0, 100).unwrap_err().to_string();
+    assert!(error.contains("change 1 is not what was written"), "{error}");
+}
+
+/// A journal of 40 changes, each with its place in a log, as its files were while it was open: database and write-ahead log.
+fn open_files(folder: &Folder) -> (Vec<u8>, Vec<u8>) {
+    let mut journal = folder.open();
+    for n in 1..=40 {
+        append(&mut journal, "jane", format!("frame {n}").repeat(20).as_bytes());
+        let log =
+            KnownLog { user: "jane".into(), mailbox: vec![1; 16], log_seq: 2, end: n * 100, ..Default::default() };
+        journal.advance_log(&log).unwrap();
+        journal.commit().unwrap();
+    }
+    let wal = folder.file().with_extension("sqlite-wal");
+    (std::fs::read(folder.file()).unwrap(), std::fs::read(wal).unwrap())
+}
+
+/// Puts the files there, as a crash left them.
+fn put(folder: &Folder, db: &[u8], wal: &[u8]) {
+    std::fs::write(folder.file(), db).unwrap();
+    std::fs::write(folder.file().with_extension("sqlite-wal"), wal).unwrap();
+    let _ = std::fs::remove_file(folder.file().with_extension("sqlite-shm"));
+}
+
+/// What is there must be what was written, from the first change on, and no log known behind the last of them. None: refused.
+fn consistent_prefix(folder: &Folder) -> Option<usize> {
+    let (journal, _) = folder.try_open("boot").ok()?;
+    let stored = journal.unacknowledged("b", None, 0, usize::MAX).ok()?;
+    for (n, change) in (1u64..).zip(&stored) {
+        assert_eq!((change.seq, &change.frame[..]), (n, format!("frame {n}").repeat(20).as_bytes()));
+    }
+    let end = journal.log("jane", &[1; 16], "").ok()?.map_or(0, |log| log.end);
+    assert_eq!(end, 100 * stored.len() as u64, "a change and its place in the log come and go together");
+    Some(stored.len())
+}
+
+#[test]
+fn a_write_ahead_log_that_is_cut_anywhere_gives_a_prefix() {
+    let folder = Folder::new("cut");
+    let (db, wal) = open_files(&folder);
+    let mut lengths = std::collections::BTreeSet::new();
+    for length in (0..=wal.len()).step_by(1021) {
+        put(&folder, &db, &wal[..length]);
+        lengths.insert(consistent_prefix(&folder).expect("a torn end is no damage"));
+    }
+    put(&folder, &db, &wal);
+    assert_eq!(consistent_prefix(&folder), Some(40));
+    assert!(lengths.len() > 30, "{lengths:?}");
+}
+
+#[test]
+fn flipped_bits_in_the_write_ahead_log_give_a_prefix() {
+    let folder = Folder::new("flip-wal");
+    let (db, wal) = open_files(&folder);
+    for at in (40..wal.len()).step_by(4099) {
+        let mut flipped = wal.clone();
+        flipped[at] ^= 0x10;
+        put(&folder, &db, &flipped);
+        let length = consistent_prefix(&folder).expect("what is behind is not looked at");
+        assert!(length < 40, "the flipped bit at {at} was not noticed");
+    }
+}
+
+#[test]
+fn a_database_with_flipped_bits_or_cut_off_is_refused_or_says_nothing_wrong() {
+    let folder = Folder::new("flip-db");
+    open_files(&folder);
+    let db = std::fs::read(folder.file()).unwrap();
+    let frames: Vec<Vec<u8>> = (1..=40).map(|n| format!("frame {n}").repeat(20).into_bytes()).collect();
+    let mut refused = 0;
+    let mut check = |bytes: &[u8]| {
+        put(&folder, bytes, &[]);
+        let Ok((journal, _)) = folder.try_open("boot") else { return refused += 1 };
+        match journal.unacknowledged("b", None, 0, usize::MAX) {
+            Ok(stored) => {
+                assert!(stored.iter().all(|change| frames.get(change.seq as usize - 1) == Some(&change.frame)))
+            }
+            Err(_) => refused += 1,
+        }
+    };
+    for at in (0..db.len()).step_by(509) {
+        let mut flipped = db.clone();
+        flipped[at] ^= 0x10;
+        check(&flipped);
+    }
+    for length in (1..db.len()).step_by(4096) {
+        check(&db[..length]);
+    }
+    assert!(refused > 10, "{refused}");
+}
