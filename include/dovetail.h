@@ -7,6 +7,26 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/*
+ Bytes of `dt_span.tail`.
+ */
+#define DT_SPAN_TAIL_SIZE 64
+
+/*
+ Messages were added.
+ */
+#define DT_SPAN_APPENDS 1
+
+/*
+ Flags or keywords were changed.
+ */
+#define DT_SPAN_FLAGS 2
+
+/*
+ Messages went, and dt_spans_tell_expunge() was not told before.
+ */
+#define DT_SPAN_EXPUNGES 4
+
 #define DT_MAILBOX_CREATE 0
 
 #define DT_MAILBOX_DELETE 1
@@ -16,6 +36,11 @@
 #define DT_MAILBOX_SUBSCRIBE 3
 
 #define DT_MAILBOX_UNSUBSCRIBE 4
+
+/*
+ Bytes that the mailbox's index keeps for us.
+ */
+#define DT_MARK_SIZE 200
 
 /*
  A mailbox, as the relay knows it.
@@ -128,9 +153,18 @@ struct dt_span {
    */
   uint64_t highest_modseq;
   /*
-   enum mail_index_transaction_change
+   DT_SPAN_APPENDS and so on: what it did to messages.
    */
-  uint32_t changes_mask;
+  uint32_t touched;
+  /*
+   The last bytes of the log before `end`.
+   */
+  uint8_t tail[DT_SPAN_TAIL_SIZE];
+  uintptr_t tail_size;
+  /*
+   If not all zero, nothing was written: the mailbox had this GUID before.
+   */
+  uint8_t old_mailbox_guid[16];
   /*
    The `struct mailbox`; NULL if the span could only be reported after the mailbox was gone.
    */
@@ -147,6 +181,34 @@ struct dt_status_row {
   uint64_t pending;
   uint64_t behind_secs;
   uint64_t dropped;
+  /*
+   What needs a comparison or a person, of all peers and of this server.
+   */
+  uint64_t failed;
+};
+
+/*
+ A row of `doveadm dovetail failed`.
+ */
+struct dt_failed_row {
+  /*
+   Whose change; empty: a mailbox of this server.
+   */
+  const char *peer;
+  const char *user;
+  /*
+   In hexadecimal digits.
+   */
+  const char *mailbox_guid;
+  const char *error;
+  /*
+   0: no change but a mailbox.
+   */
+  uint64_t seq;
+  /*
+   Since when, in seconds since 1970.
+   */
+  uint64_t since;
 };
 
 /*
@@ -210,6 +272,37 @@ struct dt_worker_flags {
 };
 
 /*
+ A mailbox in the list.
+ */
+struct dt_listed {
+  const char *vname;
+  uint8_t guid[16];
+  uint32_t uid_validity;
+  bool subscribed;
+  /*
+   Since the time that was asked for.
+   */
+  bool subscription_changed;
+};
+
+/*
+ What a message is, as far as the index's log does not tell.
+ */
+struct dt_message_info {
+  const char *guid;
+  /*
+   As mail_generate_guid_128_hash() makes it.
+   */
+  uint8_t guid_128[16];
+  /*
+   Seconds since 1970, like `save_date`. There 0: not known.
+   */
+  int64_t received_date;
+  int64_t save_date;
+  uint64_t size;
+};
+
+/*
  Settings of the first user decide for the process.
  */
 void dt_rs_capture_init(void *user, const char *process);
@@ -248,6 +341,11 @@ void dt_rs_mailbox_op(int op,
                       bool directory);
 
 /*
+ The user's list of mailboxes is about to be changed.
+ */
+void dt_rs_intend(const struct dt_mailbox *mailbox);
+
+/*
  Called inside of a commit: only copies. True: dt_rs_flush() is to be called soon.
  */
 bool dt_rs_span(const struct dt_span *span);
@@ -258,6 +356,11 @@ bool dt_rs_span(const struct dt_span *span);
 void dt_rs_flush(void);
 
 int dt_rs_status(void (*row)(void*, const struct dt_status_row*),
+                 void *context,
+                 char *error,
+                 uintptr_t error_size);
+
+int dt_rs_failed(void (*row)(void*, const struct dt_failed_row*),
                  void *context,
                  char *error,
                  uintptr_t error_size);
@@ -298,9 +401,11 @@ void doveadm_dovetail_plugin_init(void *_module);
 void doveadm_dovetail_plugin_deinit(void);
 
 /*
- Reads the settings, while the process may. 0 if ok; otherwise it was logged what is wrong.
+ Reads the settings and makes the journal's folder, while the process may. `uid` and `gid` are those that it will have,
+ or -1. 0 if ok; otherwise it was logged what is wrong.
  */
-int dt_rs_relay_configure(void);
+int dt_rs_relay_configure(uid_t uid,
+                          gid_t gid);
 
 /*
  Starts the engine. 0 if ok; otherwise the reason was logged.

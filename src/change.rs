@@ -7,7 +7,7 @@
 
 use prost::Message;
 
-use crate::wire::proto::{op::What, Change, FlagUpdate, Mailbox, MessageRange, Op, Save, Span};
+use crate::wire::proto::{op::What, Change, FlagUpdate, Mailbox, MessageRange, Op, Save, Span, Stamp};
 
 /// Longest user name.
 pub const USER_BYTES_MAX: usize = 512;
@@ -39,6 +39,9 @@ pub const VECTOR_MAX: usize = 64;
 pub const ERROR_CHARS_MAX: usize = 400;
 /// Longest encoded change, stamp included: leaves room for what stands around it in a frame.
 pub const CHANGE_BYTES_MAX: usize = 64_000;
+
+/// Aim for the encoded size of a change: a frame holds 64 KiB, and spans and stamp are added later.
+const CHANGE_SIZE_AIM: usize = 48 << 10;
 
 /// What is wrong with a change from outside.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -138,6 +141,7 @@ pub fn check_spans(spans: &[Span]) -> Result<(), ChangeError> {
     for span in spans {
         check_user(&span.user)?;
         check_guid("GUID of a span's mailbox", &span.mailbox_guid)?;
+        check_guid_or_none("former GUID of a span's mailbox", &span.old_mailbox_guid)?;
         if !span.private_user.is_empty() {
             check_user(&span.private_user)?;
         }
@@ -163,9 +167,50 @@ pub fn is_destructive(change: &Change) -> bool {
     })
 }
 
+/// Whether the change is one of the mailboxes themselves: which there are, and their names.
+pub fn is_of_list(change: &Change) -> bool {
+    change
+        .ops
+        .iter()
+        .any(|op| matches!(op.what, Some(What::Create(_) | What::Rename(_) | What::Delete(_) | What::Subscription(_))))
+}
+
+/// Whether the change is of messages alone.
+pub fn is_of_messages(change: &Change) -> bool {
+    let of_messages = |op: &Op| matches!(op.what, Some(What::Save(_) | What::Flags(_) | What::Expunge(_)));
+    change.ops.iter().all(of_messages)
+}
+
 /// Whether the change brings messages.
 pub fn has_saves(change: &Change) -> bool {
     change.ops.iter().any(|op| matches!(op.what, Some(What::Save(_))))
+}
+
+/// As many changes as it takes for each to fit into a frame. Only the last one tells the mailbox's state behind all.
+pub fn split(ops: Vec<What>, user: &str, mailbox: &Mailbox, clock: u64) -> Vec<Change> {
+    let mut changes: Vec<Change> = Vec::new();
+    let mut size = usize::MAX;
+    for what in ops {
+        let op = Op { what: Some(what) };
+        let op_size = op.encoded_len() + 8;
+        if size.saturating_add(op_size) > CHANGE_SIZE_AIM {
+            changes.push(Change {
+                stamp: Some(Stamp { clock, ..Default::default() }),
+                user: user.to_owned(),
+                mailbox: Some(Mailbox { uid_next: 0, highest_modseq: 0, ..mailbox.clone() }),
+                ..Default::default()
+            });
+            size = 0;
+        }
+        size += op_size;
+        if let Some(change) = changes.last_mut() {
+            change.ops.push(op);
+        }
+    }
+    if let Some(change) = changes.last_mut() {
+        change.mailbox = Some(mailbox.clone());
+    }
+    changes
 }
 
 fn check_op(op: &Op, mailbox: &Mailbox) -> Result<(), ChangeError> {
@@ -181,6 +226,13 @@ fn check_op(op: &Op, mailbox: &Mailbox) -> Result<(), ChangeError> {
         What::Expunge(expunge) => {
             check_guid("mailbox's GUID", &mailbox.guid)?;
             check_ranges(&expunge.messages)
+        }
+        What::Rebuilt(rebuilt) => {
+            check_guid("mailbox's GUID", &mailbox.guid)?;
+            match rebuilt.present.is_empty() {
+                true => Ok(()),
+                false => check_ranges(&rebuilt.present),
+            }
         }
         What::Rename(rename) => check_path(&rename.new_path),
         What::Create(_) | What::Delete(_) | What::Subscription(_) => Ok(()),

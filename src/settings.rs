@@ -40,6 +40,12 @@ pub struct Settings {
     pub process_queue_size: u64,
     /// Bytes of unacknowledged changes that the relay may hold.
     pub relay_queue_size: u64,
+    /// Folder of the relay's journal.
+    pub state_dir: PathBuf,
+    /// Bytes that the journal may hold for peers that are away.
+    pub journal_size: u64,
+    /// Days after which it holds them no more.
+    pub journal_days: u64,
     /// Bodies up to this many bytes ride along with their change.
     pub inline_body_size: u64,
     /// Allows plaintext connections outside of loopback.
@@ -47,7 +53,7 @@ pub struct Settings {
 }
 
 /// Everything that can be set, for checks of unknown names and for the documentation.
-pub const NAMES: [&str; 10] = [
+pub const NAMES: [&str; 13] = [
     "dovetail_server",
     "dovetail_peers",
     "dovetail_socket",
@@ -56,6 +62,9 @@ pub const NAMES: [&str; 10] = [
     "dovetail_worker_plugins",
     "dovetail_process_queue_size",
     "dovetail_relay_queue_size",
+    "dovetail_state_dir",
+    "dovetail_journal_size",
+    "dovetail_journal_days",
     "dovetail_inline_body_size",
     "dovetail_insecure_plaintext",
 ];
@@ -69,12 +78,13 @@ impl Settings {
     pub fn parse(values: &[(String, String)], hostname: &str) -> Result<Settings, Vec<String>> {
         let mut errors = Vec::new();
         for (name, _) in values {
-            if name != "base_dir" && !NAMES.contains(&name.as_str()) {
+            if name != "base_dir" && name != "state_dir" && !NAMES.contains(&name.as_str()) {
                 errors.push(format!("Unknown setting {name}: there is no such setting of Dovetail"));
             }
         }
         let get = |name: &str| values.iter().rev().find(|(n, _)| n == name).map_or("", |(_, v)| v.trim());
         let base_dir = PathBuf::from(Some(get("base_dir")).filter(|d| !d.is_empty()).unwrap_or("/run/dovecot"));
+        let state_dir = PathBuf::from(Some(get("state_dir")).filter(|d| !d.is_empty()).unwrap_or("/var/lib/dovecot"));
         let mut take = |result: Result<u64, String>, default: u64| {
             result.unwrap_or_else(|error| {
                 errors.push(error);
@@ -90,6 +100,9 @@ impl Settings {
             parse_size("dovetail_relay_queue_size", get("dovetail_relay_queue_size"), 256 << 20, 1 << 20, 1 << 40),
             0,
         );
+        let journal_size =
+            take(parse_size("dovetail_journal_size", get("dovetail_journal_size"), 1 << 30, 1 << 20, 1 << 50), 0);
+        let journal_days = take(parse_number("dovetail_journal_days", get("dovetail_journal_days"), 7, 1, 3650), 7);
         let inline_body_size = take(
             parse_size(
                 "dovetail_inline_body_size",
@@ -135,6 +148,9 @@ impl Settings {
                 .collect(),
             process_queue_size,
             relay_queue_size,
+            state_dir: state_dir.join(or(get("dovetail_state_dir"), "dovetail")),
+            journal_size,
+            journal_days,
             inline_body_size,
             insecure_plaintext,
         })
@@ -236,6 +252,8 @@ mod tests {
         assert_eq!(settings.process_queue_size, 16 << 20);
         assert_eq!(settings.relay_queue_size, 256 << 20);
         assert_eq!(settings.inline_body_size, 32 << 10);
+        assert_eq!(settings.state_dir, PathBuf::from("/var/lib/dovecot/dovetail"));
+        assert_eq!((settings.journal_size, settings.journal_days), (1 << 30, 7));
     }
 
     #[test]

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use dovetail::relay::client;
 use dovetail::wire::proto::frame::Kind;
-use dovetail::wire::proto::{Ack, Applied, BodyChunk, BodyMore, BodyRequest, Intent, Record, Refused};
+use dovetail::wire::proto::{
+    Ack, Applied, BodyChunk, BodyMore, BodyRequest, Doubt, Intent, Looked, Mailbox, Record, Refused,
+};
 use relay::house::*;
 
 #[test]
@@ -204,18 +206,92 @@ fn of_two_relays_of_one_server_the_newer_one_is_talked_to() {
 }
 
 #[test]
-fn a_full_queue_drops_and_counts() {
+fn what_does_not_fit_into_memory_comes_from_the_journal() {
     let house = House::new();
-    let a = house.server_with("a", &[("b", "127.0.0.1:9".into())], |config| config.queue_bytes_max = 4000);
+    let listener = house.listener();
+    let a = house.server_with("a", &[("b", address(&listener))], |config| config.queue_bytes_max = 4000);
     let mut lmtp = a.process("lmtp");
     for uid in 1..=100 {
-        lmtp.save("jane", uid);
+        lmtp.save(if uid % 3 == 0 { "joe" } else { "jane" }, uid);
     }
     until("all were taken", || a.status().counters.unwrap().changes == 100);
-    let peer = a.peer("b");
-    assert!(peer.dropped > 50 && peer.pending_bytes <= 4000, "{peer:?}");
-    assert_eq!(peer.dropped + peer.pending, 100);
-    assert_eq!(peer.state, "waiting");
+    assert!(a.peer("b").pending_bytes <= 4000, "{:?}", a.peer("b"));
+    assert_eq!((a.peer("b").pending, a.peer("b").dropped), (100, 0));
+
+    let mut b = Wire::accept(&listener);
+    b.greet("b");
+    let mut seqs = Vec::new();
+    while seqs.len() < 100 {
+        let change = b.next_change();
+        b.send(Kind::Ack(Ack { epoch: change.epoch, seqs: vec![change.seq] }));
+        seqs.push(change.seq);
+    }
+    assert!(seqs.iter().filter(|seq| *seq % 3 == 0).is_sorted(), "{seqs:?}");
+    assert!(seqs.iter().filter(|seq| *seq % 3 != 0).is_sorted(), "{seqs:?}");
+    seqs.sort();
+    assert_eq!(seqs, (1..=100).collect::<Vec<u64>>());
+    until("nothing is pending", || a.peer("b").pending == 0);
+}
+
+#[test]
+fn after_a_restart_the_stream_goes_on_where_it_was() {
+    let house = House::new();
+    let listener = house.listener();
+    let a = house.server("a", &[("b", address(&listener))]);
+    let mut b = Wire::accept(&listener);
+    b.greet("b");
+    let mut lmtp = a.process("lmtp");
+    (1..=3).for_each(|uid| lmtp.save("jane", uid));
+    let first = b.next_change();
+    b.send(Kind::Ack(Ack { epoch: first.epoch, seqs: vec![first.seq] }));
+    until("the first is acknowledged", || a.peer("b").acked == 1);
+    drop(a);
+
+    let a = house.server("a", &[("b", address(&listener))]);
+    assert_eq!(a.peer("b").pending, 2);
+    let mut b = Wire::accept(&listener);
+    b.greet("b");
+    a.process("lmtp").save("jane", 4);
+    for expected in 2..=4 {
+        let change = b.next_change();
+        assert_eq!((change.epoch, change.seq), (first.epoch, expected));
+    }
+}
+
+#[test]
+fn what_was_applied_before_a_restart_is_not_applied_again() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut a = b.connect_as_peer("a");
+    a.send_change("jane", 1);
+    let (worker, apply) = b.next_job();
+    worker.applied(&apply);
+    a.next_ack(1);
+    drop((a, b));
+
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut a = b.connect_as_peer("a");
+    a.send_change("jane", 1);
+    a.next_ack(1);
+    a.send_change("jane", 2);
+    let (_, apply) = b.next_job();
+    assert_eq!(apply.changes[0].stamp.as_ref().unwrap().seq, 2);
+}
+
+#[test]
+fn what_the_journal_has_no_room_for_is_dropped_for_the_slow_peer_and_said() {
+    let house = House::new();
+    let listener = house.listener();
+    let a = house.server_with("a", &[("b", address(&listener))], |config| config.journal_bytes_max = 4000);
+    let mut lmtp = a.process("lmtp");
+    (1..=200).for_each(|uid| lmtp.save("jane", uid));
+    until("all were taken", || a.status().counters.unwrap().changes == 200);
+    let dropped = a.peer("b").dropped;
+    assert!(dropped > 50 && a.peer("b").pending + dropped == 200, "{:?}", a.peer("b"));
+
+    let mut b = Wire::accept(&listener);
+    b.greet("b");
+    assert_eq!(b.next_change().seq, dropped + 1);
 }
 
 #[test]
@@ -227,7 +303,7 @@ fn nothing_but_loopback_is_connected_to() {
 }
 
 #[test]
-fn stragglers_are_put_in_order_and_holes_counted() {
+fn stragglers_are_put_in_order_and_holes_are_read_from_the_log() {
     let house = House::new();
     let (a, b) = house.pair();
     let (mut first, mut second) = (a.process("lmtp"), a.process("imap"));
@@ -246,10 +322,103 @@ fn stragglers_are_put_in_order_and_holes_counted() {
     assert_eq!(a.status().counters.unwrap().gaps, 0);
 
     second.save_with_span("jane", 4, (500, 600));
+    let (worker, look) = a.next_look();
+    let wanted = &look.mailboxes[0];
+    assert_eq!((wanted.log_seq, wanted.end, wanted.until_seq, wanted.until), (2, 400, 2, 500));
+    worker.found(look.job, vec![save("jane", 44)], Some(((2, 400), (2, 500))));
+    let mut uids = Vec::new();
+    while uids.len() < 2 {
+        let (worker, apply) = b.next_job();
+        uids.extend(apply.changes.iter().map(uid_of));
+        worker.applied(&apply);
+    }
+    assert_eq!(uids, [44, 4], "what was found in the hole leaves first");
+    let counters = a.status().counters.unwrap();
+    assert_eq!((counters.gaps, counters.healed), (1, 1));
+
+    // What is told of a part that was read is known.
+    first.save_with_span("jane", 5, (400, 500));
+    first.save_with_span("jane", 6, (600, 700));
+    let (_, apply) = b.next_job();
+    assert_eq!(uid_of(&apply.changes[0]), 6);
+}
+
+#[test]
+fn a_process_that_ends_without_a_goodbye_makes_its_mailboxes_be_looked_at() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut imap = a.process("imap");
+    let mailbox = Mailbox { guid: vec![1; 16], path: vec!["INBOX".into()], ..Default::default() };
+    imap.send(Kind::Intent(Intent { user: "jane".into(), mailbox: Some(mailbox) }));
+    imap.save_with_span("jane", 1, (100, 200));
     let (worker, apply) = b.next_job();
-    assert_eq!(uid_of(&apply.changes[0]), 4, "the hole holds it up for a moment only");
     worker.applied(&apply);
-    assert_eq!(a.status().counters.unwrap().gaps, 1);
+    drop(imap);
+    let (worker, look) = a.next_look();
+    assert_eq!((look.user.as_str(), look.whole), ("jane", false));
+    let wanted = &look.mailboxes[0];
+    assert_eq!((wanted.end, wanted.until_seq, wanted.path.clone()), (200, 0, vec!["INBOX".to_string()]));
+    worker.found(look.job, vec![save("jane", 2)], Some(((2, 200), (2, 250))));
+    let (_, apply) = b.next_job();
+    assert_eq!(uid_of(&apply.changes[0]), 2);
+}
+
+#[test]
+fn after_a_start_every_user_is_looked_at_from_where_the_logs_were_known() {
+    let house = House::new();
+    let a = house.server("a", &[("b", "127.0.0.1:9".into())]);
+    let mut lmtp = a.process("lmtp");
+    lmtp.save_with_span("jane", 1, (100, 200));
+    lmtp.save_with_span("jane", 2, (200, 300));
+    lmtp.save_with_span("joe", 1, (100, 150));
+    // Held, because what is before it is missing: not known, so that the next relay finds it.
+    lmtp.save_with_span("joe", 3, (170, 180));
+    until("all were taken", || a.status().counters.unwrap().changes == 4);
+    drop((lmtp, a));
+
+    let a = house.server("a", &[("b", "127.0.0.1:9".into())]);
+    let mut ends = Vec::new();
+    for _ in 0..2 {
+        let (worker, look) = a.next_look();
+        assert!(look.whole);
+        ends.push((look.user.clone(), look.mailboxes[0].end));
+        worker.finish(Kind::Looked(Looked { job: look.job, ..Default::default() }));
+    }
+    assert_eq!(ends, [("jane".to_string(), 300), ("joe".to_string(), 150)]);
+    until("nobody is left", || a.status().counters.unwrap().looking == 0);
+}
+
+#[test]
+fn a_look_that_fails_is_tried_again_and_the_reason_is_in_the_status() {
+    let house = House::new();
+    let (a, _b) = house.pair();
+    let mut imap = a.process("imap");
+    imap.send(Kind::Intent(Intent { user: "jane".into(), mailbox: None }));
+    drop(imap);
+    let (worker, look) = a.next_look();
+    worker.finish(Kind::Looked(Looked { job: look.job, error: "permission denied".into(), ..Default::default() }));
+    until("it is said", || a.status().counters.unwrap().look_error == "user jane: permission denied");
+    let (worker, look) = a.next_look();
+    assert!(look.whole);
+    worker.finish(Kind::Looked(Looked { job: look.job, ..Default::default() }));
+    until("it is over", || a.status().counters.unwrap().looking == 0);
+}
+
+#[test]
+fn a_mailbox_whose_log_does_not_tell_is_remembered() {
+    let house = House::new();
+    let a = house.server("a", &[("b", "127.0.0.1:9".into())]);
+    let mut imap = a.process("imap");
+    imap.send(Kind::Intent(Intent { user: "jane".into(), mailbox: None }));
+    drop(imap);
+    let (mut worker, look) = a.next_look();
+    let doubt = Doubt { guid: vec![1; 16], path: vec!["INBOX".into()], reason: "its log is gone".into() };
+    worker.send(Kind::Looked(Looked { job: look.job, more: true, doubt: Some(doubt), ..Default::default() }));
+    worker.finish(Kind::Looked(Looked { job: look.job, ..Default::default() }));
+    until("it is counted", || a.status().counters.unwrap().failed == 1);
+    drop(a);
+    let a = house.server("a", &[("b", "127.0.0.1:9".into())]);
+    assert_eq!(a.status().counters.unwrap().failed, 1);
 }
 
 #[test]
@@ -397,4 +566,59 @@ fn who_asks_for_the_status_of_nothing_is_told_so() {
     let house = House::new();
     let error = client::status(&house.path("nothing"), Duration::from_secs(1)).unwrap_err();
     assert!(error.starts_with("connect("), "{error}");
+}
+
+#[test]
+fn a_change_that_can_never_be_applied_is_set_aside_after_some_tries() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut lmtp = a.process("lmtp");
+    lmtp.save("jane", 1);
+    for _ in 0..3 {
+        let (worker, apply) = b.next_job();
+        assert_eq!(apply.changes[0].stamp.as_ref().unwrap().seq, 1);
+        lmtp.save("jane", 2);
+        let error = "mailbox x: malformed change: no".to_owned();
+        worker.finish(Kind::Applied(Applied { job: apply.job, error, never: true, ..Default::default() }));
+    }
+    let mut seqs = Vec::new();
+    while seqs.len() < 3 {
+        let (worker, apply) = b.next_job();
+        seqs.extend(apply.changes.iter().map(|change| change.stamp.as_ref().unwrap().seq));
+        worker.applied(&apply);
+    }
+    assert_eq!(seqs, [2, 3, 4], "the user's others go on");
+    until("all is acknowledged", || a.peer("b").pending == 0);
+    let failed = b.failed();
+    assert_eq!((failed.len(), failed[0].peer.as_str(), failed[0].user.as_str(), failed[0].seq), (1, "a", "jane", 1));
+    assert!(failed[0].error.contains("malformed"), "{failed:?}");
+    assert_eq!(b.status().counters.unwrap().failed, 1);
+}
+
+#[test]
+fn a_journal_that_was_set_back_is_noticed_and_no_change_is_taken_for_an_old_one() {
+    let house = House::new();
+    let listener = house.listener();
+    let a = house.server("a", &[("b", address(&listener))]);
+    let mut b = Wire::accept(&listener);
+    let epoch = b.greet("b").epoch;
+    a.process("lmtp").save("jane", 1);
+    assert_eq!(b.next_change().seq, 1);
+    drop((a, b));
+
+    // The peer has applied changes up to 500, of which the journal knows nothing.
+    let a = house.server("a", &[("b", address(&listener))]);
+    a.process("lmtp").save("jane", 2);
+    until("it was taken", || a.status().counters.unwrap().changes == 1);
+    let mut b = Wire::accept(&listener);
+    b.greet_knowing("b", epoch, 500);
+    until("the engine ended", || a.has_failed());
+    drop((a, b));
+
+    let a = house.server("a", &[("b", address(&listener))]);
+    assert_eq!(a.status().counters.unwrap().failed, 1);
+    let mut b = Wire::accept(&listener);
+    b.greet_knowing("b", epoch, 500);
+    let change = b.next_change();
+    assert_eq!((change.epoch, change.seq), (epoch, 501));
 }

@@ -93,7 +93,7 @@ impl Output {
                 self.bytes += frame.len();
                 self.frames.push_back(frame);
             }
-            Err(error) => log::error!("A record can't be sent to the relay and will be missing on the peers: {error}"),
+            Err(error) => log::error!("A record can't be sent to the relay: {error}"),
         }
     }
 
@@ -252,7 +252,7 @@ impl Link {
             if self.dropped == 0 {
                 log::error!(
                     "{}: the queue of {} bytes to the relay is full (dovetail_process_queue_size) - \
-                     changes are dropped until it takes them again, and will be missing on the peers",
+                     changes are dropped until it takes them again, and are then read from the mailboxes' logs",
                     self.config.socket.display(),
                     self.config.queue_size
                 );
@@ -262,11 +262,6 @@ impl Link {
         }
         self.dropped = 0;
         self.wake();
-    }
-
-    /// Counts a change that could not even be told.
-    pub fn drop_one(&mut self) {
-        self.dropped += 1;
     }
 
     /// Sends what is left within the deadline, says goodbye and ends the thread.
@@ -285,7 +280,7 @@ impl Link {
         if unsent > 0 {
             log::error!(
                 "{}: {unsent} changes could not be handed to the relay before this process ended - \
-                 they will be missing on the peers",
+                 they are read from the mailboxes' logs when it is back",
                 self.config.socket.display()
             );
         }

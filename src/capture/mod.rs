@@ -80,12 +80,12 @@ impl Capture {
         !self.waiting.is_empty()
     }
 
-    /// The transaction that `begin` announced was committed, but cannot be told.
+    /// The transaction that `begin` announced was committed, but cannot be told: it is to be read from the log.
     pub fn lose(&mut self, mailbox_guid: &[u8]) {
-        let spans = self.end(mailbox_guid);
+        let mut spans = self.end(mailbox_guid);
+        spans.iter_mut().for_each(|span| span.untold = true);
         self.keep_spans(spans);
         self.flush();
-        self.link.drop_one();
     }
 
     /// The transaction that `begin` announced did not happen.
@@ -101,15 +101,18 @@ impl Capture {
         self.flush();
     }
 
-    /// A commit wrote this. It waits for its change if there is one to come, otherwise for the next record. True: the
-    /// caller is to call [`Capture::flush`] as soon as its client has its answer.
-    pub fn span(&mut self, span: proto::Span) -> bool {
+    /// A commit wrote this, which added messages or changed flags, or expunged messages that nobody spoke of. It belongs to
+    /// the mailbox's open transactions; without any, nobody will tell what it did. True: the caller is to call
+    /// [`Capture::flush`] as soon as its client has its answer.
+    pub fn span(&mut self, mut span: proto::Span, touches: bool, expunges: bool) -> bool {
         match self.open.get_mut(&span.mailbox_guid) {
             Some(open) if open.spans.len() < PENDING_SPANS_MAX => {
+                span.untold = expunges;
                 open.spans.push(span);
                 return false;
             }
-            _ => {}
+            Some(_) => span.untold = expunges,
+            None => span.untold = touches || expunges,
         }
         self.keep_spans(vec![span]);
         if self.waiting.len() >= WAITING_MAX {

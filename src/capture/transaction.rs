@@ -3,11 +3,9 @@
 //! Pure: knows nothing of Dovecot, sockets or threads. What it guarantees: the changes of one transaction, applied in
 //! order, do what the transaction did; each fits into one frame.
 
+use crate::change;
 use crate::wire::proto;
 use prost::Message as _;
-
-/// Aim for the encoded size of a change: a frame holds 64 KiB, and spans and stamp are added later.
-const CHANGE_SIZE_AIM: usize = 48 << 10;
 
 /// What a range without its GUID takes in a record, at most.
 const RANGE_BYTES: usize = 16;
@@ -139,7 +137,7 @@ impl Transaction {
             let messages = expunges.by_ref().take(RANGES_PER_OP_MAX).collect();
             ops.push(proto::op::What::Expunge(proto::Expunge { messages }));
         }
-        Ok(split(ops, user, mailbox, clock))
+        Ok(change::split(ops, user, mailbox, clock))
     }
 }
 
@@ -152,33 +150,6 @@ pub fn mailbox_change(user: &str, mailbox: proto::Mailbox, what: proto::op::What
         ops: vec![proto::Op { what: Some(what) }],
         spans: Vec::new(),
     }
-}
-
-/// As many changes as it takes for each to fit into a frame. Only the last one tells the mailbox's state behind all.
-fn split(ops: Vec<proto::op::What>, user: &str, mailbox: &proto::Mailbox, clock: u64) -> Vec<proto::Change> {
-    let mut changes: Vec<proto::Change> = Vec::new();
-    let mut size = usize::MAX;
-    for what in ops {
-        let op = proto::Op { what: Some(what) };
-        let op_size = op.encoded_len() + 8;
-        if size.saturating_add(op_size) > CHANGE_SIZE_AIM {
-            changes.push(proto::Change {
-                stamp: Some(proto::Stamp { clock, ..Default::default() }),
-                user: user.to_owned(),
-                mailbox: Some(proto::Mailbox { uid_next: 0, highest_modseq: 0, ..mailbox.clone() }),
-                ..Default::default()
-            });
-            size = 0;
-        }
-        size += op_size;
-        if let Some(change) = changes.last_mut() {
-            change.ops.push(op);
-        }
-    }
-    if let Some(change) = changes.last_mut() {
-        change.mailbox = Some(mailbox.clone());
-    }
-    changes
 }
 
 fn same_delta(a: &proto::FlagUpdate, b: &proto::FlagUpdate) -> bool {

@@ -195,9 +195,9 @@ extern "C" fn dt_rs_commit(
             Ok(changes) => process.capture.commit(&open.mailbox_guid, changes),
             Err(error) => {
                 let path = mailbox.path.join("/");
-                log::error!(
+                log::warn!(
                     "user {}: mailbox {path}: a transaction can't be told to the peers: {error} - \
-                     what it did will be missing there",
+                     what it did is read from the mailbox's log",
                     open.user
                 );
                 process.capture.lose(&open.mailbox_guid);
@@ -237,10 +237,17 @@ extern "C" fn dt_rs_mailbox_op(op: c_int, mailbox: *const ffi::DtMailbox, new_na
             ffi::DT_MAILBOX_UNSUBSCRIBE => proto::op::What::Subscription(proto::Subscription { subscribed: false }),
             other => return log::error!("Internal error: unknown mailbox operation {other}"),
         };
-        with_process(|process| {
-            process.capture.intend(&user, &mailbox);
-            process.capture.mailbox(mailbox_change(&user, mailbox, what, now_usecs()));
-        });
+        with_process(|process| process.capture.mailbox(mailbox_change(&user, mailbox, what, now_usecs())));
+    });
+}
+
+/// The user's list of mailboxes is about to be changed.
+#[no_mangle]
+extern "C" fn dt_rs_intend(mailbox: *const ffi::DtMailbox) {
+    guard("intend", (), || {
+        // SAFETY: valid during the call.
+        let (user, mailbox) = unsafe { owned_mailbox(&*mailbox) };
+        with_process(|process| process.capture.intend(&user, &mailbox));
     });
 }
 
@@ -250,19 +257,11 @@ extern "C" fn dt_rs_span(span: *const ffi::DtSpan) -> bool {
     guard("span", false, || {
         // SAFETY: valid during the call.
         let span = unsafe { &*span };
-        let span = proto::Span {
-            user: text(span.user),
-            mailbox_guid: span.mailbox_guid.to_vec(),
-            private_user: text(span.private_user),
-            index_id: span.index_id,
-            log_seq: span.log_seq,
-            begin: span.begin,
-            end: span.end,
-            prev_log_seq: span.prev_log_seq,
-            prev_log_end: span.prev_log_end,
-            applied: Vec::new(),
-        };
-        with_process(|process| process.capture.span(span)).unwrap_or(false)
+        let expunges = span.touched & ffi::DT_SPAN_EXPUNGES != 0;
+        let others = span.touched & (ffi::DT_SPAN_APPENDS | ffi::DT_SPAN_FLAGS) != 0;
+        // SAFETY: as above.
+        let span = unsafe { span.to_record() };
+        with_process(|process| process.capture.span(span, others, expunges)).unwrap_or(false)
     })
 }
 

@@ -21,6 +21,7 @@ extern "C" fn dt_rs_status(
     });
     match result {
         Ok(status) => {
+            let failed = status.counters.as_ref().map_or(0, |counters| counters.failed);
             for peer in &status.peers {
                 let (name, state, last_error) =
                     (c_string(&peer.peer), c_string(&peer.state), c_string(&peer.last_error));
@@ -31,6 +32,43 @@ extern "C" fn dt_rs_status(
                     pending: peer.pending,
                     behind_secs: peer.behind_secs,
                     dropped: peer.dropped,
+                    failed,
+                };
+                row(context, &raw const values);
+            }
+            0
+        }
+        Err(message) => {
+            copy_out(&message, error, error_size);
+            -1
+        }
+    }
+}
+
+#[no_mangle]
+extern "C" fn dt_rs_failed(
+    row: extern "C" fn(*mut c_void, *const ffi::DtFailedRow),
+    context: *mut c_void,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int {
+    let result = guard("doveadm dovetail failed", Err("Internal error, see above".to_owned()), || {
+        let settings = read(std::ptr::null_mut()).map_err(|errors| errors.join("; "))?;
+        client::failed(&settings.socket, TIMEOUT)
+    });
+    match result {
+        Ok(entries) => {
+            for entry in &entries {
+                let guid: String = entry.mailbox_guid.iter().map(|byte| format!("{byte:02x}")).collect();
+                let (peer, user, guid, text) =
+                    (c_string(&entry.peer), c_string(&entry.user), c_string(&guid), c_string(&entry.error));
+                let values = ffi::DtFailedRow {
+                    peer: peer.as_ptr(),
+                    user: user.as_ptr(),
+                    mailbox_guid: guid.as_ptr(),
+                    error: text.as_ptr(),
+                    seq: entry.seq,
+                    since: entry.at_us / 1_000_000,
                 };
                 row(context, &raw const values);
             }

@@ -2,6 +2,9 @@
 
 use std::ffi::{c_char, c_int, c_void};
 
+use super::settings::text;
+use crate::wire::proto::Span;
+
 /// A mailbox, as the relay knows it.
 ///
 /// Strings everywhere here are NUL-terminated and valid for the duration of the call only.
@@ -70,10 +73,44 @@ pub struct DtSpan {
     pub prev_log_end: u64,
     /// HIGHESTMODSEQ as of `end`; 0 if not known.
     pub highest_modseq: u64,
-    /// enum mail_index_transaction_change
-    pub changes_mask: u32,
+    /// DT_SPAN_APPENDS and so on: what it did to messages.
+    pub touched: u32,
+    /// The last bytes of the log before `end`.
+    pub tail: [u8; DT_SPAN_TAIL_SIZE],
+    pub tail_size: usize,
+    /// If not all zero, nothing was written: the mailbox had this GUID before.
+    pub old_mailbox_guid: [u8; 16],
     /// The `struct mailbox`; NULL if the span could only be reported after the mailbox was gone.
     pub mailbox: *mut c_void,
+}
+
+impl DtSpan {
+    /// As a record of the protocol. Not yet decided: whether a change tells of it.
+    ///
+    /// # Safety
+    ///
+    /// The strings are NUL-terminated or null.
+    pub unsafe fn to_record(&self) -> Span {
+        Span {
+            user: text(self.user),
+            mailbox_guid: self.mailbox_guid.to_vec(),
+            private_user: text(self.private_user),
+            index_id: self.index_id,
+            log_seq: self.log_seq,
+            begin: self.begin,
+            end: self.end,
+            prev_log_seq: self.prev_log_seq,
+            prev_log_end: self.prev_log_end,
+            applied: Vec::new(),
+            tail: self.tail[..self.tail_size.min(DT_SPAN_TAIL_SIZE)].to_vec(),
+            untold: false,
+            old_mailbox_guid: if self.old_mailbox_guid == [0; 16] {
+                Vec::new()
+            } else {
+                self.old_mailbox_guid.to_vec()
+            },
+        }
+    }
 }
 
 /// A row of `doveadm dovetail status`.
@@ -85,7 +122,33 @@ pub struct DtStatusRow {
     pub pending: u64,
     pub behind_secs: u64,
     pub dropped: u64,
+    /// What needs a comparison or a person, of all peers and of this server.
+    pub failed: u64,
 }
+
+/// A row of `doveadm dovetail failed`.
+#[repr(C)]
+pub struct DtFailedRow {
+    /// Whose change; empty: a mailbox of this server.
+    pub peer: *const c_char,
+    pub user: *const c_char,
+    /// In hexadecimal digits.
+    pub mailbox_guid: *const c_char,
+    pub error: *const c_char,
+    /// 0: no change but a mailbox.
+    pub seq: u64,
+    /// Since when, in seconds since 1970.
+    pub since: u64,
+}
+
+/// Bytes of `dt_span.tail`.
+pub const DT_SPAN_TAIL_SIZE: usize = 64;
+/// Messages were added.
+pub const DT_SPAN_APPENDS: u32 = 1;
+/// Flags or keywords were changed.
+pub const DT_SPAN_FLAGS: u32 = 2;
+/// Messages went, and dt_spans_tell_expunge() was not told before.
+pub const DT_SPAN_EXPUNGES: u32 = 4;
 
 pub const DT_MAILBOX_CREATE: c_int = 0;
 pub const DT_MAILBOX_DELETE: c_int = 1;

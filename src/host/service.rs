@@ -3,7 +3,11 @@
 //! The engine has its own thread, which never calls Dovecot; the main thread accepts connections and hands them over.
 use std::cell::RefCell;
 use std::ffi::{c_char, c_int};
+use std::fs::DirBuilder;
+use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 
 use super::guard::guard;
 use super::settings::{read, text};
@@ -41,11 +45,17 @@ pub unsafe extern "C" fn dovetail_main(argc: c_int, argv: *mut *mut c_char) -> c
     guard("dovetail_main", FATAL_DEFAULT, || unsafe { dt_service_main(argc, argv) })
 }
 
-/// Reads the settings, while the process may. 0 if ok; otherwise it was logged what is wrong.
+/// Reads the settings and makes the journal's folder, while the process may. `uid` and `gid` are those that it will have,
+/// or -1. 0 if ok; otherwise it was logged what is wrong.
 #[no_mangle]
-extern "C" fn dt_rs_relay_configure() -> c_int {
+extern "C" fn dt_rs_relay_configure(uid: libc::uid_t, gid: libc::gid_t) -> c_int {
     guard("relay_configure", -1, || match read(std::ptr::null_mut()) {
         Ok(settings) => {
+            if let Err(error) = make_folder(&settings.state_dir, uid, gid) {
+                let folder = settings.state_dir.display();
+                log::error!("dovetail_state_dir: {folder}: {error} - mail goes on, nothing is replicated");
+                return -1;
+            }
             let config = relay::Config {
                 server: settings.server,
                 peers: settings
@@ -56,6 +66,10 @@ extern "C" fn dt_rs_relay_configure() -> c_int {
                 worker_socket: settings.worker_socket,
                 workers: settings.workers,
                 queue_bytes_max: usize::try_from(settings.relay_queue_size).unwrap_or(usize::MAX),
+                journal: settings.state_dir,
+                journal_bytes_max: settings.journal_size,
+                journal_age_us_max: settings.journal_days * 86_400 * 1_000_000,
+                boot: std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().into(),
                 insecure_plaintext: settings.insecure_plaintext,
                 software: software(),
             };
@@ -78,7 +92,9 @@ extern "C" fn dt_rs_relay_start() -> c_int {
         RELAY.with_borrow_mut(|relay| {
             let Relay::Configured(config) = std::mem::replace(relay, Relay::None) else { return -1 };
             // The engine's thread inherits the mask: signals are the main thread's.
-            match thread::with_signals_blocked(|| relay::start(config, super::log::connection_closed)) {
+            match thread::with_signals_blocked(|| {
+                relay::start(config, super::log::connection_closed, super::log::stop_process)
+            }) {
                 Ok(handle) => {
                     *relay = Relay::Running(handle);
                     0
@@ -109,7 +125,6 @@ extern "C" fn dt_rs_relay_accept(fd: c_int, is_peer: bool) {
             }
             if let Relay::Running(handle) = relay {
                 if !handle.is_running() {
-                    log::error!("The relay's engine has ended - starting again");
                     super::log::stop_process();
                 }
             }
@@ -125,6 +140,19 @@ extern "C" fn dt_rs_relay_stop() {
             handle.stop();
         }
     })
+}
+
+/// Nobody but the relay's user may look into it: mails are in there.
+fn make_folder(folder: &Path, uid: libc::uid_t, gid: libc::gid_t) -> io::Result<()> {
+    if let Some(parent) = folder.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    match DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let id = |id: u32| (id != u32::MAX).then_some(id);
+    std::os::unix::fs::chown(folder, id(uid), id(gid))
 }
 
 /// For the peers' people.

@@ -18,7 +18,9 @@ use super::{ffi, guard::guard};
 use crate::wire::proto;
 use crate::worker::connection::Connection;
 use crate::worker::job::Jobs;
-use crate::worker::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Status, Storage, Update};
+use crate::worker::storage::{
+    Body, Existence, Guid, Listed, MessageInfo, Namespace, NewMessage, Result, Status, Storage, Update, MARK_BYTES,
+};
 
 /// The relay answers at once, or forwards chunks of a body. Longer silence in the middle of a job: it hangs.
 const RELAY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -67,9 +69,43 @@ pub struct DtWorkerFlags {
     pub remove_keywords: *const *const c_char,
 }
 
+/// A mailbox in the list.
+#[repr(C)]
+pub struct DtListed {
+    pub vname: *const c_char,
+    pub guid: [u8; 16],
+    pub uid_validity: u32,
+    pub subscribed: bool,
+    /// Since the time that was asked for.
+    pub subscription_changed: bool,
+}
+
+/// What a message is, as far as the index's log does not tell.
+#[repr(C)]
+pub struct DtMessageInfo {
+    pub guid: *const c_char,
+    /// As mail_generate_guid_128_hash() makes it.
+    pub guid_128: [u8; 16],
+    /// Seconds since 1970, like `save_date`. There 0: not known.
+    pub received_date: i64,
+    pub save_date: i64,
+    pub size: u64,
+}
+
+/// Bytes that the mailbox's index keeps for us.
+pub const DT_MARK_SIZE: usize = 200;
+const _: () = assert!(DT_MARK_SIZE == MARK_BYTES);
+
 #[allow(unused_doc_comments)]
 /// cbindgen:ignore
 extern "C" {
+    fn dt_worker_list(since: i64, each: extern "C" fn(*const DtListed, *mut c_void), context: *mut c_void) -> c_int;
+    fn dt_worker_was_deleted(guid: *const u8) -> c_int;
+    fn dt_worker_log_path() -> *const c_char;
+    fn dt_worker_uids(each: extern "C" fn(u32, u32, *mut c_void), context: *mut c_void);
+    fn dt_worker_message_info(uid: u32, info_r: *mut DtMessageInfo) -> c_int;
+    fn dt_worker_mark_read(mark_r: *mut u8);
+    fn dt_worker_mark_write(offset: u32, data: *const u8, size: usize);
     fn dt_worker_allow_plugins(plugins: *const c_char);
     fn dt_worker_error() -> *const c_char;
     fn dt_worker_connection_closed();
@@ -87,6 +123,7 @@ extern "C" {
     fn dt_worker_set_subscribed(vname: *const c_char, subscribed: bool) -> c_int;
     fn dt_worker_open(vname: *const c_char, readonly: bool) -> c_int;
     fn dt_worker_close();
+    fn dt_worker_sync() -> c_int;
     fn dt_worker_status(status_r: *mut DtMailboxStatus);
     fn dt_worker_update(update: *const DtMailboxUpdate) -> c_int;
     fn dt_worker_message_guid(uid: u32, guid_r: *mut *const c_char) -> c_int;
@@ -241,21 +278,13 @@ unsafe extern "C" fn dt_rs_worker_span(span: *const ffi::DtSpan) {
     guard("worker_span", (), || {
         // SAFETY: the caller's.
         let span = unsafe { &*span };
-        let (user, private_user) = (text(span.user), text(span.private_user));
+        // SAFETY: as above.
+        let record = unsafe { span.to_record() };
         SPANS.with_borrow_mut(|spans| {
-            let applied = spans.applying.clone();
-            spans.spans.push(proto::Span {
-                user,
-                mailbox_guid: span.mailbox_guid.to_vec(),
-                private_user,
-                index_id: span.index_id,
-                log_seq: span.log_seq,
-                begin: span.begin,
-                end: span.end,
-                prev_log_seq: span.prev_log_seq,
-                prev_log_end: span.prev_log_end,
-                applied,
-            });
+            let untold = span.touched != 0;
+            // What was found in the mailbox is not what we apply.
+            let applied = if untold { Vec::new() } else { spans.applying.clone() };
+            spans.spans.push(proto::Span { applied, untold, ..record });
         });
     })
 }
@@ -341,6 +370,28 @@ extern "C" fn collect_saved(first_uid: u32, last_uid: u32, context: *mut c_void)
     // SAFETY: commit() passes its Vec.
     let saved = unsafe { &mut *context.cast::<Vec<u32>>() };
     saved.extend(first_uid..=last_uid);
+}
+
+extern "C" fn collect_listed(listed: *const DtListed, context: *mut c_void) {
+    // SAFETY: mailboxes() passes its Vec, the shim a valid struct.
+    let (all, listed) = unsafe { (&mut *context.cast::<Vec<Listed>>(), &*listed) };
+    all.push(Listed {
+        vname: text(listed.vname),
+        guid: listed.guid,
+        uid_validity: listed.uid_validity,
+        subscribed: listed.subscribed,
+        subscription_changed: listed.subscription_changed,
+    });
+}
+
+/// Logs are rotated long before they are that long.
+const LOG_BYTES_MAX: u64 = 256 << 20;
+
+fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
+    use std::io::Read;
+    let mut bytes = Vec::new();
+    File::open(path)?.take(LOG_BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Calls `f` with the message as the shim knows it.
@@ -504,6 +555,12 @@ impl Storage for DovecotStorage {
         unsafe { dt_worker_close() }
     }
 
+    fn sync(&mut self) -> Result<()> {
+        self.need_mailbox()?;
+        // SAFETY: a mailbox is open.
+        check(unsafe { dt_worker_sync() }).map(drop)
+    }
+
     fn status(&mut self) -> Status {
         if !self.mailbox_open {
             return Status::default();
@@ -524,6 +581,14 @@ impl Storage for DovecotStorage {
         self.need_mailbox()?;
         // SAFETY: a mailbox is open.
         check(unsafe { dt_worker_update(&update.into()) }).map(drop)
+    }
+
+    fn uids(&mut self) -> Result<Vec<u32>> {
+        self.need_mailbox()?;
+        let mut uids: Vec<u32> = Vec::new();
+        // SAFETY: a mailbox is open; the callback gets the Vec only during the call.
+        unsafe { dt_worker_uids(collect_saved, (&raw mut uids).cast()) };
+        Ok(uids)
     }
 
     fn message_guid(&mut self, uid: u32) -> Result<Option<String>> {
@@ -592,6 +657,70 @@ impl Storage for DovecotStorage {
         // SAFETY: a mailbox is open; the callback gets the Vec only during the call.
         check(unsafe { dt_worker_commit(collect_saved, (&raw mut saved).cast()) })?;
         Ok(saved)
+    }
+
+    fn mailboxes(&mut self, since: i64) -> Result<Vec<Listed>> {
+        self.need_user()?;
+        let mut listed: Vec<Listed> = Vec::new();
+        // SAFETY: a user is open; the callback gets the Vec only during the call.
+        check(unsafe { dt_worker_list(since, collect_listed, (&raw mut listed).cast()) })?;
+        Ok(listed)
+    }
+
+    fn was_deleted(&mut self, guid: &Guid) -> Result<bool> {
+        self.need_user()?;
+        // SAFETY: a user is open; a GUID has 16 bytes.
+        check(unsafe { dt_worker_was_deleted(guid.as_ptr()) })
+    }
+
+    fn log_files(&mut self) -> Result<Vec<Vec<u8>>> {
+        self.need_mailbox()?;
+        // SAFETY: a mailbox is open, and the path lives as long.
+        let path = text(unsafe { dt_worker_log_path() });
+        // The newer one first: what is rotated meanwhile is then there twice, and not missing.
+        let mut files = Vec::new();
+        for path in [path.clone(), format!("{path}.2")] {
+            match read_bounded(Path::new(&path)) {
+                Ok(bytes) => files.push(bytes),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(format!("{path}: {error}")),
+            }
+        }
+        files.reverse();
+        Ok(files)
+    }
+
+    fn message_info(&mut self, uid: u32) -> Result<Option<MessageInfo>> {
+        self.need_mailbox()?;
+        let mut info =
+            DtMessageInfo { guid: std::ptr::null(), guid_128: [0; 16], received_date: 0, save_date: 0, size: 0 };
+        // SAFETY: a mailbox is open; the GUID is valid until the next call.
+        let found = check(unsafe { dt_worker_message_info(uid, &raw mut info) })?;
+        Ok(found.then(|| MessageInfo {
+            guid: text(info.guid),
+            guid_128: info.guid_128,
+            received_date: info.received_date,
+            save_date: info.save_date,
+            size: info.size,
+        }))
+    }
+
+    fn mark(&mut self) -> Result<[u8; MARK_BYTES]> {
+        self.need_mailbox()?;
+        let mut mark = [0; MARK_BYTES];
+        // SAFETY: a mailbox is open; the array is as long as told.
+        unsafe { dt_worker_mark_read(mark.as_mut_ptr()) };
+        Ok(mark)
+    }
+
+    fn write_mark(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.need_mailbox()?;
+        if offset + bytes.len() > MARK_BYTES {
+            return Err("a mark beyond its place".into());
+        }
+        // SAFETY: a mailbox is open, the bytes are copied and fit.
+        unsafe { dt_worker_mark_write(offset as u32, bytes.as_ptr(), bytes.len()) };
+        Ok(())
     }
 
     fn body_open(&mut self, uid: u32, guid: &str) -> Result<bool> {

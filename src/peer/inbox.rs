@@ -4,7 +4,7 @@
 //! a refused change nothing of its user passes until it comes again, and that a peer that sends more than it may is
 //! noticed. Forgetting a number only costs applying it again, which changes nothing.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::{WINDOW_BYTES, WINDOW_CHANGES};
@@ -41,19 +41,55 @@ pub struct Inbox {
     epoch: u64,
     /// Runs of applied numbers, first to last.
     applied: BTreeMap<u64, u64>,
+    /// Beginnings of runs that have changed since they were last taken for the journal.
+    changed: BTreeSet<u64>,
     refused: HashMap<Arc<str>, u64>,
     unfinished: usize,
     unfinished_bytes: usize,
 }
 
 impl Inbox {
-    /// A new session begins: the peer will send again whatever was not acknowledged.
-    pub fn begin(&mut self, epoch: u64) {
-        if self.epoch != epoch {
+    /// What the journal remembers of the last start.
+    pub fn resume(&mut self, epoch: u64, runs: impl IntoIterator<Item = (u64, u64)>) {
+        self.epoch = epoch;
+        self.applied = runs.into_iter().collect();
+    }
+
+    /// A new session begins: the peer will send again whatever was not acknowledged, beginning with `first_pending`. What
+    /// lies before will never come (again). True: it is a new epoch.
+    pub fn begin(&mut self, epoch: u64, first_pending: u64) -> bool {
+        let is_new = self.epoch != epoch;
+        if is_new {
             self.epoch = epoch;
             self.applied.clear();
+            self.changed.clear();
         }
         self.refused.clear();
+        if first_pending > 1 {
+            self.join_up_to(first_pending - 1);
+        }
+        is_new
+    }
+
+    /// All up to `last` count as applied.
+    fn join_up_to(&mut self, last: u64) {
+        if self.is_applied(self.epoch, last) && self.applied_up_to() >= last {
+            return;
+        }
+        let joined: Vec<u64> = self.applied.range(..=last + 1).map(|(first, _)| *first).collect();
+        let end = joined.last().and_then(|first| self.applied.get(first)).map_or(last, |end| last.max(*end));
+        for first in joined {
+            self.applied.remove(&first);
+            self.changed.insert(first);
+        }
+        self.applied.insert(1, end);
+        self.changed.insert(1);
+    }
+
+    /// Runs that have changed since the last call: their beginning, and their end if they are still there.
+    pub fn take_changed(&mut self) -> Vec<(u64, Option<u64>)> {
+        let changed = std::mem::take(&mut self.changed);
+        changed.into_iter().map(|first| (first, self.applied.get(&first).copied())).collect()
     }
 
     pub fn epoch(&self) -> u64 {
@@ -104,14 +140,28 @@ impl Inbox {
         if epoch != self.epoch || self.is_applied(epoch, seq) {
             return;
         }
-        let last = self.applied.remove(&(seq + 1)).unwrap_or(seq);
+        let last = match self.applied.remove(&(seq + 1)) {
+            Some(last) => {
+                self.changed.insert(seq + 1);
+                last
+            }
+            None => seq,
+        };
         match self.applied.range_mut(..seq).next_back() {
-            Some((_, before)) if *before + 1 == seq => *before = last,
-            _ => drop(self.applied.insert(seq, last)),
+            Some((first, before)) if *before + 1 == seq => {
+                *before = last;
+                self.changed.insert(*first);
+            }
+            _ => {
+                self.applied.insert(seq, last);
+                self.changed.insert(seq);
+            }
         }
         if self.applied.len() > RUNS_MAX {
-            let second = self.applied.keys().nth(1).copied();
-            second.map(|first| self.applied.remove(&first));
+            if let Some(first) = self.applied.keys().nth(1).copied() {
+                self.applied.remove(&first);
+                self.changed.insert(first);
+            }
         }
     }
 
@@ -134,7 +184,7 @@ mod tests {
 
     fn inbox() -> Inbox {
         let mut inbox = Inbox::default();
-        inbox.begin(9);
+        inbox.begin(9, 1);
         inbox
     }
 
@@ -155,9 +205,9 @@ mod tests {
     fn a_new_epoch_forgets_what_was_applied_and_a_new_session_does_not() {
         let mut inbox = inbox();
         inbox.apply(9, 1);
-        inbox.begin(9);
+        inbox.begin(9, 1);
         assert!(inbox.is_applied(9, 1));
-        inbox.begin(10);
+        inbox.begin(10, 1);
         assert!(!inbox.is_applied(10, 1));
         inbox.apply(9, 2);
         assert!(!inbox.is_applied(10, 2), "an old job's end means nothing in the new epoch");
@@ -194,5 +244,31 @@ mod tests {
             inbox.apply(9, 1 + 2 * seq);
         }
         assert_eq!(inbox.applied.len(), RUNS_MAX);
+    }
+
+    #[test]
+    fn changes_of_the_runs_are_told_to_the_journal() {
+        let mut inbox = inbox();
+        for seq in [1, 3, 7] {
+            inbox.apply(9, seq);
+        }
+        assert_eq!(inbox.take_changed(), [(1, Some(1)), (3, Some(3)), (7, Some(7))]);
+        inbox.apply(9, 2);
+        assert_eq!(inbox.take_changed(), [(1, Some(3)), (3, None)]);
+        assert_eq!(inbox.take_changed(), []);
+    }
+
+    #[test]
+    fn numbers_that_will_never_come_leave_no_hole() {
+        let mut inbox = inbox();
+        for seq in [1, 3, 8, 12] {
+            inbox.apply(9, seq);
+        }
+        inbox.take_changed();
+        assert!(!inbox.begin(9, 8));
+        assert_eq!(inbox.applied, BTreeMap::from([(1, 8), (12, 12)]));
+        assert_eq!(inbox.take_changed(), [(1, Some(8)), (3, None), (8, None)]);
+        assert!(inbox.begin(10, 1_000));
+        assert_eq!(inbox.applied_up_to(), 999);
     }
 }

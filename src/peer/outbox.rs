@@ -2,8 +2,8 @@
 //!
 //! Guarantees that a user's changes leave in the order in which they were appended, that one user whose changes are
 //! refused holds up no other, that no more than a window of them is on its way, and that the memory stays below the
-//! limit (half of it for one user): what does not fit is dropped and counted. The encoded change is shared with the other peers' outboxes.
-//! It lives in memory only; a durable journal takes its place behind the same few functions.
+//! limit (half of it for one user): what does not fit stays in the journal, and [`Outbox::wants`] says what of it should
+//! be loaded when there is room. The encoded change is shared with the other peers' outboxes.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -14,16 +14,25 @@ use super::{USER_WINDOW_BYTES, USER_WINDOW_CHANGES, WINDOW_BYTES, WINDOW_CHANGES
 const PAUSE_MS_MIN: u64 = 1_000;
 /// Longest pause after a refusal.
 const PAUSE_MS_MAX: u64 = 60_000;
+/// Changes of a user that stay in memory after a refusal.
+const REFUSED_KEPT: usize = 16;
 /// What a pending change takes beside its bytes.
 const OVERHEAD_BYTES: usize = 160;
 
-/// What became of an appended change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Append {
-    Kept,
-    /// It did not fit, the first since the peer last took something.
-    FirstDropped,
-    Dropped,
+/// What should be loaded from the journal: what follows a number, of all users or of one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Want {
+    pub user: Option<Arc<str>>,
+    pub after: u64,
+}
+
+/// A change as the journal gave it.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    pub user: Arc<str>,
+    pub seq: u64,
+    pub frame: Arc<[u8]>,
+    pub at_us: u64,
 }
 
 /// Counts for the status.
@@ -31,8 +40,8 @@ pub enum Append {
 pub struct OutboxStats {
     pub pending: u64,
     pub pending_bytes: u64,
-    /// Since when the oldest pending change waits.
-    pub oldest_ms: Option<u64>,
+    /// Since when the oldest change in memory waits, in microseconds since 1970.
+    pub oldest_us: Option<u64>,
     pub dropped: u64,
     pub acked: u64,
 }
@@ -40,7 +49,7 @@ pub struct OutboxStats {
 struct Pending {
     seq: u64,
     frame: Arc<[u8]>,
-    appended_ms: u64,
+    at_us: u64,
 }
 
 impl Pending {
@@ -86,10 +95,16 @@ pub struct Outbox {
     on_the_way: HashMap<u64, Arc<str>>,
     on_the_way_bytes: usize,
     bytes: usize,
-    pending: usize,
+    /// Also those that are in the journal only.
+    pending: u64,
     dropped: u64,
-    dropped_in_outage: u64,
     acked: u64,
+    /// What follows this number is in the journal only, for all users.
+    tail: Option<u64>,
+    /// The same for users with more than their share, up to where the tail begins.
+    behind: HashMap<Arc<str>, u64>,
+    /// Of these, who has room again.
+    hungry: BTreeSet<Arc<str>>,
 }
 
 impl Outbox {
@@ -105,27 +120,122 @@ impl Outbox {
             bytes: 0,
             pending: 0,
             dropped: 0,
-            dropped_in_outage: 0,
             acked: 0,
+            tail: None,
+            behind: HashMap::new(),
+            hungry: BTreeSet::new(),
         }
     }
 
-    /// Takes a change of `user`, as the encoded frame that will be sent. `seq` is higher than all before.
-    pub fn append(&mut self, user: &Arc<str>, seq: u64, frame: Arc<[u8]>, now_ms: u64) -> Append {
-        let pending = Pending { seq, frame, appended_ms: now_ms };
-        let of_user = self.streams.get(user).map_or(0, |stream| stream.bytes);
-        if self.bytes + pending.cost() > self.bytes_max || of_user + pending.cost() > self.bytes_max / 2 {
-            self.dropped += 1;
-            self.dropped_in_outage += 1;
-            return if self.dropped_in_outage == 1 { Append::FirstDropped } else { Append::Dropped };
-        }
-        self.bytes += pending.cost();
+    /// The journal has that many changes from the last start; `dropped` are missing at the peer for good.
+    pub fn resume(&mut self, pending: u64, dropped: u64) {
+        self.pending = pending;
+        self.dropped = dropped;
+        self.tail = (pending > 0).then_some(0);
+    }
+
+    /// Takes a change of `user`, as the encoded frame that will be sent. `seq` is higher than all before. The journal has
+    /// it already, so that it may stay there.
+    pub fn append(&mut self, user: &Arc<str>, seq: u64, frame: Arc<[u8]>, at_us: u64) {
         self.pending += 1;
+        if self.tail.is_some() || self.behind.contains_key(user) {
+            return;
+        }
+        let pending = Pending { seq, frame, at_us };
+        if self.bytes + pending.cost() > self.bytes_max {
+            self.tail = Some(seq - 1);
+        } else if !self.has_room(user, &pending) {
+            self.behind.insert(user.clone(), seq - 1);
+        } else {
+            self.push(user, pending);
+        }
+    }
+
+    /// What of the journal should be loaded now.
+    pub fn wants(&self) -> Option<Want> {
+        if self.bytes > self.bytes_max / 2 {
+            return None;
+        }
+        if let Some(user) = self.hungry.first() {
+            let after = self.behind.get(user).copied().unwrap_or(0);
+            return Some(Want { user: Some(user.clone()), after });
+        }
+        self.tail.map(|after| Want { user: None, after })
+    }
+
+    /// Takes what the journal has of what was wanted; `is_all`: it has no more.
+    pub fn load(&mut self, want: &Want, loaded: Vec<Loaded>, is_all: bool) {
+        match &want.user {
+            Some(user) => self.load_of_user(user, loaded, is_all),
+            None => self.load_of_all(want.after, loaded, is_all),
+        }
+    }
+
+    fn load_of_user(&mut self, user: &Arc<str>, loaded: Vec<Loaded>, is_all: bool) {
+        self.hungry.remove(user);
+        for Loaded { seq, frame, at_us, .. } in loaded {
+            if self.tail.is_some_and(|tail| seq > tail) {
+                self.behind.remove(user);
+                return;
+            }
+            let pending = Pending { seq, frame, at_us };
+            if !self.has_room(user, &pending) {
+                self.behind.insert(user.clone(), seq - 1);
+                return;
+            }
+            self.behind.insert(user.clone(), seq);
+            self.push(user, pending);
+        }
+        if is_all {
+            self.behind.remove(user);
+        } else {
+            self.look_for_room(user);
+        }
+    }
+
+    fn load_of_all(&mut self, after: u64, loaded: Vec<Loaded>, is_all: bool) {
+        let mut tail = after;
+        for Loaded { user, seq, frame, at_us } in loaded {
+            let pending = Pending { seq, frame, at_us };
+            if self.bytes > 0 && self.bytes + pending.cost() > self.bytes_max {
+                self.tail = Some(tail);
+                return;
+            }
+            tail = seq;
+            if self.behind.contains_key(&user) {
+                continue;
+            }
+            if self.has_room(&user, &pending) {
+                self.push(&user, pending);
+            } else {
+                self.behind.insert(user, seq - 1);
+            }
+        }
+        self.tail = (!is_all).then_some(tail);
+    }
+
+    /// Whether the change is within the user's share. The first one always is.
+    fn has_room(&self, user: &Arc<str>, pending: &Pending) -> bool {
+        self.streams.get(user).is_none_or(|stream| stream.bytes + pending.cost() <= self.bytes_max / 2)
+    }
+
+    fn push(&mut self, user: &Arc<str>, pending: Pending) {
+        self.bytes += pending.cost();
         let stream = self.streams.entry(user.clone()).or_default();
         stream.bytes += pending.cost();
         stream.queue.push_back(pending);
         self.line_up(user);
-        Append::Kept
+    }
+
+    /// A user with more in the journal gets it when half of his share is free.
+    fn look_for_room(&mut self, user: &Arc<str>) {
+        let has_room = match self.streams.get(user) {
+            Some(stream) => stream.wait_until_ms.is_none() && stream.bytes <= self.bytes_max / 4,
+            None => true,
+        };
+        if self.behind.contains_key(user) && has_room {
+            self.hungry.insert(user.clone());
+        }
     }
 
     /// The next frame to send, if the window has room and some user has one.
@@ -154,18 +264,18 @@ impl Outbox {
         None
     }
 
-    /// The peer has applied this change. Numbers that are not on their way are ignored.
-    pub fn ack(&mut self, seq: u64) {
+    /// The peer has applied this change. False for numbers that are not on their way, which are ignored.
+    pub fn ack(&mut self, seq: u64) -> bool {
         let Some(user) = self.on_the_way.remove(&seq) else {
-            return;
+            return false;
         };
         let Some(stream) = self.streams.get_mut(&user) else {
-            return;
+            return false;
         };
         let Some(at) = stream.queue.iter().take(stream.sent).position(|p| p.seq == seq) else {
-            return;
+            return false;
         };
-        let Some(done) = stream.queue.remove(at) else { return };
+        let Some(done) = stream.queue.remove(at) else { return false };
         stream.sent -= 1;
         stream.sent_bytes -= done.cost();
         stream.bytes -= done.cost();
@@ -173,13 +283,15 @@ impl Outbox {
         stream.error.clear();
         self.on_the_way_bytes -= done.cost();
         self.bytes -= done.cost();
-        self.pending -= 1;
+        self.pending = self.pending.saturating_sub(1);
         self.acked += 1;
         if stream.queue.is_empty() {
             self.forget(&user);
         } else {
             self.line_up(&user);
         }
+        self.look_for_room(&user);
+        true
     }
 
     /// The peer could not apply this change: it and the user's later ones are sent again after a pause, which is
@@ -194,6 +306,16 @@ impl Outbox {
             stream.sent_bytes -= pending.cost();
         }
         stream.sent = at;
+        if let Some(last) = stream.queue.get(at + REFUSED_KEPT - 1).map(|kept| kept.seq) {
+            // They wait in the journal: users who are stuck must not take the memory of the others.
+            let left: usize = stream.queue.drain(at + REFUSED_KEPT..).map(|p| p.cost()).sum();
+            stream.bytes -= left;
+            self.bytes -= left;
+            if left > 0 || self.behind.contains_key(&user) {
+                self.behind.insert(user.clone(), last);
+            }
+            self.hungry.remove(&user);
+        }
         stream.pause_ms = (stream.pause_ms * 2).clamp(PAUSE_MS_MIN, PAUSE_MS_MAX);
         if let Some(until) = stream.wait_until_ms.replace(now_ms + stream.pause_ms) {
             self.waiting.remove(&(until, user.clone()));
@@ -226,11 +348,14 @@ impl Outbox {
         for (_, user) in users {
             self.line_up(&user);
         }
+        let behind: Vec<Arc<str>> = self.behind.keys().cloned().collect();
+        behind.iter().for_each(|user| self.look_for_room(user));
     }
 
-    /// The peer says that it has applied everything up to `seq`, perhaps in a session whose acknowledgements were lost.
-    /// Only to be called while nothing is on its way, after [`Outbox::restart`].
-    pub fn ack_up_to(&mut self, seq: u64) {
+    /// The first `count` changes, up to `seq`, need not be sent any more: the peer says, after a reconnect, that it has
+    /// applied them, or the journal had no room for them. Only to be called while nothing is on its way, after
+    /// [`Outbox::restart`].
+    pub fn skip_up_to(&mut self, seq: u64, count: u64) {
         let users: Vec<Arc<str>> = self.streams.keys().cloned().collect();
         for user in users {
             let Some(stream) = self.streams.get_mut(&user) else {
@@ -240,19 +365,18 @@ impl Outbox {
                 let Some(done) = stream.queue.pop_front() else { break };
                 stream.bytes -= done.cost();
                 self.bytes -= done.cost();
-                self.pending -= 1;
-                self.acked += 1;
             }
             if stream.queue.is_empty() {
                 self.forget(&user);
             }
+            self.look_for_room(&user);
         }
+        self.pending = self.pending.saturating_sub(count);
     }
 
-    /// How many were dropped since the peer last took something, once it takes again: to be logged by the caller.
-    pub fn end_outage(&mut self) -> Option<u64> {
-        let has_room = self.bytes <= self.bytes_max / 2;
-        (self.dropped_in_outage > 0 && has_room).then(|| std::mem::take(&mut self.dropped_in_outage))
+    /// That many are missing at the peer for good.
+    pub fn note_dropped(&mut self, count: u64) {
+        self.dropped += count;
     }
 
     /// When [`Outbox::next`] may have something although nothing else happened.
@@ -273,9 +397,9 @@ impl Outbox {
 
     pub fn stats(&self) -> OutboxStats {
         OutboxStats {
-            pending: self.pending as u64,
+            pending: self.pending,
             pending_bytes: self.bytes as u64,
-            oldest_ms: self.streams.values().filter_map(|s| s.queue.front()).map(|p| p.appended_ms).min(),
+            oldest_us: self.streams.values().filter_map(|s| s.queue.front()).map(|p| p.at_us).min(),
             dropped: self.dropped,
             acked: self.acked,
         }
@@ -301,6 +425,7 @@ impl Outbox {
                 stream.wait_until_ms = None;
             }
             self.line_up(&user);
+            self.look_for_room(&user);
         }
     }
 
@@ -328,7 +453,7 @@ mod tests {
         fn append(&mut self, user: &str) -> u64 {
             self.seq += 1;
             let frame: Arc<[u8]> = self.seq.to_be_bytes().as_slice().into();
-            assert_eq!(self.outbox.append(&user.into(), self.seq, frame, 0), Append::Kept);
+            self.outbox.append(&user.into(), self.seq, frame, 0);
             self.seq
         }
 
@@ -372,7 +497,7 @@ mod tests {
         assert_eq!(given.outbox.wake_up_ms(), Some(1000));
         assert_eq!(given.sent(1000), [2, 3, 5], "jane again from there, in order");
         assert_eq!(given.outbox.refuse(2, "disk full", 1000), None, "no news");
-        assert_eq!(given.sent(2999), []);
+        assert_eq!(given.sent(2999), Vec::<u64>::new());
         assert_eq!(given.sent(3000), [2, 3, 5], "the pause doubled");
         given.outbox.ack(2);
         assert_eq!(given.outbox.refuse(3, "disk full", 3000), Some(1000), "the pause began again");
@@ -429,27 +554,103 @@ mod tests {
         given.outbox.ack(2);
         given.outbox.refuse(1, "no", 0);
         given.outbox.restart();
-        given.outbox.ack_up_to(1);
+        given.outbox.skip_up_to(1, 1);
         assert_eq!(given.sent(0), [3, 4]);
-        assert_eq!(given.outbox.stats().acked, 2);
+        assert_eq!(given.outbox.stats().pending, 2);
+    }
+
+    /// A journal of which an outbox holds a part.
+    struct Journaled {
+        outbox: Outbox,
+        journal: Vec<Loaded>,
+        /// Per load.
+        most: usize,
+    }
+
+    impl Journaled {
+        fn append(&mut self, user: &str) {
+            let seq = self.journal.last().map_or(1, |last| last.seq + 1);
+            let mut frame = vec![0; 800];
+            frame[..8].copy_from_slice(&seq.to_be_bytes());
+            let stored = Loaded { user: user.into(), seq, frame: frame.into(), at_us: seq };
+            self.outbox.append(&stored.user, seq, stored.frame.clone(), seq);
+            self.journal.push(stored);
+        }
+
+        fn load(&mut self) {
+            while let Some(want) = self.outbox.wants() {
+                let matches = |stored: &&Loaded| {
+                    stored.seq > want.after && want.user.as_ref().is_none_or(|user| *user == stored.user)
+                };
+                let all: Vec<Loaded> = self.journal.iter().filter(matches).cloned().collect();
+                let is_all = all.len() <= self.most;
+                self.outbox.load(&want, all.into_iter().take(self.most).collect(), is_all);
+            }
+            assert!(self.outbox.bytes <= self.outbox.bytes_max);
+        }
+
+        fn sent(&mut self) -> Vec<u64> {
+            self.load();
+            let mut sent = Vec::new();
+            while let Some(frame) = self.outbox.next(0) {
+                sent.push(u64::from_be_bytes(frame[..8].try_into().unwrap()));
+            }
+            sent
+        }
     }
 
     #[test]
-    fn what_does_not_fit_is_dropped_and_counted() {
-        let mut outbox = Outbox::new(2000);
-        let frame: Arc<[u8]> = vec![0; 800].into();
-        assert_eq!(outbox.append(&"jane".into(), 1, frame.clone(), 5), Append::Kept);
-        assert_eq!(outbox.append(&"jane".into(), 2, frame.clone(), 6), Append::FirstDropped, "half is for others");
-        assert_eq!(outbox.append(&"joe".into(), 3, frame.clone(), 7), Append::Kept);
-        assert_eq!(outbox.append(&"jim".into(), 4, frame.clone(), 8), Append::Dropped);
-        let stats = outbox.stats();
-        assert_eq!((stats.pending, stats.dropped, stats.oldest_ms), (2, 2, Some(5)));
-        assert!(stats.pending_bytes <= 2000);
-        assert_eq!(outbox.end_outage(), None, "still full");
-        outbox.next(9);
-        outbox.ack(1);
-        assert_eq!(outbox.end_outage(), Some(2));
-        assert_eq!(outbox.end_outage(), None, "said once");
-        assert_eq!(outbox.append(&"jane".into(), 5, frame, 9), Append::Kept);
+    fn what_does_not_fit_is_loaded_from_the_journal_in_order_for_each_user() {
+        for most in [1, 2, 7, 1000] {
+            let mut given = Journaled { outbox: Outbox::new(5_000), journal: Vec::new(), most };
+            for n in 0..60 {
+                given.append(if n % 3 == 0 { "joe" } else { "jane" });
+            }
+            let mut sent = Vec::new();
+            while sent.len() < 60 {
+                let now = given.sent();
+                assert!(!now.is_empty(), "stuck after {sent:?}");
+                for seq in &now {
+                    given.outbox.ack(*seq);
+                    given.journal.retain(|stored| stored.seq != *seq);
+                }
+                sent.extend(now);
+                if sent.len() == 30 {
+                    given.append("joe");
+                }
+            }
+            let of_joe: Vec<u64> = sent.iter().copied().filter(|seq| seq % 3 == 1).collect();
+            assert!(of_joe.is_sorted() && sent.iter().filter(|seq| *seq % 3 != 1).is_sorted(), "{sent:?}");
+            sent.sort();
+            assert_eq!(sent, (1..=60).collect::<Vec<u64>>());
+        }
+    }
+
+    #[test]
+    fn a_user_who_is_stuck_does_not_fill_the_memory() {
+        let mut given = Journaled { outbox: Outbox::new(10_000), journal: Vec::new(), most: 3 };
+        for _ in 0..20 {
+            given.append("jane");
+        }
+        given.append("joe");
+        let sent = given.sent();
+        assert!(sent.contains(&21), "{sent:?}");
+        given.outbox.refuse(1, "no", 0);
+        assert_eq!(given.outbox.stats().pending, 21);
+        given.outbox.restart();
+        assert_eq!(given.sent().first(), Some(&1));
+    }
+
+    #[test]
+    fn a_start_begins_with_what_the_journal_has() {
+        let mut given = Journaled { outbox: Outbox::new(10_000), journal: Vec::new(), most: 3 };
+        for user in ["jane", "joe", "jane"] {
+            given.append(user);
+        }
+        given.outbox = Outbox::new(10_000);
+        given.outbox.resume(3, 5);
+        assert_eq!(given.sent(), [1, 2, 3]);
+        let stats = given.outbox.stats();
+        assert_eq!((stats.pending, stats.dropped, stats.oldest_us), (3, 5, Some(1)));
     }
 }

@@ -128,8 +128,8 @@ impl Session {
         }
     }
 
-    /// Says who we are and how far we have applied the peer's changes.
-    pub fn greet(&mut self, applied_epoch: u64, applied_seq: u64) {
+    /// Says who we are, how far we have applied the peer's changes, and from which of ours on we will send.
+    pub fn greet(&mut self, applied_epoch: u64, applied_seq: u64, first_pending: u64) {
         self.greeted = true;
         let hello = Hello {
             server: self.me.server.clone(),
@@ -138,6 +138,7 @@ impl Session {
             software: self.me.software.clone(),
             applied_epoch,
             applied_seq,
+            first_pending,
         };
         self.control.push_back(Kind::Hello(hello).into());
     }
@@ -309,7 +310,7 @@ mod tests {
 
     fn connecting_to_b() -> Session {
         let mut session = Session::new(identity("a"), Admits::Only("b".into()), 0);
-        session.greet(0, 0);
+        session.greet(0, 0, 1);
         session
     }
 
@@ -352,7 +353,7 @@ mod tests {
         let from_a = sent(&mut a, &mut outbox_with(1), 0);
         assert!(matches!(&from_a[..], [Kind::Hello(_)]), "no change before the peer greeted");
         b.receive(from_a[0].clone().into(), 0).unwrap();
-        b.greet(1, 5);
+        b.greet(1, 5, 1);
         let from_b = sent(&mut b, &mut Outbox::new(0), 0);
         let event = a.receive(from_b[0].clone().into(), 0).unwrap();
         assert!(matches!(event, Some(Event::Hello(Hello { applied_seq: 5, .. }))));

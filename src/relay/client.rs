@@ -6,25 +6,66 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::wire::frame::{self, Decoder};
-use crate::wire::proto::{frame::Kind, Frame, Status, StatusRequest};
+use crate::wire::proto::{frame::Kind, FailedEntry, FailedRequest, Status, StatusRequest};
 
 /// Asks the relay that listens on `socket` for its status. Blocks for at most about `timeout`; the error is a full sentence.
 pub fn status(socket: &Path, timeout: Duration) -> Result<Status, String> {
-    let fail = |what: &str, error: &dyn std::fmt::Display| format!("{what}({}) failed: {error}", socket.display());
+    status_on(&connect(socket)?, timeout).map_err(|error| format!("{}: {error}", socket.display()))
+}
+
+/// The same on a connection to it, which can be used again.
+pub fn status_on(stream: &UnixStream, timeout: Duration) -> Result<Status, String> {
+    let mut status = None;
+    ask_on(stream, timeout, Kind::StatusRequest(StatusRequest {}), |kind| match kind {
+        Kind::Status(answer) => {
+            status = Some(answer);
+            Some(true)
+        }
+        _ => None,
+    })?;
+    Ok(status.unwrap_or_default())
+}
+
+/// Asks it for what needs a comparison or a person, the same way.
+pub fn failed(socket: &Path, timeout: Duration) -> Result<Vec<FailedEntry>, String> {
+    let mut entries = Vec::new();
+    ask_on(&connect(socket)?, timeout, Kind::FailedRequest(FailedRequest {}), |kind| match kind {
+        Kind::FailedList(list) => {
+            entries.extend(list.entries);
+            Some(!list.more)
+        }
+        _ => None,
+    })
+    .map_err(|error| format!("{}: {error}", socket.display()))?;
+    Ok(entries)
+}
+
+fn connect(socket: &Path) -> Result<UnixStream, String> {
+    UnixStream::connect(socket).map_err(|error| format!("connect({}) failed: {error}", socket.display()))
+}
+
+/// Sends the request and hands out the answers until one is the last (`true`). `None`: it is no answer.
+fn ask_on(
+    mut stream: &UnixStream,
+    timeout: Duration,
+    request: Kind,
+    mut answer: impl FnMut(Kind) -> Option<bool>,
+) -> Result<(), String> {
+    let fail = |what: &str, error: &dyn std::fmt::Display| format!("{what}() failed: {error}");
     let deadline = Instant::now() + timeout;
-    let mut stream = UnixStream::connect(socket).map_err(|e| fail("connect", &e))?;
     stream.set_write_timeout(Some(timeout)).map_err(|e| fail("setsockopt", &e))?;
-    let request = frame::encode(&Kind::StatusRequest(StatusRequest {}).into()).map_err(|e| fail("encode", &e))?;
+    let request = frame::encode(&request.into()).map_err(|e| fail("encode", &e))?;
     stream.write_all(&request).map_err(|e| fail("write", &e))?;
 
     let mut decoder = Decoder::new();
     let mut buffer = [0; 16 << 10];
     loop {
         if let Some(frame) = decoder.next().map_err(|e| fail("read", &e))? {
-            return match frame {
-                Frame { kind: Some(Kind::Status(status)) } => Ok(status),
-                _ => Err(fail("read", &"the relay answered something else than its status")),
-            };
+            match frame.kind.and_then(&mut answer) {
+                Some(true) => return Ok(()),
+                Some(false) => continue,
+                None => return Err(fail("read", &"the relay answered something else than what it was asked for")),
+            }
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {

@@ -14,18 +14,20 @@ use mio::{Events, Poll, Token, Waker};
 use super::bodies::Bodies;
 use super::clock::Clock;
 use super::connection::{Connection, Incoming, Stream, READ_BYTES};
+use super::heal::Heals;
 use super::local::Local;
-use super::order::{Order, Release};
+use super::order::Order;
 use super::peers::PeerState;
 use super::spans::Spans;
 use super::status::Counts;
 use super::work::Work;
 use super::workers::Worker;
 use super::{Config, Connection as Kind};
+use crate::journal::{Journal, JournalError, Start};
 use crate::peer::{Identity, Session};
 use crate::wire::proto::Frame;
 
-const WAKER: Token = Token(0);
+pub const WAKER: Token = Token(0);
 const EVENTS_MAX: usize = 256;
 /// Buffers read from one connection before the others have their turn.
 const READS_IN_TURN: usize = 8;
@@ -63,6 +65,15 @@ impl Close {
     }
 }
 
+/// Why the engine cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Fatal {
+    #[error("poll() failed: {0}")]
+    Poll(io::Error),
+    #[error("the journal fails: {0} - what is not in it is found again in the mailboxes' logs")]
+    Journal(#[from] JournalError),
+}
+
 pub enum Role {
     Local(Local),
     /// A peer that has not said who it is.
@@ -89,13 +100,21 @@ pub struct Engine {
     pub bodies: Bodies,
     pub order: Order,
     pub spans: Spans,
+    pub heals: Heals,
+    /// Users up to this one have been looked at since the start; none: all.
+    pub swept: Option<String>,
     pub clock: Clock,
-    /// Number of the last change that was stamped.
-    pub seq: u64,
+    pub journal: Journal,
+    /// When the journal is looked at for what is too old.
+    pub trim_at_ms: u64,
     pub last_job: u64,
     pub counts: Counts,
     /// Last reason for which a peer was turned away that is none of ours, logged once.
     pub last_stranger: String,
+    /// Tries of changes that can never be applied, by peer, epoch and number.
+    pub poison: HashMap<(usize, u64, u64), u32>,
+    /// Why changes of users could not be applied last, logged once.
+    pub last_refusals: HashMap<Arc<str>, String>,
     /// Last reason for which there was no worker, logged once.
     pub last_worker_error: String,
     began: Instant,
@@ -116,27 +135,25 @@ pub struct Engine {
     /// Something was closed in this round: its end may have queued frames for others.
     has_closed: bool,
     stop_by_ms: Option<u64>,
+    /// Why the journal cannot be used.
+    pub failed: Option<JournalError>,
 }
 
 impl Engine {
+    /// The poll's waker and the channel are made before, for those who talk to the engine while it is still waiting for
+    /// its journal.
     pub fn new(
         config: Config,
-        sender: Sender<Command>,
-        commands: Receiver<Command>,
+        (poll, waker): (Poll, Arc<Waker>),
+        (sender, commands): (Sender<Command>, Receiver<Command>),
         on_closed: Box<dyn Fn() + Send>,
-    ) -> io::Result<(Engine, Arc<Waker>)> {
-        let poll = Poll::new()?;
-        let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
+        (journal, start): (Journal, Start),
+    ) -> Result<Engine, Fatal> {
         let mut instance = vec![0; 16];
-        std::fs::File::open("/dev/urandom")?.read_exact(&mut instance)?;
-        let me = Identity {
-            server: config.server.clone(),
-            instance,
-            // Nothing survives this process yet, so every start is an epoch of its own.
-            epoch: wall_clock_us(),
-            software: config.software.clone(),
-        };
-        let engine = Engine {
+        std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut instance)).map_err(Fatal::Poll)?;
+        let me =
+            Identity { server: config.server.clone(), instance, epoch: start.epoch, software: config.software.clone() };
+        let mut engine = Engine {
             me: Arc::new(me),
             now_ms: 0,
             sockets: HashMap::new(),
@@ -146,15 +163,20 @@ impl Engine {
             bodies: Bodies::default(),
             order: Order::default(),
             spans: Spans::default(),
+            heals: Heals::default(),
+            swept: Some(String::new()),
             clock: Clock::default(),
-            seq: 0,
+            journal,
+            trim_at_ms: 0,
             last_job: 0,
             counts: Counts::default(),
             last_stranger: String::new(),
+            poison: HashMap::new(),
+            last_refusals: HashMap::new(),
             last_worker_error: String::new(),
             began: Instant::now(),
             poll,
-            waker: waker.clone(),
+            waker,
             commands,
             sender,
             on_closed,
@@ -165,24 +187,34 @@ impl Engine {
             buffer: vec![0; READ_BYTES],
             has_closed: false,
             stop_by_ms: None,
+            failed: None,
             config,
         };
-        Ok((engine, waker))
+        engine.resume()?;
+        Ok(engine)
     }
 
-    /// Runs until it is stopped. A panic ends it with a line in the log, for the host to see and to start again.
-    pub fn run_guarded(mut self) {
-        match std::panic::catch_unwind(AssertUnwindSafe(|| self.run())) {
+    /// Runs until it is stopped. A panic ends it with a line in the log. False: it did not end because it was asked to.
+    pub fn run_guarded(mut self) -> bool {
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| self.run()));
+        match &outcome {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => log::error!("The relay ends: poll() failed: {error}."),
+            Ok(Err(error)) => log::error!("The relay ends: {error}."),
             Err(_) => log::error!("The relay ends because of a panic, which is a bug in Dovetail."),
         }
         let accepted = self.sockets.values().filter(|socket| socket.is_accepted).count();
         self.sockets.clear();
         (0..accepted).for_each(|_| (self.on_closed)());
+        let was_asked_to = matches!(outcome, Ok(Ok(())));
+        if was_asked_to {
+            if let Err(error) = self.journal.close() {
+                log::error!("The relay's journal could not be closed: {error}.");
+            }
+        }
+        was_asked_to
     }
 
-    fn run(&mut self) -> io::Result<()> {
+    fn run(&mut self) -> Result<(), Fatal> {
         if self.config.insecure_plaintext {
             log::warn!(
                 "dovetail_insecure_plaintext is set: mail goes over the network unencrypted, and anybody who reaches the \
@@ -190,15 +222,18 @@ impl Engine {
             );
         }
         let mut events = Events::with_capacity(EVENTS_MAX);
+        self.take_commands();
         while !self.is_at_end() {
             self.has_closed = false;
             self.read_in_turn();
             self.keep_time();
             self.dispatch_jobs();
+            // Before anybody hears of it.
+            self.keep_journal()?;
             self.write();
             let timeout = self.timeout();
             match self.poll.poll(&mut events, timeout) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(Fatal::Poll(error)),
                 _ => {}
             }
             self.now_ms = self.began.elapsed().as_millis() as u64;
@@ -209,7 +244,12 @@ impl Engine {
                 }
             }
         }
-        Ok(())
+        self.keep_journal()
+    }
+
+    /// Does what was asked for while the journal was not open.
+    pub fn take_waiting(&mut self, waiting: Vec<Command>) {
+        waiting.into_iter().for_each(|command| self.take_command(command));
     }
 
     /// A new connection of ours; its token.
@@ -256,13 +296,6 @@ impl Engine {
         }
     }
 
-    /// Stamps and sends what the order released.
-    pub fn ship_all(&mut self, released: Vec<Release>) {
-        for release in released {
-            self.ship(release);
-        }
-    }
-
     /// Resolves a peer's host in a thread of its own, because it may take long; answers by [`Command::Resolved`].
     pub fn resolve(&self, index: usize, address: String) -> io::Result<()> {
         let (sender, waker) = (self.sender.clone(), self.waker.clone());
@@ -281,11 +314,17 @@ impl Engine {
     fn take_commands(&mut self) {
         loop {
             match self.commands.try_recv() {
-                Ok(Command::Accept(socket, kind)) => self.accept(socket, kind),
-                Ok(Command::Resolved(index, outcome)) => self.peer_resolved(index, outcome),
-                Ok(Command::Stop) => self.begin_to_stop(),
+                Ok(command) => self.take_command(command),
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
             }
+        }
+    }
+
+    fn take_command(&mut self, command: Command) {
+        match command {
+            Command::Accept(socket, kind) => self.accept(socket, kind),
+            Command::Resolved(index, outcome) => self.peer_resolved(index, outcome),
+            Command::Stop => self.begin_to_stop(),
         }
     }
 
@@ -456,12 +495,11 @@ impl Engine {
 
     /// Does what has become due.
     fn keep_time(&mut self) {
-        // At the end nothing is waited for.
-        let now_ms = if self.is_stopping() { u64::MAX } else { self.now_ms };
-        if self.order.wake_up_ms().is_some_and(|due| due <= now_ms) {
-            let mut released = Vec::new();
-            self.counts.counters.gaps += self.order.expire(now_ms, &mut self.spans, &mut released);
+        if self.order.wake_up_ms().is_some_and(|due| due <= self.now_ms) {
+            let (mut released, mut holes) = (Vec::new(), Vec::new());
+            self.order.expire(self.now_ms, &mut self.spans, &mut released, &mut holes);
             self.ship_all(released);
+            self.look_into_holes(holes);
         }
         for index in 0..self.peers.len() {
             self.peer_tick(index);
@@ -491,7 +529,8 @@ impl Engine {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        if !self.read_again.is_empty() || self.has_closed {
+        let is_loading = self.peers.iter().any(|peer| peer.is_up() && peer.outbox.wants().is_some());
+        if !self.read_again.is_empty() || self.has_closed || is_loading {
             return Some(Duration::ZERO);
         }
         // At the end nothing is begun any more.
@@ -505,6 +544,7 @@ impl Engine {
             .chain(peers.filter_map(PeerState::wake_up_ms))
             .chain(workers.filter_map(Worker::wake_up_ms))
             .chain(self.order.wake_up_ms())
+            .chain(self.heals.wake_up_ms())
             .chain(self.stop_by_ms)
             .min()?;
         let now = self.began.elapsed();
@@ -526,7 +566,8 @@ impl Engine {
         let Some(stop_by_ms) = self.stop_by_ms else {
             return false;
         };
-        let is_read = self.read_again.is_empty() && self.order.wake_up_ms().is_none();
+        // What is still held for what is before it is found again by the relay that comes next.
+        let is_read = self.read_again.is_empty();
         let is_written = self.sockets.values().all(|socket| socket.connection.waiting() == 0);
         // A change must not be applied by an old worker and, sent again, by a new one at the same time.
         let is_applied = !self.workers.iter().any(Worker::is_applying);

@@ -1,19 +1,26 @@
 //! Connections of local processes: what they did becomes changes for the peers; doveadm asks for the status.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use mio::Token;
-use prost::Message;
 
-use super::engine::{wall_clock_us, Close, Engine, Role};
-use super::order::{Arrival, Release};
-use crate::change::{self, ChangeError, CHANGE_BYTES_MAX};
-use crate::peer::Append;
-use crate::wire::frame;
-use crate::wire::proto::{frame::Kind, Change, Frame, Record, SeqOf, Stamp};
+use super::engine::{Close, Engine, Role};
+use super::order::{Arrival, Hole, Release};
+use super::spans::Need;
+use crate::change::{self, ChangeError, GUID_BYTES};
+use crate::wire::proto::{frame::Kind, Change, FailedEntry, FailedList, Frame, Record, Span};
 
 /// Answers that may wait for a process that does not read them.
 const OUT_BYTES_MAX: usize = 1 << 20;
+
+/// Of what failed, so much is listed.
+const FAILED_MAX: usize = 10_000;
+/// Mailboxes of one user that one process is about to write to; with more, all of them count.
+const INTENTS_PER_USER_MAX: usize = 100;
+
+/// Mailboxes by user and GUID; an empty GUID stands for all.
+type Intents = HashMap<Arc<str>, HashSet<Vec<u8>>>;
 
 /// One local process.
 #[derive(Default)]
@@ -21,13 +28,20 @@ pub struct Local {
     is_attached: bool,
     process: String,
     pid: u32,
-    /// It was about to write, and has not said goodbye since.
-    has_intent: bool,
+    /// What it was about to write to, and has not said goodbye since.
+    intents: Intents,
     /// A change of its was bad; said once.
     has_bad_change: bool,
 }
 
 impl Local {
+    fn intend(&mut self, user: &str, mailbox: Vec<u8>) {
+        let mailboxes = self.intents.entry(user.into()).or_default();
+        // Without a GUID, all of the user's mailboxes.
+        let is_one = mailbox.len() == GUID_BYTES && mailboxes.len() < INTENTS_PER_USER_MAX;
+        mailboxes.insert(if is_one { mailbox } else { Vec::new() });
+    }
+
     fn name(&self) -> String {
         match self.is_attached {
             true => format!("{}({})", self.process.escape_debug(), self.pid),
@@ -41,6 +55,9 @@ impl Engine {
         let Some(kind) = frame.kind else { return Ok(()) };
         if let Kind::StatusRequest(_) = kind {
             return self.answer_status(token);
+        }
+        if let Kind::FailedRequest(_) = kind {
+            return self.answer_failed(token);
         }
         let Some(Role::Local(local)) = self.sockets.get_mut(&token).map(|socket| &mut socket.role) else {
             return Ok(());
@@ -56,9 +73,9 @@ impl Engine {
             }
             Kind::Intent(intent) => {
                 change::check_user(&intent.user).map_err(|error| Close::Malformed(error.to_string()))?;
-                local.has_intent = true;
+                local.intend(&intent.user, intent.mailbox.unwrap_or_default().guid);
             }
-            Kind::Goodbye(_) => local.has_intent = false,
+            Kind::Goodbye(_) => local.intents.clear(),
             Kind::Record(record) => return self.take_record(token, record),
             _ => return Err(Close::Malformed("it sent a frame that a local process may not send".into())),
         }
@@ -72,17 +89,35 @@ impl Engine {
             Close::Malformed(reason) => {
                 log::error!("Local process {}: {reason} - closing its connection.", local.name());
             }
-            Close::Ended(reason) | Close::Refused { reason, .. } if local.has_intent => {
-                log::info!(
-                    "Local process {} ended without a goodbye after it was about to write: {reason}. \
-                     What it wrote last may be missing on the peers.",
-                    local.name()
-                );
-            }
             _ => {}
         }
-        if local.has_intent {
-            self.counts.counters.unclean_ends += 1;
+        if local.intents.is_empty() {
+            return;
+        }
+        self.counts.counters.unclean_ends += 1;
+        log::info!(
+            "Local process {} ended without a goodbye after it was about to write: {}. Its mailboxes are looked at.",
+            local.name(),
+            why.reason()
+        );
+        self.look_into_intents(&local.intents);
+    }
+
+    /// The process had no room for what it did.
+    fn look_into_process(&mut self, token: Token) {
+        let Some(Role::Local(local)) = self.sockets.get(&token).map(|socket| &socket.role) else {
+            return;
+        };
+        let intents = local.intents.clone();
+        self.look_into_intents(&intents);
+    }
+
+    fn look_into_intents(&mut self, intents: &Intents) {
+        for (user, mailboxes) in intents {
+            match mailboxes.contains(&Vec::new()) {
+                true => self.heals.want_all(user),
+                false => mailboxes.iter().for_each(|guid| self.heals.want(user, guid, None)),
+            }
         }
     }
 
@@ -95,12 +130,38 @@ impl Engine {
         }
     }
 
+    fn answer_failed(&mut self, token: Token) -> Result<(), Close> {
+        let failed = match self.journal.failed(FAILED_MAX) {
+            Ok(failed) => failed,
+            Err(error) => {
+                self.fail(error);
+                return Ok(());
+            }
+        };
+        let entries = failed.into_iter().map(|failed| FailedEntry {
+            peer: failed.peer,
+            user: failed.user,
+            mailbox_guid: failed.mailbox,
+            seq: failed.seq,
+            at_us: failed.at_us,
+            error: failed.error,
+        });
+        for entry in entries {
+            self.send(token, &Kind::FailedList(FailedList { entries: vec![entry], more: true }).into());
+        }
+        self.send(token, &Kind::FailedList(FailedList::default()).into());
+        Ok(())
+    }
+
     fn take_record(&mut self, token: Token, record: Record) -> Result<(), Close> {
         change::check_spans(&record.spans).map_err(|error| Close::Malformed(error.to_string()))?;
         self.counts.counters.records += 1;
         self.counts.counters.spans += record.spans.len() as u64;
         self.counts.counters.dropped_by_processes =
             self.counts.counters.dropped_by_processes.saturating_add(record.dropped);
+        if record.dropped > 0 {
+            self.look_into_process(token);
+        }
         let mut change = record.change;
         if let Some(error) = change.as_ref().and_then(|change| change::check_change(change).err()) {
             self.skip_bad_change(token, &change.take().unwrap_or_default(), &error);
@@ -113,18 +174,98 @@ impl Engine {
         if let Some(change) = &mut change {
             self.counts.counters.changes += 1;
             change.spans.clone_from(&record.spans);
+            // For this server only.
+            change.spans.iter_mut().for_each(|span| span.tail.clear());
         }
         let arrival = Arrival { connection: token.0, user, change };
         let mut released = Vec::new();
-        self.counts.counters.gaps +=
-            self.order.arrive(arrival, &record.spans, self.now_ms, &mut self.spans, &mut released);
+        self.arrive(arrival, record.spans, &mut released);
         self.ship_all(released);
         Ok(())
+    }
+
+    /// Puts what came in its order.
+    pub fn arrive(&mut self, mut arrival: Arrival, spans: Vec<Span>, released: &mut Vec<Release>) {
+        let (renamed, spans): (Vec<Span>, Vec<Span>) =
+            spans.into_iter().partition(|span| !span.old_mailbox_guid.is_empty());
+        for span in renamed {
+            if let Err(error) = self.journal.rename_mailbox(&span.user, &span.old_mailbox_guid, &span.mailbox_guid) {
+                self.fail(error);
+            }
+        }
+        for span in &spans {
+            self.recall_log(span);
+        }
+        // No log says what happened to mailboxes themselves, whatever was written with it.
+        let of_messages = arrival.change.as_ref().is_none_or(change::is_of_messages);
+        if of_messages && !spans.is_empty() && spans.iter().all(|span| self.spans.is_healed(span, &Need::of(span))) {
+            // It was on its way while a worker read of it in the log.
+            if arrival.change.take().is_some() {
+                self.counts.note("told_late", 1);
+            }
+            return;
+        }
+        let (untold, told): (Vec<Span>, Vec<Span>) =
+            spans.into_iter().partition(|span| span.untold && span.private_user.is_empty());
+        for span in untold {
+            self.look_into(&arrival.user, &span);
+        }
+        let mut holes = Vec::new();
+        self.order.arrive(arrival, told, self.now_ms, &mut self.spans, released, &mut holes);
+        self.look_into_holes(holes);
+    }
+
+    /// Nobody tells what was written there.
+    fn look_into(&mut self, user: &Arc<str>, span: &Span) {
+        let need = Need::of(span);
+        if self.spans.is_known(span, &need) {
+            return;
+        }
+        self.counts.counters.gaps += 1;
+        if !self.spans.knows(&need) {
+            // The log was never heard of: it is known up to here, as far as we can know.
+            self.spans.recall(&need, need.place, None);
+            let begin = Span { end: span.begin, tail: Vec::new(), ..span.clone() };
+            self.ship_all(vec![Release { user: user.clone(), change: None, spans: vec![begin] }]);
+        }
+        self.heals.want(user, &span.mailbox_guid, Some((span.log_seq, span.end)));
+    }
+
+    pub fn look_into_holes(&mut self, holes: Vec<Hole>) {
+        self.counts.counters.gaps += holes.len() as u64;
+        for Hole { user, mailbox } in holes {
+            match mailbox {
+                Some((guid, place)) => self.heals.want(&user, &guid, Some(place)),
+                None => self.heals.want_all(&user),
+            }
+        }
+    }
+
+    /// What the journal knows of a log that is not in memory (any more).
+    fn recall_log(&mut self, span: &Span) {
+        let need = Need::of(span);
+        if self.spans.knows(&need) {
+            return;
+        }
+        match self.journal.log(&span.user, &span.mailbox_guid, &span.private_user) {
+            Ok(Some(log)) if log.index_id == span.index_id => {
+                self.spans.recall(&need, (log.log_seq, log.end), log.healed);
+            }
+            Ok(Some(log)) if span.private_user.is_empty() && log.log_seq != 0 => {
+                // Another index is in the place of the one that was known: made anew, or put there.
+                self.spans.lose(&need);
+                self.heals.want(&span.user.as_str().into(), &span.mailbox_guid, None);
+            }
+            Ok(_) => {}
+            Err(error) => self.fail(error),
+        }
     }
 
     /// One bad change does not cost the process its connection: the others on it are other people's mail.
     fn skip_bad_change(&mut self, token: Token, change: &Change, error: &ChangeError) {
         self.counts.note("bad_change", 1);
+        let mailbox = change.mailbox.as_ref().map(|mailbox| mailbox.guid.clone()).unwrap_or_default();
+        self.fail_to_tell(&change.user, mailbox, &error.to_string());
         let Some(Role::Local(local)) = self.sockets.get_mut(&token).map(|socket| &mut socket.role) else {
             return;
         };
@@ -135,63 +276,5 @@ impl Engine {
                 change.user.escape_debug()
             );
         }
-    }
-
-    /// Stamps the change and puts it into every peer's outbox, encoded once for all.
-    pub fn ship(&mut self, release: Release) {
-        let Release { user, mut change } = release;
-        if self.peers.is_empty() {
-            return;
-        }
-        let given = change.stamp.take().map_or(0, |stamp| stamp.clock);
-        change.stamp = Some(Stamp {
-            origin: self.me.server.clone(),
-            epoch: self.me.epoch,
-            seq: self.seq + 1,
-            clock: self.clock.stamp(given, wall_clock_us()),
-            vector: self.applied_of_others(),
-        });
-        if change.encoded_len() > CHANGE_BYTES_MAX {
-            change.spans.clear();
-        }
-        if change.encoded_len() > CHANGE_BYTES_MAX {
-            self.counts.note("bad_change", 1);
-            log::error!("User {user}: a change cannot be sent to the peers: it is too long with its stamp.");
-            return;
-        }
-        let encoded: Arc<[u8]> = match frame::encode(&Kind::Change(change).into()) {
-            Ok(bytes) => bytes.into(),
-            Err(error) => return log::error!("User {user}: a change cannot be sent to the peers: {error}."),
-        };
-        self.seq += 1;
-        for index in 0..self.peers.len() {
-            let outcome = self.peers[index].outbox.append(&user, self.seq, encoded.clone(), self.now_ms);
-            if outcome == Append::FirstDropped {
-                self.log_full(index);
-            }
-        }
-    }
-
-    fn applied_of_others(&self) -> Vec<SeqOf> {
-        let applied = self.peers.iter().map(|peer| SeqOf {
-            origin: peer.name.clone(),
-            epoch: peer.inbox.epoch(),
-            seq: peer.inbox.applied_up_to(),
-        });
-        applied.filter(|applied| applied.seq > 0).collect()
-    }
-
-    fn log_full(&self, index: usize) {
-        let peer = &self.peers[index];
-        let stats = peer.outbox.stats();
-        log::error!(
-            "Peer {}: its queue is full: {} changes of {} bytes wait for it (dovetail_relay_queue_size = {} for {} peers). \
-             Further changes are dropped until some are acknowledged; they will be missing there.",
-            peer.name,
-            stats.pending,
-            stats.pending_bytes,
-            self.config.queue_bytes_max,
-            self.peers.len()
-        );
     }
 }

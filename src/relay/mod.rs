@@ -3,8 +3,9 @@
 //! One thread polls all sockets. Local processes tell of changes and spans; [`order`] and [`spans`] put them in order;
 //! stamped, they go to every peer through its [`Outbox`](crate::peer::Outbox). What peers send goes to workers through
 //! [`work`], and their outcome back. Guarantees that nothing here blocks, that memory is bounded by the settings and
-//! windows, and that whatever a connection sends can at worst end that connection. It never opens a mailbox, knows
-//! nothing of Dovecot and keeps nothing on disk: what it holds is lost with it.
+//! windows, and that whatever a connection sends can at worst end that connection. What must outlive it is in the
+//! [`journal`](crate::journal) before a peer or a process hears of it. It never opens a mailbox and knows nothing of
+//! Dovecot.
 #![forbid(unsafe_code)]
 
 mod backoff;
@@ -12,8 +13,11 @@ mod bodies;
 pub mod client;
 mod clock;
 mod connection;
+mod durable;
 mod engine;
+mod heal;
 mod local;
+mod looks;
 mod order;
 mod peers;
 mod spans;
@@ -27,13 +31,16 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
-use mio::Waker;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use mio::{Poll, Waker};
 
 use crate::change::SERVER_BYTES_MAX;
-use engine::{Command, Engine};
+use engine::{Command, Engine, Fatal};
 
+/// After a failure the process lives on for so long before it asks to be started again.
+const FAILURE_PAUSE: Duration = Duration::from_secs(5);
 /// Accepted connections that may wait for the engine.
 const COMMANDS_MAX: usize = 16_384;
 
@@ -51,6 +58,14 @@ pub struct Config {
     pub workers: usize,
     /// Memory for changes that peers have not acknowledged (dovetail_relay_queue_size), shared equally by the peers.
     pub queue_bytes_max: usize,
+    /// Folder of the journal; it exists (dovetail_state_dir).
+    pub journal: PathBuf,
+    /// What the journal may hold for peers that are away (dovetail_journal_size).
+    pub journal_bytes_max: u64,
+    /// And for how long (dovetail_journal_days), in microseconds.
+    pub journal_age_us_max: u64,
+    /// Of this boot of the machine.
+    pub boot: String,
     /// Allows connections that are not on loopback (dovetail_insecure_plaintext).
     pub insecure_plaintext: bool,
     /// "dovetail 0.1.0, Dovecot 2.4.1", for people.
@@ -75,16 +90,67 @@ pub enum Connection {
 }
 
 /// Starts the engine in a thread of its own. `on_closed` is called from that thread each time an accepted connection
-/// has been closed.
+/// has been closed, `on_failed` when it has ended by itself, with the reason in the log.
 ///
 /// The thread inherits the signal mask: the host blocks all signals around this call, so that they are delivered to its
 /// own thread. It logs through the `log` crate only, from the engine's thread.
-pub fn start(config: Config, on_closed: impl Fn() + Send + 'static) -> io::Result<Handle> {
+pub fn start(
+    config: Config,
+    on_closed: impl Fn() + Send + 'static,
+    on_failed: impl FnOnce() + Send + 'static,
+) -> io::Result<Handle> {
     check(&config).map_err(|error| io::Error::new(ErrorKind::InvalidInput, error))?;
     let (sender, receiver) = crossbeam_channel::bounded(COMMANDS_MAX);
-    let (engine, waker) = Engine::new(config, sender.clone(), receiver, Box::new(on_closed))?;
-    let thread = std::thread::Builder::new().name("dovetail-relay".into()).spawn(move || engine.run_guarded())?;
-    Ok(Handle { commands: sender, waker, thread })
+    let poll = Poll::new()?;
+    let waker = Arc::new(Waker::new(poll.registry(), engine::WAKER)?);
+    let handle_sender = sender.clone();
+    let handle_waker = waker.clone();
+    let commands = receiver.clone();
+    let run = move || {
+        let is_stopped = match begin(config, (poll, waker), (sender, receiver), Box::new(on_closed)) {
+            Ok(None) => true,
+            Ok(Some(engine)) => engine.run_guarded(),
+            Err(error) => {
+                log::error!("The relay cannot start: {error}. Nothing is replicated; trying again.");
+                false
+            }
+        };
+        if !is_stopped && pause(&commands) {
+            on_failed();
+        }
+    };
+    let thread = std::thread::Builder::new().name("dovetail-relay".into()).spawn(run)?;
+    Ok(Handle { commands: handle_sender, waker: handle_waker, thread })
+}
+
+/// What made the engine fail is probably still there. False: it is asked to stop meanwhile.
+fn pause(commands: &Receiver<Command>) -> bool {
+    let until = Instant::now() + FAILURE_PAUSE;
+    loop {
+        match commands.recv_deadline(until) {
+            Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => return false,
+            // The connection is closed.
+            Ok(_) => {}
+            Err(RecvTimeoutError::Timeout) => return true,
+        }
+    }
+}
+
+/// None: it was asked to stop before the relay that came before it had closed the journal.
+fn begin(
+    config: Config,
+    poll: (Poll, Arc<Waker>),
+    commands: (Sender<Command>, Receiver<Command>),
+    on_closed: Box<dyn Fn() + Send>,
+) -> Result<Option<Engine>, Fatal> {
+    let durable::Opened { journal, waiting } = durable::open(&config, &commands.1)?;
+    let Some(journal) = journal else {
+        waiting.iter().filter(|command| matches!(command, Command::Accept(..))).for_each(|_| on_closed());
+        return Ok(None);
+    };
+    let mut engine = Engine::new(config, poll, commands, on_closed, journal)?;
+    engine.take_waiting(waiting);
+    Ok(Some(engine))
 }
 
 /// The running engine.

@@ -253,9 +253,10 @@ impl Engine {
             TcpStream::connect(address).and_then(|stream| stream.set_nodelay(true).map(|()| Stream::Tcp(stream)));
         match connected.and_then(|stream| self.add(stream, true, Role::Peer(index))) {
             Ok(token) => {
+                let first_pending = self.first_pending(index);
                 let peer = &mut self.peers[index];
                 let mut session = Session::new(self.me.clone(), Admits::Only(peer.name.clone()), self.now_ms);
-                session.greet(peer.inbox.epoch(), peer.inbox.applied_up_to());
+                session.greet(peer.inbox.epoch(), peer.inbox.applied_up_to(), first_pending);
                 peer.link = Some(Link { token, session, up_since_ms: None });
             }
             Err(error) => self.retry(index, format!("connect({address}) failed: {error}"), false),
@@ -280,18 +281,42 @@ impl Engine {
         }
     }
 
+    /// The first of our changes that we will send.
+    fn first_pending(&mut self, index: usize) -> u64 {
+        match self.journal.first_pending(&self.peers[index].name) {
+            Ok(first) => first.unwrap_or(self.journal.seq() + 1),
+            Err(error) => {
+                self.fail(error);
+                0
+            }
+        }
+    }
+
     fn take_hello(&mut self, index: usize, hello: &Hello) -> Result<(), Close> {
         let now_ms = self.now_ms;
+        if hello.applied_epoch == self.me.epoch && hello.applied_seq > self.journal.seq() {
+            let error = self.begin_behind(index, hello.applied_seq);
+            self.fail(error);
+            return Err(Close::Ended("the journal was set back".into()));
+        }
+        let first_pending = self.first_pending(index);
         let peer = &mut self.peers[index];
         let Some(link) = &mut peer.link else { return Ok(()) };
         link.up_since_ms = Some(now_ms);
-        peer.inbox.begin(hello.epoch);
+        if peer.inbox.begin(hello.epoch, hello.first_pending) {
+            if let Err(error) = self.journal.begin_epoch(&peer.name, hello.epoch) {
+                self.failed.get_or_insert(error);
+            }
+        }
         if !link.session.is_up() {
-            link.session.greet(peer.inbox.epoch(), peer.inbox.applied_up_to());
+            link.session.greet(peer.inbox.epoch(), peer.inbox.applied_up_to(), first_pending);
         }
         peer.outbox.restart();
         if hello.applied_epoch == self.me.epoch {
-            peer.outbox.ack_up_to(hello.applied_seq.min(self.seq));
+            match self.journal.acknowledge_up_to(&peer.name, hello.applied_seq) {
+                Ok(count) => peer.outbox.skip_up_to(hello.applied_seq, count),
+                Err(error) => drop(self.failed.get_or_insert(error)),
+            }
         }
         peer.is_refused = false;
         peer.last_error.clear();
@@ -343,10 +368,12 @@ impl Engine {
         }
         let peer = &mut self.peers[index];
         for seq in &ack.seqs {
-            peer.outbox.ack(*seq);
-        }
-        if let Some(dropped) = peer.outbox.end_outage() {
-            log::error!("Peer {}: it takes changes again; {dropped} were dropped and are missing there.", peer.name);
+            if !peer.outbox.ack(*seq) {
+                continue;
+            }
+            if let Err(error) = self.journal.acknowledge(&peer.name, *seq) {
+                self.failed.get_or_insert(error);
+            }
         }
     }
 

@@ -21,9 +21,16 @@ const FILE_BEGIN_MAX: u64 = 256;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct LogId {
     user: String,
-    mailbox_guid: Vec<u8>,
+    pub mailbox_guid: Vec<u8>,
     private_user: String,
     index_id: u32,
+}
+
+impl LogId {
+    /// A private (.pvt) index: nothing of it is replicated.
+    pub fn is_private(&self) -> bool {
+        !self.private_user.is_empty()
+    }
 }
 
 /// File number and offset.
@@ -58,6 +65,10 @@ struct Ahead {
 struct Log {
     end: Place,
     ahead: BTreeMap<Place, Ahead>,
+    /// What was read from the log itself last: whatever is told of it later is known.
+    healed: Option<(Place, Place)>,
+    /// Nothing is known before it is read.
+    is_lost: bool,
 }
 
 impl Log {
@@ -69,6 +80,9 @@ impl Log {
     }
 
     fn advance(&mut self) {
+        if self.is_lost {
+            return;
+        }
         while let Some((place, next)) = self.ahead.first_key_value() {
             if !self.follows(*place, next) {
                 return;
@@ -111,7 +125,10 @@ impl Spans {
     /// Takes a span; its own [`Need`] is given along. The number of holes that were given up, for want of memory.
     pub fn insert(&mut self, span: &Span, need: &Need) -> u64 {
         let Some(log) = self.get(&need.log) else {
-            self.young.insert(need.log.clone(), Log { end: (span.log_seq, span.end), ahead: BTreeMap::new() });
+            self.young.insert(
+                need.log.clone(),
+                Log { end: (span.log_seq, span.end), ahead: BTreeMap::new(), healed: None, is_lost: false },
+            );
             return 0;
         };
         log.insert(span);
@@ -124,10 +141,68 @@ impl Spans {
         1
     }
 
+    /// Whether the log is in memory.
+    pub fn knows(&self, need: &Need) -> bool {
+        self.young.contains_key(&need.log) || self.old.contains_key(&need.log)
+    }
+
+    /// The log is known up to `end` from the last start, and what of it was read from the log itself.
+    pub fn recall(&mut self, need: &Need, end: Place, healed: Option<(Place, Place)>) {
+        self.young.insert(need.log.clone(), Log { end, ahead: BTreeMap::new(), healed, is_lost: false });
+    }
+
+    /// The log was read from one place to the other.
+    pub fn heal(&mut self, need: &Need, from: Place, to: Place) {
+        if !self.knows(need) {
+            self.recall(need, to, None);
+        }
+        let Some(log) = self.get(&need.log) else { return };
+        let from = log.healed.filter(|(_, healed_to)| *healed_to >= from).map_or(from, |(before, _)| before.min(from));
+        log.healed = Some((from, to));
+        log.is_lost = false;
+        log.skip_to(to);
+    }
+
+    /// What was last read from the log itself.
+    pub fn healed(&self, need: &Need) -> Option<(Place, Place)> {
+        self.young.get(&need.log).or_else(|| self.old.get(&need.log)).and_then(|log| log.healed)
+    }
+
+    /// Whether the span is in a part that was read from the log.
+    pub fn is_healed(&self, span: &Span, need: &Need) -> bool {
+        let log = self.young.get(&need.log).or_else(|| self.old.get(&need.log));
+        let healed = log.and_then(|log| log.healed);
+        healed.is_some_and(|(from, to)| from <= need.place && (span.log_seq, span.end) <= to)
+    }
+
+    /// Whether the log is known up to the span's end.
+    pub fn is_known(&self, span: &Span, need: &Need) -> bool {
+        let log = self.young.get(&need.log).or_else(|| self.old.get(&need.log));
+        log.is_some_and(|log| log.end >= (span.log_seq, span.end))
+    }
+
+    /// What was told from this place on is given up: it is to be read from the log. Nothing is, of private indexes.
+    pub fn set_back(&mut self, need: &Need) {
+        if need.log.is_private() {
+            self.give_up(need);
+        } else if let Some(log) = self.get(&need.log) {
+            log.end = log.end.min(need.place);
+            log.ahead.clear();
+        }
+    }
+
+    /// Another log is in the place of the one that was known: nothing of it is, until it is read.
+    pub fn lose(&mut self, need: &Need) {
+        self.recall(need, (0, 0), None);
+        if let Some(log) = self.get(&need.log) {
+            log.is_lost = true;
+        }
+    }
+
     /// Whether everything before the needed place is known. Of a log that was never seen nothing is missing.
     pub fn has(&self, need: &Need) -> bool {
         let log = self.young.get(&need.log).or_else(|| self.old.get(&need.log));
-        log.is_none_or(|log| log.end >= need.place)
+        log.is_none_or(|log| !log.is_lost && log.end >= need.place)
     }
 
     /// Gives up what is missing before the needed place. True if something was.

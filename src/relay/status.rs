@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::engine::Engine;
+use super::engine::{wall_clock_us, Engine};
 use super::peers::PeerState;
 use crate::change;
 use crate::wire::proto::{Counters, NamedCount, PeerStatus, Status};
@@ -27,29 +27,39 @@ impl Counts {
 
 impl Engine {
     pub fn status(&self) -> Status {
+        let look_error = self.heals.error().map(|(user, error)| format!("user {user}: {error}")).unwrap_or_default();
         let notes = self.counts.notes.iter().map(|(name, count)| NamedCount { name: name.clone(), count: *count });
         Status {
-            peers: self.peers.iter().map(|peer| peer_status(peer, self.now_ms)).collect(),
-            counters: Some(Counters { notes: notes.collect(), ..self.counts.counters.clone() }),
+            peers: self.peers.iter().map(|peer| self.peer_status(peer, &look_error)).collect(),
+            counters: Some(Counters {
+                notes: notes.collect(),
+                looking: self.heals.pending() as u64,
+                look_error,
+                ..self.counts.counters.clone()
+            }),
             server: self.me.server.clone(),
             epoch: self.me.epoch,
         }
     }
-}
 
-fn peer_status(peer: &PeerState, now_ms: u64) -> PeerStatus {
-    let stats = peer.outbox.stats();
-    let refusal = peer.outbox.refusal().map(|(user, error)| format!("user {user}: {error}"));
-    let last_error = if peer.last_error.is_empty() { refusal.unwrap_or_default() } else { peer.last_error.clone() };
-    PeerStatus {
-        peer: peer.name.clone(),
-        state: peer.state().into(),
-        pending: stats.pending,
-        behind_secs: stats.oldest_ms.map_or(0, |oldest| now_ms.saturating_sub(oldest) / 1000),
-        dropped: stats.dropped,
-        last_error: change::printable(&last_error),
-        pending_bytes: stats.pending_bytes,
-        acked: stats.acked,
+    fn peer_status(&self, peer: &PeerState, look_error: &str) -> PeerStatus {
+        let now_us = wall_clock_us();
+        // What is held waits for others, and then for every peer.
+        let held = self.order.held() as u64;
+        let stats = peer.outbox.stats();
+        let refusal = peer.outbox.refusal().map(|(user, error)| format!("user {user}: {error}"));
+        let errors = [peer.last_error.clone(), refusal.unwrap_or_default(), look_error.to_owned()];
+        let last_error = errors.into_iter().find(|error| !error.is_empty()).unwrap_or_default();
+        PeerStatus {
+            peer: peer.name.clone(),
+            state: peer.state().into(),
+            pending: stats.pending + held,
+            behind_secs: stats.oldest_us.map_or(0, |oldest| now_us.saturating_sub(oldest) / 1_000_000),
+            dropped: stats.dropped,
+            last_error: change::printable(&last_error),
+            pending_bytes: stats.pending_bytes,
+            acked: stats.acked,
+        }
     }
 }
 

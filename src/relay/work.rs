@@ -47,9 +47,19 @@ impl Work {
         }
     }
 
-    /// The next job: changes of one user from one peer. The user is busy until [`Work::finish`].
-    pub fn next_job(&mut self) -> Option<(Arc<str>, Vec<Received>)> {
-        while let Some(user) = self.line.pop_front() {
+    /// Whether the user has a job.
+    pub fn is_busy(&self, user: &str) -> bool {
+        self.users.get(user).is_some_and(|work| work.is_busy)
+    }
+
+    /// The next job: changes of one user from one peer. The user is busy until [`Work::finish`]. `is_busy`: otherwise.
+    pub fn next_job(&mut self, is_busy: impl Fn(&str) -> bool) -> Option<(Arc<str>, Vec<Received>)> {
+        for _ in 0..self.line.len() {
+            let Some(user) = self.line.pop_front() else { break };
+            if is_busy(&user) {
+                self.line.push_back(user);
+                continue;
+            }
             let Some(work) = self.users.get_mut(&user).filter(|work| !work.is_busy) else {
                 continue;
             };
@@ -121,7 +131,7 @@ mod tests {
     }
 
     fn job(work: &mut Work) -> Option<(String, Vec<u64>)> {
-        work.next_job().map(|(user, job)| (user.to_string(), job.iter().map(|r| r.seq).collect()))
+        work.next_job(|_| false).map(|(user, job)| (user.to_string(), job.iter().map(|r| r.seq).collect()))
     }
 
     #[test]

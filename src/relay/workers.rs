@@ -13,15 +13,22 @@ use prost::Message;
 use super::backoff::Backoff;
 use super::bodies::Party;
 use super::connection::Stream;
-use super::engine::{Close, Engine, Role};
-use super::spans::Need;
+use super::engine::{wall_clock_us, Close, Engine, Role};
+use super::looks::LookJob;
+use super::order::Arrival;
 use super::work::Received;
 use crate::change::{self, USER_BYTES_MAX};
+use crate::journal::Failed;
 use crate::wire::proto::frame::Kind;
 use crate::wire::proto::{Applied, Apply, Change, Frame, Refused, Span};
 
 /// Encoded changes in one frame of a job; a single change may have more.
 const APPLY_BYTES_MAX: usize = 60_000;
+/// Tries of a change that can never be applied, and such changes that are remembered.
+const POISON_TRIES: u32 = 3;
+const POISON_MAX: usize = 1_000;
+/// Users whose last refusal is remembered, so that its reason is logged once.
+const REFUSALS_MAX: usize = 1_000;
 /// Pauses between attempts to connect.
 const RETRY_MS_MIN: u64 = 50;
 const RETRY_MS_MAX: u64 = 5_000;
@@ -33,6 +40,19 @@ struct Item {
     epoch: u64,
     seq: u64,
     bytes: usize,
+    /// GUID of its mailbox.
+    mailbox: Vec<u8>,
+    /// What it does to the list of mailboxes.
+    of_list: Option<Box<Change>>,
+}
+
+impl Item {
+    fn of(received: &Received) -> Item {
+        let Received { epoch, seq, bytes, ref change, .. } = *received;
+        let of_list = change::is_of_list(change).then(|| Box::new(change.clone()));
+        let mailbox = change.mailbox.as_ref().map(|mailbox| mailbox.guid.clone()).unwrap_or_default();
+        Item { epoch, seq, bytes, mailbox, of_list }
+    }
 }
 
 /// What a worker is applying: changes of one user from one peer.
@@ -52,6 +72,7 @@ pub enum Task {
     Apply(Job),
     /// Reads the body of this number.
     Read(u64),
+    Look(LookJob),
 }
 
 /// A connection to a worker, or the want of one.
@@ -88,6 +109,10 @@ impl Worker {
         matches!(self.task, Task::Apply(_))
     }
 
+    pub fn may_work(&self) -> bool {
+        self.is_idle() && !self.only_reads
+    }
+
     fn is_idle(&self) -> bool {
         self.token.is_some() && matches!(self.task, Task::Idle)
     }
@@ -122,8 +147,10 @@ impl Engine {
             return;
         }
         self.dispatch_reads();
-        while let Some(index) = self.workers.iter().position(|worker| worker.is_idle() && !worker.only_reads) {
-            let Some((user, received)) = self.work.next_job() else {
+        self.dispatch_looks();
+        while let Some(index) = self.workers.iter().position(Worker::may_work) {
+            let heals = &self.heals;
+            let Some((user, received)) = self.work.next_job(|user| heals.is_running(user)) else {
                 return;
             };
             self.begin_job(index, user, received);
@@ -148,11 +175,12 @@ impl Engine {
             Some(Kind::BodyChunk(chunk)) => return self.body_chunk(from, chunk),
             Some(Kind::BodyMore(more)) => return self.body_more(from, more),
             Some(Kind::BodyCancel(cancel)) => self.body_cancel(from, &cancel),
+            Some(Kind::Looked(looked)) => return self.worker_looked(index, looked),
             Some(Kind::Attach(_)) => {}
             // What it wrote although it applied nothing.
             Some(Kind::Record(record)) => {
                 change::check_spans(&record.spans).map_err(|error| Close::Malformed(error.to_string()))?;
-                self.take_own_spans(&record.spans);
+                self.take_own_spans(index, record.spans);
             }
             _ => return Err(Close::Malformed("it sent a frame that a worker may not send".into())),
         }
@@ -163,11 +191,17 @@ impl Engine {
         let was_idle = matches!(self.workers[index].task, Task::Idle);
         self.workers[index].token = None;
         self.workers[index].is_wanted = !self.workers[index].only_reads;
-        if let Task::Apply(job) = std::mem::take(&mut self.workers[index].task) {
-            let user = job.user.clone();
-            let reason = why.reason();
-            self.refuse_rest(job, &format!("the worker that applied it went away ({reason})"));
-            self.work.finish(&user);
+        match std::mem::take(&mut self.workers[index].task) {
+            Task::Apply(job) => {
+                let user = job.user.clone();
+                let reason = why.reason();
+                self.refuse_rest(job, &format!("the worker that applied it went away ({reason})"));
+                self.work.finish(&user);
+                // What it wrote last was not told.
+                self.heals.want_mailboxes(&user);
+            }
+            Task::Look(job) => self.look_ended(&job.user, Err(format!("the worker went away ({})", why.reason()))),
+            Task::Idle | Task::Read(_) => {}
         }
         self.bodies_without(Party::Worker(index), "the worker went away");
         if self.now_ms >= self.workers[index].connected_ms + GOOD_CONNECTION_MS {
@@ -205,7 +239,7 @@ impl Engine {
             return self.work.finish(&user);
         }
         self.last_job += 1;
-        let items = received.iter().map(|r| Item { epoch: r.epoch, seq: r.seq, bytes: r.bytes }).collect();
+        let items = received.iter().map(Item::of).collect();
         let job = Job { id: self.last_job, user, peer, items, done: 0 };
         let frames = apply_frames(&job, received.into_iter().map(|r| r.change));
         self.workers[index].task = Task::Apply(job);
@@ -219,7 +253,7 @@ impl Engine {
         let Task::Apply(mut job) = std::mem::take(&mut self.workers[index].task) else {
             return Err(Close::Malformed(format!("it applied job {}, which it was not given", applied.job)));
         };
-        let outcome = self.advance_job(&mut job, &applied);
+        let outcome = self.advance_job(index, &mut job, &applied);
         let is_over = outcome.is_ok() && !(applied.more && applied.error.is_empty());
         if !is_over {
             self.workers[index].task = Task::Apply(job);
@@ -228,7 +262,7 @@ impl Engine {
         self.workers[index].backoff.reset();
         let user = job.user.clone();
         if !applied.error.is_empty() {
-            self.refuse_rest(job, &change::printable(&applied.error));
+            self.fail_rest(job, &change::printable(&applied.error), applied.never);
         } else if job.done < job.items.len() {
             self.refuse_rest(job, "the worker ended the job without applying it");
         }
@@ -237,7 +271,7 @@ impl Engine {
     }
 
     /// Takes over what the worker has done since it last said so.
-    fn advance_job(&mut self, job: &mut Job, applied: &Applied) -> Result<(), Close> {
+    fn advance_job(&mut self, index: usize, job: &mut Job, applied: &Applied) -> Result<(), Close> {
         let done = applied.done as usize;
         if applied.job != job.id || done < job.done || done > job.items.len() {
             let what = format!("it applied {done} changes of job {}", applied.job);
@@ -254,24 +288,30 @@ impl Engine {
             inbox.apply(item.epoch, item.seq);
             inbox.finish(item.bytes);
             self.counts.counters.applied += 1;
+            self.last_refusals.remove(&job.user);
             self.acknowledge(job.peer, item.epoch, item.seq);
+            if let Some(change) = &item.of_list {
+                self.note_list(change);
+            }
         }
         job.done = done;
+        for doubt in &applied.doubts {
+            self.take_doubt(&job.user.clone(), doubt.clone());
+        }
         for note in &applied.notes {
             self.counts.note(note, 1);
         }
-        self.take_own_spans(&applied.spans);
+        self.take_own_spans(index, applied.spans.clone());
         Ok(())
     }
 
     /// Our own commits tile the logs, too: what waits for them can go on.
-    fn take_own_spans(&mut self, spans: &[Span]) {
+    pub fn take_own_spans(&mut self, index: usize, spans: Vec<Span>) {
         self.counts.counters.spans += spans.len() as u64;
+        let Some(token) = self.workers[index].token else { return };
+        let Some(user) = spans.first().map(|span| span.user.as_str().into()) else { return };
         let mut released = Vec::new();
-        for span in spans {
-            self.counts.counters.gaps += self.spans.insert(span, &Need::of(span));
-            self.order.look_again(&span.user.as_str().into(), &self.spans, &mut released);
-        }
+        self.arrive(Arrival { connection: token.0, user, change: None }, spans, &mut released);
         self.ship_all(released);
     }
 
@@ -287,13 +327,71 @@ impl Engine {
         }
     }
 
+    /// The same. A change that can never be applied is set aside after some tries, so that the user's others go on.
+    fn fail_rest(&mut self, mut job: Job, error: &str, never: bool) {
+        let Some(item) = job.items.get(job.done) else { return self.refuse_rest(job, error) };
+        let change = (job.peer, item.epoch, item.seq);
+        if !never {
+            self.poison.remove(&change);
+            return self.refuse_rest(job, error);
+        }
+        if self.poison.len() >= POISON_MAX {
+            self.poison.clear();
+        }
+        let tries = self.poison.entry(change).or_default();
+        *tries += 1;
+        if *tries < POISON_TRIES {
+            return self.refuse_rest(job, error);
+        }
+        self.poison.remove(&change);
+        self.set_aside(&job, error);
+        let done = job.items.remove(job.done);
+        let inbox = &mut self.peers[job.peer].inbox;
+        inbox.apply(done.epoch, done.seq);
+        inbox.finish(done.bytes);
+        self.acknowledge(job.peer, done.epoch, done.seq);
+        if job.done < job.items.len() {
+            self.refuse_rest(job, "a change before it was set aside");
+        }
+    }
+
+    fn set_aside(&mut self, job: &Job, error: &str) {
+        let item = &job.items[job.done];
+        let peer = self.peers[job.peer].name.clone();
+        log::error!(
+            "User {}: change {} of peer {peer} can never be applied here and is set aside: {error}; the mailbox must be \
+             compared (doveadm dovetail failed).",
+            job.user,
+            item.seq
+        );
+        let failed = Failed {
+            peer,
+            user: job.user.to_string(),
+            mailbox: item.mailbox.clone(),
+            seq: item.seq,
+            at_us: wall_clock_us(),
+            error: error.to_owned(),
+            frame: None,
+        };
+        self.remember_failed(&failed);
+    }
+
     /// Refuses a change of a peer, which has left the queue.
     pub fn refuse(&mut self, peer: usize, epoch: u64, seq: u64, user: &Arc<str>, error: &str) {
         self.counts.counters.refused += 1;
         // A bad change may name anybody, at any length.
         let user_name: String = user.chars().take(USER_BYTES_MAX).collect();
         let name = &self.peers[peer].name;
-        log::debug!("User {}: change {seq} of peer {name} could not be applied: {error}.", user_name.escape_debug());
+        if self.last_refusals.len() >= REFUSALS_MAX {
+            self.last_refusals.clear();
+        }
+        if self.last_refusals.insert(user.clone(), error.to_owned()).is_none_or(|last| last != error) {
+            log::error!(
+                "User {}: change {seq} of peer {name} could not be applied: {error} - it will be sent again, the user's \
+                 later changes wait.",
+                user_name.escape_debug()
+            );
+        }
         for dropped in self.work.drop_user(user, peer) {
             self.peers[peer].inbox.finish(dropped.bytes);
         }

@@ -289,6 +289,8 @@ static void capture_mail_expunge(void *_txn, struct mail *mail)
 {
 	struct capture_txn *txn = _txn;
 
+	if (!mail->saving && capture_box_is_ours(txn->box))
+		dt_spans_tell_expunge(txn->box, mail->uid);
 	if (txn->ignored || mail->saving)
 		return;
 	T_BEGIN {
@@ -557,10 +559,24 @@ static int capture_copy(struct mail_save_context *ctx, struct mail *mail)
 	return 0;
 }
 
+/* Before the list of mailboxes is changed: if we are killed before we can tell, the relay knows where to look. */
+static void capture_intend(struct mailbox *box)
+{
+	struct dt_mailbox ref;
+
+	if (!capture_box_is_ours(box))
+		return;
+	T_BEGIN {
+		capture_box_names(box, box->vname, &ref);
+		dt_rs_intend(&ref);
+	} T_END;
+}
+
 static int capture_create_box(struct mailbox *box, const struct mailbox_update *update, bool directory)
 {
 	struct capture_box *cbox = CAPTURE_CONTEXT(box);
 
+	capture_intend(box);
 	cbox->directory = directory;
 	return cbox->module_ctx.super.create_box(box, update, directory);
 }
@@ -568,11 +584,30 @@ static int capture_create_box(struct mailbox *box, const struct mailbox_update *
 static int capture_delete_box(struct mailbox *box)
 {
 	struct capture_box *cbox = CAPTURE_CONTEXT(box);
-	int ret = cbox->module_ctx.super.delete_box(box);
+	int ret;
+
+	capture_intend(box);
+	ret = cbox->module_ctx.super.delete_box(box);
 
 	if (ret < 0)
 		cbox->deleting = FALSE;
 	return ret;
+}
+
+static int capture_rename_box(struct mailbox *src, struct mailbox *dest)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(src);
+
+	capture_intend(src);
+	return cbox->module_ctx.super.rename_box(src, dest);
+}
+
+static int capture_set_subscribed(struct mailbox *box, bool set)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(box);
+
+	capture_intend(box);
+	return cbox->module_ctx.super.set_subscribed(box, set);
 }
 
 static void capture_free(struct mailbox *box)
@@ -597,6 +632,8 @@ static void capture_mailbox_allocated(struct mailbox *box)
 	v->copy = capture_copy;
 	v->create_box = capture_create_box;
 	v->delete_box = capture_delete_box;
+	v->rename_box = capture_rename_box;
+	v->set_subscribed = capture_set_subscribed;
 	v->free = capture_free;
 	MODULE_CONTEXT_SET(box, capture_storage_module, cbox);
 }

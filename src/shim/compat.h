@@ -66,6 +66,9 @@ struct dovetail_settings {
 	const char *dovetail_worker_plugins;
 	const char *dovetail_process_queue_size;
 	const char *dovetail_relay_queue_size;
+	const char *dovetail_state_dir;
+	const char *dovetail_journal_size;
+	const char *dovetail_journal_days;
 	const char *dovetail_inline_body_size;
 	const char *dovetail_insecure_plaintext;
 };
@@ -82,6 +85,9 @@ static const struct setting_define dovetail_setting_defines[] = {
 	DEF(dovetail_worker_plugins),
 	DEF(dovetail_process_queue_size),
 	DEF(dovetail_relay_queue_size),
+	DEF(dovetail_state_dir),
+	DEF(dovetail_journal_size),
+	DEF(dovetail_journal_days),
 	DEF(dovetail_inline_body_size),
 	DEF(dovetail_insecure_plaintext),
 	SETTING_DEFINE_LIST_END
@@ -98,6 +104,9 @@ static const struct dovetail_settings dovetail_default_settings = {
 	.dovetail_worker_plugins = "",
 	.dovetail_process_queue_size = "",
 	.dovetail_relay_queue_size = "",
+	.dovetail_state_dir = "",
+	.dovetail_journal_size = "",
+	.dovetail_journal_days = "",
 	.dovetail_inline_body_size = "",
 	.dovetail_insecure_plaintext = "",
 };
@@ -126,8 +135,10 @@ static inline int compat_settings_each(struct mail_user *user, dt_setting_each e
 			each(context, def->key, *value);
 	}
 	settings_free(set);
-	if (master_set != NULL)
+	if (master_set != NULL) {
 		each(context, "base_dir", master_set->base_dir);
+		each(context, "state_dir", master_set->state_dir);
+	}
 	return 0;
 }
 
@@ -188,6 +199,7 @@ static inline int compat_settings_each(struct mail_user *user, dt_setting_each e
 		return -1;
 	dt_plugin_envs_each((const void *)&set->plugin_envs, each, context);
 	each(context, "base_dir", set->base_dir);
+	each(context, "state_dir", master_service_settings_get(master_service)->state_dir);
 	return 0;
 }
 #endif

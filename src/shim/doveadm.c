@@ -1,5 +1,6 @@
 /* `doveadm dovetail ...`: parses arguments and prints; what it says comes from the relay. */
 #include "compat.h"
+#include "time-util.h"
 #include "net.h"
 #include "doveadm.h"
 #include "doveadm-cmd.h"
@@ -25,6 +26,7 @@ static void cmd_dovetail_status_row(void *context, const struct dt_status_row *r
 	doveadm_print_num(row->pending);
 	doveadm_print_num(row->behind_secs);
 	doveadm_print_num(row->dropped);
+	doveadm_print_num(row->failed);
 	doveadm_print(row->last_error);
 }
 
@@ -39,8 +41,37 @@ static void cmd_dovetail_status(struct doveadm_cmd_context *cctx)
 	doveadm_print_header("pending", "pending", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
 	doveadm_print_header("behind_secs", "behind_secs", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
 	doveadm_print_header("dropped", "dropped", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
+	doveadm_print_header("failed", "failed", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
 	doveadm_print_header("last_error", "last_error", DOVEADM_PRINT_HEADER_FLAG_EXPAND);
 	if (dt_rs_status(cmd_dovetail_status_row, NULL, error, sizeof(error)) < 0) {
+		i_error("%s", error);
+		doveadm_exit_code = EX_TEMPFAIL;
+	}
+}
+
+static void cmd_dovetail_failed_row(void *context, const struct dt_failed_row *row)
+{
+	doveadm_print(row->peer);
+	doveadm_print(row->user);
+	doveadm_print(row->mailbox_guid);
+	doveadm_print_num(row->seq);
+	doveadm_print(t_strflocaltime("%Y-%m-%d %H:%M:%S", (time_t)row->since));
+	doveadm_print(row->error);
+}
+
+static void cmd_dovetail_failed(struct doveadm_cmd_context *cctx)
+{
+	char error[1024];
+
+	if (!doveadm_print_is_initialized())
+		doveadm_print_init(DOVEADM_PRINT_TYPE_TABLE);
+	doveadm_print_header_simple("peer");
+	doveadm_print_header_simple("user");
+	doveadm_print_header_simple("mailbox_guid");
+	doveadm_print_header("seq", "seq", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
+	doveadm_print_header_simple("since");
+	doveadm_print_header("error", "error", DOVEADM_PRINT_HEADER_FLAG_EXPAND);
+	if (dt_rs_failed(cmd_dovetail_failed_row, NULL, error, sizeof(error)) < 0) {
 		i_error("%s", error);
 		doveadm_exit_code = EX_TEMPFAIL;
 	}
@@ -51,6 +82,13 @@ static struct doveadm_cmd_ver2 doveadm_dovetail_cmds[] = {
 		.name = "dovetail status",
 		.usage = "",
 		.cmd = cmd_dovetail_status,
+DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_PARAMS_END
+	},
+	{
+		.name = "dovetail failed",
+		.usage = "",
+		.cmd = cmd_dovetail_failed,
 DOVEADM_CMD_PARAMS_START
 DOVEADM_CMD_PARAMS_END
 	},

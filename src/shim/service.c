@@ -61,6 +61,7 @@ static void dt_relay_connected(struct master_service_connection *conn)
 
 static int dt_relay_main(void)
 {
+	struct restrict_access_settings access;
 	const char *error;
 
 	/* Settings and the log before privileges are dropped. */
@@ -68,7 +69,8 @@ static int dt_relay_main(void)
 		i_fatal("%s", error);
 	master_service_init_log(master_service);
 	dt_rs_service_init();
-	if (dt_rs_relay_configure() < 0)
+	restrict_access_get_env(&access);
+	if (dt_rs_relay_configure(access.uid, access.gid) < 0)
 		return FATAL_DEFAULT;
 	restrict_access_by_env(RESTRICT_ACCESS_FLAG_ALLOW_ROOT, NULL);
 	restrict_access_allow_coredumps(TRUE);

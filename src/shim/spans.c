@@ -12,10 +12,15 @@
 #include "maildir-storage.h"
 #include "spans.h"
 
+#include <unistd.h>
+
 #define DT_SPANS_BOX_CONTEXT(obj) \
 	MODULE_CONTEXT(obj, dt_spans_mailbox_module)
 #define DT_SPANS_TRANS_CONTEXT_REQUIRE(obj) \
 	MODULE_CONTEXT_REQUIRE(obj, dt_spans_trans_module)
+
+/* UIDs that are known to be expunged: forgotten when there are more ranges, which costs a look at the log. */
+#define DT_SPANS_TOLD_MAX 10000
 
 /* A created mailbox writes a handful of spans before its GUID is known. */
 #define DT_SPANS_PENDING_MAX 64
@@ -31,6 +36,8 @@ struct dt_spans_mailbox {
 
 	guid_128_t guid;
 	struct dt_spans_log main_log, pvt_log;
+	/* Messages whose expunge was told: when it is executed it is no news. */
+	ARRAY_TYPE(seq_range) told_expunges;
 	/* Written before the GUID was known. */
 	ARRAY(struct dt_span) pending;
 
@@ -120,11 +127,22 @@ dt_spans_mailbox_update(struct mailbox *box,
 			const struct mailbox_update *update)
 {
 	struct dt_spans_mailbox *sbox = DT_SPANS_BOX_CONTEXT(box);
+	struct dt_span span;
 
+	i_zero(&span);
+	if (sbox->guid_known)
+		memcpy(span.old_mailbox_guid, sbox->guid, GUID_128_SIZE);
 	if (sbox->module_ctx.super.update_box(box, update) < 0)
 		return -1;
 	if (!guid_128_is_empty(update->mailbox_guid) && box->opened) T_BEGIN {
 		dt_spans_learn_guid(sbox);
+		if (!guid_128_is_empty(span.old_mailbox_guid) &&
+		    memcmp(span.old_mailbox_guid, sbox->guid, GUID_128_SIZE) != 0) {
+			span.user = dt_spans_owner(box);
+			span.mailbox = box;
+			memcpy(span.mailbox_guid, sbox->guid, GUID_128_SIZE);
+			dt_spans_report(&span);
+		}
 	} T_END;
 	return 0;
 }
@@ -134,6 +152,8 @@ static void dt_spans_mailbox_free(struct mailbox *box)
 	struct dt_spans_mailbox *sbox = DT_SPANS_BOX_CONTEXT(box);
 
 	dt_spans_flush_pending(sbox);
+	if (array_is_created(&sbox->told_expunges))
+		array_free(&sbox->told_expunges);
 	DLLIST_REMOVE(&dt_spans_mailboxes, sbox);
 	sbox->module_ctx.super.free(box);
 }
@@ -216,9 +236,73 @@ dt_spans_modseq_at(struct mail_transaction_log_file *file, uoff_t offset)
 	return modseq;
 }
 
+void dt_spans_tell_expunge(struct mailbox *box, uint32_t uid)
+{
+	struct dt_spans_mailbox *sbox = DT_SPANS_BOX_CONTEXT(box);
+
+	if (!array_is_created(&sbox->told_expunges))
+		i_array_init(&sbox->told_expunges, 8);
+	else if (array_count(&sbox->told_expunges) >= DT_SPANS_TOLD_MAX)
+		array_clear(&sbox->told_expunges);
+	seq_range_array_add(&sbox->told_expunges, uid);
+}
+
+static bool dt_spans_is_told_expunge(const struct mail_index *index, uint32_t uid)
+{
+	struct dt_spans_mailbox *sbox;
+
+	for (sbox = dt_spans_mailboxes; sbox != NULL; sbox = sbox->next) {
+		if (sbox->box->index == index && array_is_created(&sbox->told_expunges) &&
+		    seq_range_exists(&sbox->told_expunges, uid))
+			return TRUE;
+	}
+	return FALSE;
+}
+
+/* What the transaction does to messages. Called before it is committed, when it still has sequences instead of UIDs. */
+static unsigned int dt_spans_touched(struct mail_index_transaction *t)
+{
+	const struct mail_index_flag_update *update;
+	const struct mail_transaction_expunge_guid *expunge;
+	unsigned int touched = 0;
+
+	if (t->reset)
+		return DT_SPAN_APPENDS | DT_SPAN_EXPUNGES;
+	if (array_is_created(&t->appends) && array_count(&t->appends) > 0)
+		touched |= DT_SPAN_APPENDS;
+	if (array_is_created(&t->keyword_updates) && array_count(&t->keyword_updates) > 0)
+		touched |= DT_SPAN_FLAGS;
+	if (array_is_created(&t->updates)) {
+		array_foreach(&t->updates, update) {
+			if (((update->add_flags | update->remove_flags) & MAIL_FLAGS_NONRECENT) != 0)
+				touched |= DT_SPAN_FLAGS;
+		}
+	}
+	/* Others are only requests. */
+	if (array_is_created(&t->expunges) && (t->flags & MAIL_INDEX_TRANSACTION_FLAG_EXTERNAL) != 0) {
+		array_foreach(&t->expunges, expunge) {
+			uint32_t uid;
+
+			mail_index_lookup_uid(t->view, expunge->uid, &uid);
+			if (!dt_spans_is_told_expunge(t->view->index, uid))
+				touched |= DT_SPAN_EXPUNGES;
+		}
+	}
+	return touched;
+}
+
+/* The bytes before `end`. */
+static size_t dt_spans_read_tail(struct mail_transaction_log_file *file, uoff_t end, unsigned char tail_r[DT_SPAN_TAIL_SIZE])
+{
+	size_t size = I_MIN(end, DT_SPAN_TAIL_SIZE);
+	ssize_t ret = pread(file->fd, tail_r, size, end - size);
+
+	return ret < 0 ? 0 : ret;
+}
+
 static void
 dt_spans_committed(struct dt_spans_mailbox *sbox, bool private,
-		   struct mail_index *index,
+		   struct mail_index *index, unsigned int touched,
 		   const struct mail_index_transaction_commit_result *result)
 {
 	struct dt_spans_log *log = private ? &sbox->pvt_log : &sbox->main_log;
@@ -233,12 +317,13 @@ dt_spans_committed(struct dt_spans_mailbox *sbox, bool private,
 	span.log_seq = result->log_file_seq;
 	span.begin = result->log_file_offset - result->commit_size;
 	span.end = result->log_file_offset;
-	span.changes_mask = result->changes_mask;
+	span.touched = touched;
 
 	file = dt_spans_find_file(index, result->log_file_seq);
 	if (file != NULL) {
 		span.index_id = file->hdr.indexid;
 		span.highest_modseq = dt_spans_modseq_at(file, span.end);
+		span.tail_size = dt_spans_read_tail(file, span.end, span.tail);
 		if (log->last_seq != result->log_file_seq) {
 			span.prev_log_seq = file->hdr.prev_file_seq;
 			span.prev_log_end = file->hdr.prev_file_offset;
@@ -270,6 +355,7 @@ dt_spans_trans_commit(struct mail_index_transaction *t,
 	struct dt_spans_trans *strans = DT_SPANS_TRANS_CONTEXT_REQUIRE(t);
 	struct mail_index *index = t->view->index;
 	struct dt_spans_mailbox *sbox;
+	unsigned int touched = dt_spans_touched(t);
 	bool private;
 	int ret;
 
@@ -284,7 +370,7 @@ dt_spans_trans_commit(struct mail_index_transaction *t,
 		return ret;
 	sbox = dt_spans_find_mailbox(index, &private);
 	if (sbox != NULL) T_BEGIN {
-		dt_spans_committed(sbox, private, index, result_r);
+		dt_spans_committed(sbox, private, index, touched, result_r);
 	} T_END;
 	return ret;
 }

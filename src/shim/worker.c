@@ -44,6 +44,8 @@ static struct {
 	struct mail *mail;
 	/* `trans` saves messages, otherwise it changes them. */
 	bool saving;
+	/* What is written now was asked for by the relay; otherwise it was found in the mailbox. */
+	bool writing;
 
 	/* Where messages are copied from. */
 	struct mailbox *source;
@@ -66,7 +68,7 @@ static const char *const dt_worker_acting_plugins[] = {
 	NULL
 };
 
-static int ATTR_FORMAT(1, 2) dt_worker_set_error(const char *fmt, ...)
+int dt_worker_set_error(const char *fmt, ...)
 {
 	va_list args;
 
@@ -77,15 +79,38 @@ static int ATTR_FORMAT(1, 2) dt_worker_set_error(const char *fmt, ...)
 	return -1;
 }
 
-static int dt_worker_set_box_error(struct mailbox *box, const char *what)
+int dt_worker_set_box_error(struct mailbox *box, const char *what)
 {
-	return dt_worker_set_error("%s: %s", what,
-				   mailbox_get_last_internal_error(box, NULL));
+	enum mail_error error;
+	const char *text = mailbox_get_last_internal_error(box, &error);
+	/* What a retry may mend is everything else. */
+	bool never = error == MAIL_ERROR_PARAMS || error == MAIL_ERROR_NOTPOSSIBLE;
+
+	/* "Internal error occurred. Refer to server log for more information. [2026-11-24 23:00:26]": the same error is to
+	   read the same. */
+	return dt_worker_set_error("%s%s: %s", never ? "impossible here: " : "", what, t_strcut(text, '['));
 }
 
 static bool dt_worker_box_notfound(struct mailbox *box)
 {
 	return mailbox_get_last_mail_error(box) == MAIL_ERROR_NOTFOUND;
+}
+
+struct mail_namespace *dt_worker_namespace(void)
+{
+	return w.ns;
+}
+
+struct mailbox *dt_worker_box(void)
+{
+	return w.box;
+}
+
+const char *dt_worker_keep(const char *text)
+{
+	str_truncate(w.result, 0);
+	str_append(w.result, text);
+	return str_c(w.result);
 }
 
 static struct mailbox *dt_worker_alloc(const char *vname, enum mailbox_flags flags)
@@ -272,8 +297,7 @@ int dt_worker_find_guid(const unsigned char guid[16], const char **vname_r)
 						 MAILBOX_FLAG_IGNORE_ACLS);
 			if (mailbox_get_metadata(box, MAILBOX_METADATA_GUID,
 						 &metadata) == 0) {
-				str_truncate(w.result, 0);
-				str_append(w.result, mailbox_get_vname(box));
+				(void)dt_worker_keep(mailbox_get_vname(box));
 				ret = 1;
 			} else if (!dt_worker_box_notfound(box)) {
 				ret = dt_worker_set_box_error(box,
@@ -310,6 +334,7 @@ int dt_worker_create(const char *vname, bool directory,
 		box = dt_worker_alloc(vname, 0);
 		/* The name was allowed where it was created. */
 		mailbox_skip_create_name_restrictions(box, TRUE);
+		w.writing = TRUE;
 		if (mailbox_create(box, directory ? NULL : &update,
 				   directory) < 0) {
 			if (mailbox_get_last_mail_error(box) == MAIL_ERROR_EXISTS)
@@ -318,6 +343,7 @@ int dt_worker_create(const char *vname, bool directory,
 				ret = dt_worker_set_box_error(box, "mailbox_create()");
 		}
 		mailbox_free(&box);
+		w.writing = FALSE;
 	} T_END;
 	return ret;
 }
@@ -355,6 +381,7 @@ int dt_worker_delete(const char *vname)
 
 	T_BEGIN {
 		box = dt_worker_alloc(vname, 0);
+		w.writing = TRUE;
 		if (mailbox_delete(box) < 0) {
 			if (dt_worker_box_notfound(box))
 				ret = 0;
@@ -362,6 +389,7 @@ int dt_worker_delete(const char *vname)
 				ret = dt_worker_set_box_error(box, "mailbox_delete()");
 		}
 		mailbox_free(&box);
+		w.writing = FALSE;
 	} T_END;
 	return ret;
 }
@@ -460,7 +488,10 @@ int dt_worker_update(const struct dt_mailbox_update *_update)
 
 	dt_worker_convert_update(_update, &update);
 	T_BEGIN {
-		if (mailbox_update(w.box, &update) < 0)
+		w.writing = TRUE;
+		ret = mailbox_update(w.box, &update) < 0 ? -1 : 1;
+		w.writing = FALSE;
+		if (ret < 0)
 			ret = dt_worker_set_box_error(w.box, "mailbox_update()");
 		else if (mailbox_sync(w.box, 0) < 0)
 			ret = dt_worker_set_box_error(w.box, "mailbox_sync()");
@@ -468,8 +499,7 @@ int dt_worker_update(const struct dt_mailbox_update *_update)
 	return ret;
 }
 
-/* 1 = found, 0 = not (any more), -1 = error */
-static int
+int
 dt_worker_get_guid(struct mail *mail, uint32_t uid, const char **guid_r)
 {
 	if (!mail_set_uid(mail, uid) || mail->expunged)
@@ -483,7 +513,7 @@ dt_worker_get_guid(struct mail *mail, uint32_t uid, const char **guid_r)
 	return 1;
 }
 
-static struct mailbox_transaction_context *
+struct mailbox_transaction_context *
 dt_worker_read_begin(struct mailbox *box)
 {
 	return mailbox_transaction_begin(box,
@@ -503,9 +533,7 @@ int dt_worker_message_guid(uint32_t uid, const char **guid_r)
 		mail = mail_alloc(trans, MAIL_FETCH_GUID, NULL);
 		ret = dt_worker_get_guid(mail, uid, &guid);
 		if (ret > 0) {
-			str_truncate(w.result, 0);
-			str_append(w.result, guid);
-			*guid_r = str_c(w.result);
+			*guid_r = dt_worker_keep(guid);
 		}
 		mail_free(&mail);
 		mailbox_transaction_rollback(&trans);
@@ -598,6 +626,13 @@ static void dt_worker_begin(bool saving)
 	w.trans = mailbox_transaction_begin(w.box, flags, "dovetail");
 	if (!saving)
 		w.mail = mail_alloc(w.trans, 0, NULL);
+}
+
+struct mailbox_transaction_context *dt_worker_transaction(void)
+{
+	if (w.trans == NULL)
+		dt_worker_begin(FALSE);
+	return w.trans;
 }
 
 static struct mail_save_context *
@@ -793,6 +828,7 @@ int dt_worker_expunge(uint32_t first_uid, uint32_t last_uid)
 			const char *guid;
 
 			mail_set_seq(w.mail, seq);
+			dt_spans_tell_expunge(w.box, w.mail->uid);
 			/* Only what is known without opening a file gets into the log, where dt_worker_was_expunged()
 			   looks for it. */
 			(void)mail_get_special(w.mail, MAIL_FETCH_GUID, &guid);
@@ -814,9 +850,13 @@ int dt_worker_commit(void (*saved)(uint32_t first_uid, uint32_t last_uid,
 	T_BEGIN {
 		if (w.mail != NULL)
 			mail_free(&w.mail);
-		if (mailbox_transaction_commit_get_changes(&w.trans, &changes) < 0) {
+		w.writing = TRUE;
+		ret = mailbox_transaction_commit_get_changes(&w.trans, &changes);
+		w.writing = FALSE;
+		if (ret < 0) {
 			ret = dt_worker_set_box_error(w.box, "Commit");
 		} else {
+			ret = 1;
 			array_foreach(&changes.saved_uids, range)
 				saved(range->seq1, range->seq2, context);
 			pool_unref(&changes.pool);
@@ -900,6 +940,15 @@ void dt_worker_body_close(void)
 	} T_END;
 }
 
+static void dt_worker_span(const struct dt_span *_span)
+{
+	struct dt_span span = *_span;
+
+	if (w.writing)
+		span.touched = 0;
+	dt_rs_worker_span(&span);
+}
+
 /* -- The connection from the relay */
 
 static void dt_worker_readable(void *context ATTR_UNUSED)
@@ -933,7 +982,7 @@ int dt_worker_init(struct mail_storage_service_ctx *storage_service,
 	w.plugins = i_strdup(plugins);
 	w.result = str_new(default_pool, 128);
 	dt_inbox_init(NULL);
-	dt_spans_init(NULL, dt_rs_worker_span);
+	dt_spans_init(NULL, dt_worker_span);
 	return 0;
 }
 

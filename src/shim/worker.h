@@ -8,6 +8,10 @@
 
 #include "dovetail.h"
 
+struct mail;
+struct mailbox;
+struct mailbox_transaction_context;
+struct mail_namespace;
 struct mail_storage_service_ctx;
 
 enum dt_existence {
@@ -25,6 +29,22 @@ int dt_worker_init(struct mail_storage_service_ctx *storage_service,
 void dt_worker_deinit(void);
 /* FALSE if there is a connection already. */
 bool dt_worker_connection_init(int fd);
+
+/* -- For look.c */
+
+/* Both return -1. */
+int dt_worker_set_error(const char *fmt, ...) ATTR_FORMAT(1, 2);
+int dt_worker_set_box_error(struct mailbox *box, const char *what);
+/* A copy that is valid until the next call. */
+const char *dt_worker_keep(const char *text);
+struct mail_namespace *dt_worker_namespace(void);
+/* The open one. */
+struct mailbox *dt_worker_box(void);
+/* The one that is being built; begins it. */
+struct mailbox_transaction_context *dt_worker_transaction(void);
+struct mailbox_transaction_context *dt_worker_read_begin(struct mailbox *box);
+/* 1 = found, 0 = not (any more) */
+int dt_worker_get_guid(struct mail *mail, uint32_t uid, const char **guid_r);
 
 /* -- Called by Rust */
 
@@ -92,6 +112,23 @@ int dt_worker_expunge(uint32_t first_uid, uint32_t last_uid);
 int dt_worker_commit(void (*saved)(uint32_t first_uid, uint32_t last_uid,
 				   void *context), void *context);
 void dt_worker_rollback(void);
+
+/* look.c */
+
+/* The mailboxes of the namespace with the INBOX. 1 = all listed */
+int dt_worker_list(int64_t since, void (*each)(const struct dt_listed *listed, void *context), void *context);
+/* 1 = the mailbox log says so */
+int dt_worker_was_deleted(const unsigned char guid[16]);
+/* The open mailbox's transaction log; the one before it has ".2" behind. */
+const char *dt_worker_log_path(void);
+/* UIDs of all messages in the open mailbox. */
+void dt_worker_uids(void (*each)(uint32_t first_uid, uint32_t last_uid, void *context), void *context);
+/* 1 = found, its GUID is valid until the next call; 0 = no such message (any more) */
+int dt_worker_message_info(uint32_t uid, struct dt_message_info *info_r);
+/* What the open mailbox's index keeps for us; all zero: nothing. */
+void dt_worker_mark_read(unsigned char mark_r[DT_MARK_SIZE]);
+/* In the transaction that is being built. */
+void dt_worker_mark_write(uint32_t offset, const unsigned char *data, size_t size);
 
 /* Reads the message's body. 1 = opened, 0 = no such message with this GUID */
 int dt_worker_body_open(uint32_t uid, const char *guid);

@@ -2,10 +2,12 @@
 //!
 //! Applying a change again does nothing. What cannot be done exactly because this server has something else in the
 //! place is solved so that no mail is lost, and noted; the notes are counted in the status.
+use std::collections::HashMap;
 use std::io::{Read, Write};
 
 use super::body::{self, Fetched};
 use super::connection::Connection;
+use super::mark::Marks;
 use super::name;
 use super::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Storage, Update};
 use crate::change;
@@ -18,12 +20,16 @@ const CHANGES_MAX: usize = 128;
 /// UIDs above would leave no room for new messages; Dovecot panics at the end of its numbers.
 const UID_MAX: u32 = u32::MAX - (1 << 20);
 const NO_GUID: Guid = [0; 16];
+/// Reasons that begin so will not go away by themselves: ours, and (dt_worker_set_box_error()) the storage's.
+const NEVER: [&str; 2] = ["malformed ", "impossible here: "];
 
 /// Why a job ended early.
 #[derive(Debug)]
 pub enum Failure {
     /// Something about the user or his mailboxes; the relay is told.
     User(String),
+    /// The change can never be applied here; the same.
+    Never(String),
     /// The connection to the relay failed.
     Link(std::io::Error),
 }
@@ -79,6 +85,12 @@ struct Open {
     differs: bool,
     /// It is not the same mailbox by GUID or UIDVALIDITY: UIDs alone say nothing.
     conflict: bool,
+    /// What of the peers is applied to it.
+    marks: Marks,
+    /// The last change that is complete with what is pending.
+    complete: Option<proto::SeqOf>,
+    /// A message gets another UID than it had.
+    diverges: bool,
     /// What the changes said that it must reach.
     min_uid_next: u32,
     min_highest_modseq: u64,
@@ -114,6 +126,8 @@ pub struct Apply<'a, S, C> {
     namespace: Namespace,
     open: Option<Open>,
     pending: Pending,
+    /// Keywords that are pending: true if added, false if removed.
+    pending_keywords: HashMap<String, bool>,
     /// Changes whose writing has been begun and not been committed, the current one included.
     seqs: Vec<proto::SeqOf>,
     current: proto::SeqOf,
@@ -123,6 +137,8 @@ pub struct Apply<'a, S, C> {
     /// Changes that are applied durably.
     pub done: u32,
     pub notes: Vec<String>,
+    /// What must be compared.
+    pub doubts: Vec<proto::Doubt>,
     /// Called after each commit while the job goes on.
     committed: Committed<'a, S, C>,
 }
@@ -144,12 +160,14 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             namespace,
             open: None,
             pending: Pending::Nothing,
+            pending_keywords: HashMap::new(),
             seqs: Vec::new(),
             current: proto::SeqOf::default(),
             complete: 0,
             next_body,
             done: 0,
             notes: Vec::new(),
+            doubts: Vec::new(),
             committed,
         })
     }
@@ -157,7 +175,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// Applies the changes. If one fails, those before it are applied nevertheless; `done` tells.
     pub fn run(&mut self, changes: &[proto::Change]) -> Outcome<()> {
         let failure = match self.run_batched(changes) {
-            Err(Failure::User(reason)) if self.done < self.complete => reason,
+            Err(failure @ (Failure::User(_) | Failure::Never(_))) if self.done < self.complete => failure,
             result => return result,
         };
         // They shared a transaction with what failed. Without it they must not fail for ever.
@@ -165,24 +183,32 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         self.storage.close();
         self.open = None;
         self.pending = Pending::Nothing;
+        self.pending_keywords.clear();
         self.seqs.clear();
         self.complete = self.done;
         match self.run_batched(before) {
             Err(Failure::Link(error)) => Err(Failure::Link(error)),
-            _ => Err(Failure::User(failure)),
+            _ => Err(failure),
         }
     }
 
     fn run_batched(&mut self, changes: &[proto::Change]) -> Outcome<()> {
         for change in changes {
             self.change(change).map_err(|failure| match failure {
-                Failure::User(reason) => Failure::User(match &change.mailbox {
-                    Some(mailbox) => format!("mailbox {}: {reason}", printable(&mailbox.path.join("/"))),
-                    None => reason,
-                }),
-                link => link,
+                Failure::User(reason) => {
+                    let mailbox = change.mailbox.as_ref().map(|mailbox| printable(&mailbox.path.join("/")));
+                    let text = format!("mailbox {}: {reason}", mailbox.unwrap_or_default());
+                    match NEVER.iter().any(|never| reason.starts_with(never)) {
+                        true => Failure::Never(text),
+                        false => Failure::User(text),
+                    }
+                }
+                other => other,
             })?;
             self.complete += 1;
+            if let Some(open) = self.open.as_mut().filter(|open| is_of(open, change)) {
+                open.complete = Some(self.current.clone());
+            }
             if self.seqs.len() >= CHANGES_MAX {
                 self.flush()?;
             }
@@ -219,6 +245,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 What::Rename(rename) => self.rename(mailbox, rename)?,
                 What::Delete(delete) => self.delete(mailbox, delete)?,
                 What::Subscription(subscription) => self.subscribe(mailbox, subscription)?,
+                What::Rebuilt(rebuilt) => self.compare_rebuilt(mailbox, rebuilt)?,
             }
         }
         if let Some(open) = &mut self.open {
@@ -239,15 +266,22 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// Commits what is pending.
     fn flush(&mut self) -> Outcome<()> {
         let pending = std::mem::replace(&mut self.pending, Pending::Nothing);
+        self.pending_keywords.clear();
         if let Pending::Nothing = pending {
             return Ok(());
         }
+        self.write_marks()?;
         let saved = self.storage.commit()?;
         if let Pending::Saves(wanted) = pending {
             // Another process may have taken a UID since we looked.
             let moved = wanted.iter().filter(|uid| **uid != 0 && !saved.contains(uid)).count();
             for _ in 0..moved {
                 self.note("uid_conflict");
+            }
+            if moved > 0 {
+                self.diverge();
+                self.write_marks()?;
+                self.storage.commit()?;
             }
         }
         if let Some(open) = &mut self.open {
@@ -258,6 +292,29 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         self.storage.applying(&self.seqs);
         (self.committed)(self.storage, self.connection, self.done)?;
         Ok(())
+    }
+
+    /// With the transaction: what it completes, and that UIDs are not the same any more.
+    fn write_marks(&mut self) -> Result<()> {
+        let Some(open) = &mut self.open else { return Ok(()) };
+        let completed = open.complete.take().map(|change| open.marks.set(&change));
+        let diverged = std::mem::take(&mut open.diverges).then(|| open.marks.diverge());
+        let ours = (completed.is_none() && diverged.is_none()).then(|| open.marks.ours());
+        for (offset, bytes) in completed.into_iter().chain(diverged).chain(ours) {
+            self.storage.write_mark(offset, &bytes)?;
+        }
+        Ok(())
+    }
+
+    fn diverge(&mut self) {
+        if let Some(open) = &mut self.open {
+            open.diverges = !open.marks.has_diverged();
+        }
+    }
+
+    /// Whether the current change was applied to the open mailbox before.
+    fn is_applied(&self) -> bool {
+        self.open.as_ref().is_some_and(|open| open.marks.has(&self.current))
     }
 
     /// Commits, raises what has to be raised, and closes the open mailbox.
@@ -390,6 +447,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             reason,
             differs: conflict || other_validity,
             conflict,
+            marks: Marks::parse(&self.storage.mark()?),
+            complete: None,
+            diverges: false,
             min_uid_next: 0,
             min_highest_modseq: 0,
         });
@@ -405,6 +465,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         name::check_message_guid(&save.guid)?;
         self.enter(mailbox, Reason::Save)?;
+        if self.is_applied() {
+            return Ok(());
+        }
         if let Pending::Changes = self.pending {
             self.flush()?;
         }
@@ -429,6 +492,10 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 let Some(body) = fetched.body() else {
                     // It was expunged there; that comes next.
                     self.note("body_gone");
+                    // No other message may get its UID.
+                    if let Some(open) = &mut self.open {
+                        open.min_uid_next = open.min_uid_next.max(uid.saturating_add(1));
+                    }
                     return Ok(());
                 };
                 self.storage.save(&message, body)?;
@@ -468,6 +535,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if wanted != 0 {
             // Given to another message here, or jumped over.
             self.note(if there.is_some() { "uid_conflict" } else { "uid_late" });
+            self.diverge();
         }
         Ok(Some(0))
     }
@@ -514,7 +582,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// The UIDs here of the messages meant, as ranges.
     fn find(&mut self, messages: &[proto::MessageRange]) -> Outcome<Vec<(u32, u32)>> {
         let mut found = Vec::new();
-        let conflict = self.open.as_ref().is_some_and(|open| open.conflict);
+        let conflict = self.open.as_ref().is_some_and(|open| open.conflict || open.marks.has_diverged());
         for range in messages {
             if range.guid.is_empty() {
                 if conflict {
@@ -542,6 +610,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if !self.enter_for_change(mailbox)? {
             return Ok(());
         }
+        self.flush_other_keywords(update)?;
         for (first, last) in self.find(&update.messages)? {
             self.storage.update_flags(first, last, update)?;
             self.pending = Pending::Changes;
@@ -549,18 +618,47 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         Ok(())
     }
 
+    /// Dovecot drops keyword updates that change nothing, by what is committed (`keyword_update_has_changes`): in one
+    /// transaction with its opposite the later one would be lost.
+    fn flush_other_keywords(&mut self, update: &proto::FlagUpdate) -> Outcome<()> {
+        let added = update.add_keywords.iter().map(|name| (name, true));
+        let keywords: Vec<(&String, bool)> =
+            added.chain(update.remove_keywords.iter().map(|name| (name, false))).collect();
+        if keywords.iter().any(|(name, add)| self.pending_keywords.get(*name).is_some_and(|pending| pending != add)) {
+            self.flush()?;
+        }
+        self.pending_keywords.extend(keywords.into_iter().map(|(name, add)| (name.clone(), add)));
+        Ok(())
+    }
+
     fn expunge(&mut self, mailbox: &proto::Mailbox, expunge: &proto::Expunge) -> Outcome<()> {
         if !self.enter_for_change(mailbox)? {
             return Ok(());
         }
-        let (named, unnamed): (Vec<_>, Vec<_>) = expunge.messages.iter().cloned().partition(|m| !m.guid.is_empty());
-        // A UID alone may be another message here, which would be lost.
-        for _ in unnamed {
-            self.note("messages_unknown");
-        }
-        for (first, last) in self.find(&named)? {
+        for (first, last) in self.find(&expunge.messages)? {
             self.storage.expunge(first, last)?;
             self.pending = Pending::Changes;
+        }
+        Ok(())
+    }
+
+    /// Nothing is taken away because it went there when an index was made anew: that may be a loss.
+    fn compare_rebuilt(&mut self, mailbox: &proto::Mailbox, rebuilt: &proto::MailboxRebuilt) -> Outcome<()> {
+        if !self.enter_for_change(mailbox)? {
+            return Ok(());
+        }
+        self.flush()?;
+        let is_there = |uid: &u32| {
+            *uid >= rebuilt.uid_next || rebuilt.present.iter().any(|r| (r.first_uid..=r.last_uid).contains(uid))
+        };
+        let gone = self.storage.uids()?.into_iter().filter(|uid| !is_there(uid)).count();
+        if gone > 0 {
+            let origin = printable(&self.current.origin);
+            self.doubts.push(proto::Doubt {
+                guid: mailbox.guid.clone(),
+                path: mailbox.path.clone(),
+                reason: format!("{gone} of its messages are not on server {origin} since its index was rebuilt there"),
+            });
         }
         Ok(())
     }
@@ -568,6 +666,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     fn enter_for_change(&mut self, mailbox: &proto::Mailbox) -> Outcome<bool> {
         if !self.enter(mailbox, Reason::Change)? {
             self.note("mailbox_missing");
+            return Ok(false);
+        }
+        if self.is_applied() {
             return Ok(false);
         }
         if let Pending::Saves(_) = self.pending {
@@ -620,6 +721,10 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         let vname = name::vname(&mailbox.path, &self.namespace)?;
         Ok(self.storage.set_subscribed(&vname, subscription.subscribed)?)
     }
+}
+
+fn is_of(open: &Open, change: &proto::Change) -> bool {
+    change.mailbox.as_ref().is_some_and(|mailbox| open.mailbox.0 == mailbox.guid && open.mailbox.1 == mailbox.path)
 }
 
 /// For messages to people: text from outside without control characters, cut.
@@ -683,7 +788,7 @@ mod tests {
         storage.close();
         let error = match result {
             Ok(()) => None,
-            Err(Failure::User(reason)) => Some(reason),
+            Err(Failure::User(reason) | Failure::Never(reason)) => Some(reason),
             Err(Failure::Link(error)) => Some(format!("link: {error}")),
         };
         Outcome { done, notes, error }
@@ -738,11 +843,11 @@ mod tests {
     fn two_mails_with_one_uid_both_stay_and_each_is_found_by_its_guid() {
         let mut storage = FakeStorage::default();
         apply(&mut storage, Script::default(), &[save(1, 1, "ours")]);
-        let outcome = apply(&mut storage, Script::default(), &[save(1, 1, "theirs")]);
+        let outcome = apply(&mut storage, Script::default(), &[save(2, 1, "theirs")]);
         assert_eq!(outcome.notes, ["uid_conflict"]);
         assert_eq!(storage.messages("INBOX"), [(1, "ours".to_string()), (2, "theirs".to_string())]);
 
-        apply(&mut storage, Script::default(), &[expunge(2, 1, "theirs")]);
+        apply(&mut storage, Script::default(), &[expunge(3, 1, "theirs")]);
         assert_eq!(storage.messages("INBOX"), [(1, "ours".to_string())]);
     }
 

@@ -3,7 +3,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{self, Read, Write};
 
-use super::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Status, Storage, Update};
+use super::storage::{
+    Body, Existence, Guid, Listed, MessageInfo, Namespace, NewMessage, Result, Status, Storage, Update, MARK_BYTES,
+};
 use crate::wire::frame;
 use crate::wire::proto::{self, frame::Kind};
 
@@ -17,11 +19,14 @@ struct FakeMailbox {
     uid_next: u32,
     messages: BTreeMap<u32, String>,
     expunged: HashSet<(u32, String)>,
+    mark: Option<[u8; MARK_BYTES]>,
+    logs: Vec<Vec<u8>>,
 }
 
 enum Step {
     Save(u32, String),
     Expunge(u32),
+    Mark(usize, Vec<u8>),
 }
 
 #[derive(Default)]
@@ -31,6 +36,7 @@ pub struct FakeStorage {
     steps: Vec<Step>,
     /// Another worker applies changes of the user.
     pub is_locked: bool,
+    pub deleted: HashSet<Guid>,
 }
 
 impl FakeStorage {
@@ -39,6 +45,11 @@ impl FakeStorage {
         let uid_next = messages.keys().last().map_or(1, |uid| uid + 1);
         let mailbox = FakeMailbox { guid, uid_validity, uid_next, messages, ..Default::default() };
         self.mailboxes.insert(vname.into(), mailbox);
+    }
+
+    pub fn set_logs(&mut self, vname: &str, logs: &[&[u8]]) {
+        let logs = logs.iter().map(|log| log.to_vec()).collect();
+        self.mailboxes.get_mut(vname).expect("it was added").logs = logs;
     }
 
     pub fn messages(&self, vname: &str) -> Vec<(u32, String)> {
@@ -117,6 +128,9 @@ impl Storage for FakeStorage {
         self.open = None;
         self.steps.clear();
     }
+    fn sync(&mut self) -> Result<()> {
+        Ok(())
+    }
     fn status(&mut self) -> Status {
         let FakeMailbox { guid, uid_validity, uid_next, ref messages, .. } = *self.mailbox();
         Status { guid, uid_validity, uid_next, messages: messages.len() as u32, highest_modseq: 1 }
@@ -131,6 +145,9 @@ impl Storage for FakeStorage {
         }
         mailbox.uid_next = mailbox.uid_next.max(update.min_uid_next);
         Ok(())
+    }
+    fn uids(&mut self) -> Result<Vec<u32>> {
+        Ok(self.mailbox().messages.keys().copied().collect())
     }
     fn message_guid(&mut self, uid: u32) -> Result<Option<String>> {
         Ok(self.mailbox().messages.get(&uid).cloned())
@@ -166,6 +183,10 @@ impl Storage for FakeStorage {
                     mailbox.messages.insert(uid, guid);
                     saved.push(uid);
                 }
+                Step::Mark(offset, bytes) => {
+                    let mark = mailbox.mark.get_or_insert([0; MARK_BYTES]);
+                    mark[offset..offset + bytes.len()].copy_from_slice(&bytes);
+                }
                 Step::Expunge(uid) => {
                     if let Some(guid) = mailbox.messages.remove(&uid) {
                         mailbox.expunged.insert((uid, guid));
@@ -174,6 +195,38 @@ impl Storage for FakeStorage {
             }
         }
         Ok(saved)
+    }
+    fn mailboxes(&mut self, _since: i64) -> Result<Vec<Listed>> {
+        let listed = |(vname, mailbox): (&String, &FakeMailbox)| Listed {
+            vname: vname.clone(),
+            guid: mailbox.guid,
+            uid_validity: mailbox.uid_validity,
+            ..Default::default()
+        };
+        Ok(self.mailboxes.iter().map(listed).collect())
+    }
+    fn was_deleted(&mut self, guid: &Guid) -> Result<bool> {
+        Ok(self.deleted.contains(guid))
+    }
+    fn log_files(&mut self) -> Result<Vec<Vec<u8>>> {
+        Ok(self.mailbox().logs.clone())
+    }
+    fn message_info(&mut self, uid: u32) -> Result<Option<MessageInfo>> {
+        let info = |guid: &String| MessageInfo {
+            guid: guid.clone(),
+            guid_128: [3; 16],
+            received_date: 7,
+            save_date: 8,
+            size: 9,
+        };
+        Ok(self.mailbox().messages.get(&uid).map(info))
+    }
+    fn mark(&mut self) -> Result<[u8; MARK_BYTES]> {
+        Ok(self.mailbox().mark.unwrap_or([0; MARK_BYTES]))
+    }
+    fn write_mark(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.steps.push(Step::Mark(offset, bytes.to_vec()));
+        Ok(())
     }
     fn body_open(&mut self, _uid: u32, _guid: &str) -> Result<bool> {
         Ok(false)

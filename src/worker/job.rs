@@ -1,10 +1,11 @@
 //! The jobs that a relay gives, one after another.
 use std::io::{Read, Write};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::apply::{printable, Apply, Failure};
+use super::apply::{Apply, Failure};
 use super::body::{self, Link};
 use super::connection::Connection;
+use super::look::{self, Wanted};
 use super::storage::Storage;
 use crate::wire::proto::{self, frame::Kind};
 
@@ -24,6 +25,8 @@ const SPANS_APPLIED_MAX: usize = 512;
 pub struct Jobs {
     /// Frames of an Apply that are not all there yet.
     collecting: Option<Collecting>,
+    /// Frames of a Look, the same.
+    wanted: Option<Wanted>,
     next_body: u64,
 }
 
@@ -51,6 +54,10 @@ impl Jobs {
                 }
                 Ok(())
             }
+            Kind::Look(look) => match self.collect_look(look) {
+                Some(wanted) => look::look(storage, connection, &wanted, now_secs()),
+                None => Ok(()),
+            },
             Kind::BodyRequest(request) => {
                 storage.applying(&[]);
                 body::serve(storage, connection, &request)?;
@@ -64,6 +71,20 @@ impl Jobs {
             Kind::BodyChunk(_) | Kind::BodyMore(_) | Kind::BodyCancel(_) => Ok(()),
             _ => Err(std::io::Error::new(std::io::ErrorKind::InvalidData, "unexpected kind of frame from the relay")),
         }
+    }
+
+    fn collect_look(&mut self, look: proto::Look) -> Option<Wanted> {
+        let mut wanted = match self.wanted.take() {
+            Some(wanted) if wanted.job == look.job => wanted,
+            _ => Wanted::default(),
+        };
+        wanted.mailboxes.extend(look.mailboxes);
+        let whole = Wanted { job: look.job, user: look.user, whole: look.whole, since: look.since, ..wanted };
+        if look.more {
+            self.wanted = Some(whole);
+            return None;
+        }
+        Some(whole)
     }
 
     /// Returns the job once all of its frames are there.
@@ -108,10 +129,8 @@ impl Jobs {
         storage.unlock_user();
         match result {
             Ok(()) => {}
-            Err(Failure::User(reason)) => {
-                answer.error = format!("user {}: {reason}", printable(&whole.user));
-                log::error!("Cannot apply changes of another server: {} - it will send them again", answer.error);
-            }
+            Err(Failure::User(reason)) => answer.error = reason,
+            Err(Failure::Never(reason)) => (answer.error, answer.never) = (reason, true),
             Err(Failure::Link(error)) => return Err(error),
         }
         Ok(answer)
@@ -148,9 +167,14 @@ impl Jobs {
         let result = apply.run(changes);
         answer.done = apply.done;
         answer.notes = std::mem::take(&mut apply.notes);
+        answer.doubts = std::mem::take(&mut apply.doubts);
         answer.spans = unreported;
         result
     }
+}
+
+fn now_secs() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }
 
 /// The last answer to a job; what does not fit goes ahead.
@@ -161,10 +185,15 @@ fn send_applied<S: Storage, C: Read + Write>(
 ) -> Link<()> {
     answer.spans.extend(storage.take_spans());
     let notes = std::mem::take(&mut answer.notes);
-    let error = std::mem::take(&mut answer.error);
+    let (error, never) = (std::mem::take(&mut answer.error), std::mem::take(&mut answer.never));
+    for doubt in std::mem::take(&mut answer.doubts) {
+        let (job, done, doubts) = (answer.job, answer.done, vec![doubt]);
+        connection.send(Kind::Applied(proto::Applied { job, done, more: true, doubts, ..Default::default() }))?;
+    }
     answer.more = true;
     let mut last = send_spans(connection, answer)?;
     last.more = false;
+    last.never = never;
     last.error = error.chars().take(1000).collect();
     last.notes = notes;
     last.notes.truncate(CHANGES_MAX / 10);

@@ -14,5 +14,7 @@ pub mod connection;
 #[cfg(test)]
 mod fake;
 pub mod job;
+pub mod look;
+pub mod mark;
 pub mod name;
 pub mod storage;

@@ -35,6 +35,15 @@ pub fn vname(path: &[String], namespace: &Namespace) -> Result<String> {
     Ok(vname)
 }
 
+/// The path of the mailbox with this virtual name, the other way round. None: it is not below the namespace.
+pub fn path(vname: &str, namespace: &Namespace) -> Option<Vec<String>> {
+    if vname.eq_ignore_ascii_case("INBOX") {
+        return Some(vec!["INBOX".into()]);
+    }
+    let name = vname.strip_prefix(namespace.prefix.as_str())?;
+    Some(name.split(namespace.separator).map(str::to_owned).collect())
+}
+
 /// Checks a message's GUID: maildir makes it the name of a file.
 pub fn check_message_guid(guid: &str) -> Result<()> {
     let bad = |c: char| c.is_control() || c == '/' || c == ':';
@@ -59,6 +68,17 @@ mod tests {
         assert_eq!(name(&["INBOX", "a"], "INBOX.", '.').unwrap(), "INBOX.INBOX.a");
         assert_eq!(name(&["a", "b"], "INBOX.", '.').unwrap(), "INBOX.a.b");
         assert_eq!(name(&["a", "b"], "", '/').unwrap(), "a/b");
+    }
+
+    #[test]
+    fn a_virtual_name_has_its_path() {
+        let path = |vname: &str, prefix: &str, separator| {
+            path(vname, &Namespace { prefix: prefix.into(), separator }).map(|path| path.join(" "))
+        };
+        assert_eq!(path("a/b c", "", '/').unwrap(), "a b c");
+        assert_eq!(path("INBOX.a.b", "INBOX.", '.').unwrap(), "a b");
+        assert_eq!(path("inbox", "INBOX.", '.').unwrap(), "INBOX");
+        assert_eq!(path("other.a", "INBOX.", '.'), None);
     }
 
     #[test]

@@ -38,6 +38,33 @@ pub struct Update {
     pub min_highest_modseq: u64,
 }
 
+/// A mailbox that exists.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listed {
+    pub vname: String,
+    pub guid: Guid,
+    pub uid_validity: u32,
+    pub subscribed: bool,
+    /// Since the time that was asked for.
+    pub subscription_changed: bool,
+}
+
+/// What a message is, as far as the index's log does not tell.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MessageInfo {
+    pub guid: String,
+    /// As Dovecot hashes it (mail_generate_guid_128_hash()).
+    pub guid_128: Guid,
+    /// Seconds since 1970, like `save_date`. There 0: not known.
+    pub received_date: i64,
+    pub save_date: i64,
+    /// Bytes of its body.
+    pub size: u64,
+}
+
+/// Bytes that a mailbox's index keeps for us, see [`crate::worker::mark`].
+pub const MARK_BYTES: usize = 200;
+
 /// How the private namespace with the INBOX names its mailboxes.
 #[derive(Clone, Debug)]
 pub struct Namespace {
@@ -98,8 +125,12 @@ pub trait Storage {
     fn open(&mut self, vname: &str, readonly: bool) -> Result<bool>;
     /// Rolls back what is not committed.
     fn close(&mut self);
+    /// Takes over what others did to the open mailbox.
+    fn sync(&mut self) -> Result<()>;
     fn status(&mut self) -> Status;
     fn update(&mut self, update: &Update) -> Result<()>;
+    /// Of all messages, in order.
+    fn uids(&mut self) -> Result<Vec<u32>>;
     fn message_guid(&mut self, uid: u32) -> Result<Option<String>>;
     /// Looks at every message.
     fn find_message(&mut self, guid: &str) -> Result<Option<u32>>;
@@ -115,6 +146,18 @@ pub trait Storage {
     fn expunge(&mut self, first_uid: u32, last_uid: u32) -> Result<()>;
     /// Durable when it returns, expunges executed. Returns the UIDs given to the saved messages.
     fn commit(&mut self) -> Result<Vec<u32>>;
+
+    /// The mailboxes below the user's namespace. `since`: seconds since 1970.
+    fn mailboxes(&mut self, since: i64) -> Result<Vec<Listed>>;
+    /// Whether the mailbox log says that the mailbox was deleted.
+    fn was_deleted(&mut self, guid: &Guid) -> Result<bool>;
+    /// The open mailbox's transaction logs, the oldest first.
+    fn log_files(&mut self) -> Result<Vec<Vec<u8>>>;
+    fn message_info(&mut self, uid: u32) -> Result<Option<MessageInfo>>;
+    /// What the open mailbox's index keeps for us; all zero: nothing.
+    fn mark(&mut self) -> Result<[u8; MARK_BYTES]>;
+    /// In the transaction that is being built; begins one.
+    fn write_mark(&mut self, offset: usize, bytes: &[u8]) -> Result<()>;
 
     /// False if there is no such message.
     fn body_open(&mut self, uid: u32, guid: &str) -> Result<bool>;

@@ -106,6 +106,10 @@ impl Server {
         let worker_socket = house.path(&format!("{name}-worker"));
         let local = house.path(&format!("{name}-local"));
         let peer_address = address(&for_peers);
+        // Of the one before, which the test has ended.
+        for socket in [&worker_socket, &local] {
+            let _ = std::fs::remove_file(socket);
+        }
         let (workers, for_local) = (UnixListener::bind(&worker_socket).unwrap(), UnixListener::bind(&local).unwrap());
         let mut config = Config {
             server: name.into(),
@@ -118,14 +122,19 @@ impl Server {
             queue_bytes_max: 16 << 20,
             insecure_plaintext: false,
             software: "test".into(),
+            journal: house.path(&format!("{name}-journal")),
+            journal_bytes_max: 1 << 30,
+            journal_age_us_max: 1 << 40,
+            boot: "boot".into(),
         };
+        std::fs::create_dir_all(&config.journal).unwrap();
         edit(&mut config);
         let closed = Arc::new(AtomicUsize::new(0));
         let count = closed.clone();
-        let handle = start(config, move || {
+        let on_closed = move || {
             count.fetch_add(1, Ordering::SeqCst);
-        })
-        .unwrap();
+        };
+        let handle = start(config, on_closed, || {}).unwrap();
         let handle = Arc::new(handle);
         let is_ending = Arc::new(AtomicBool::new(false));
         let (to_test, jobs) = channel();
@@ -164,6 +173,16 @@ impl Server {
         self.status().peers.into_iter().find(|peer| peer.peer == name).unwrap()
     }
 
+    /// Whether the engine has ended by itself.
+    pub fn has_failed(&self) -> bool {
+        self.handle.as_ref().is_some_and(|handle| !handle.is_running())
+    }
+
+    /// What needs a comparison or a person.
+    pub fn failed(&self) -> Vec<FailedEntry> {
+        client::failed(&self.local, PATIENCE).unwrap()
+    }
+
     /// Accepted connections that were closed, those of status requests included.
     pub fn closed(&self) -> usize {
         self.closed.load(Ordering::SeqCst)
@@ -189,16 +208,24 @@ impl Server {
 
     /// The next job for one of the workers, and that worker.
     pub fn next_job(&self) -> (Wire, Apply) {
-        match self.jobs.lock().unwrap().recv_timeout(PATIENCE).expect("a job") {
-            (wire, Kind::Apply(apply)) => (wire, apply),
-            (_, other) => panic!("{other:?}"),
+        self.try_next_job(PATIENCE).expect("a job")
+    }
+
+    /// The same, if one comes in time. Looks at mailboxes find nothing meanwhile.
+    pub fn try_next_job(&self, patience: Duration) -> Option<(Wire, Apply)> {
+        loop {
+            match self.jobs.lock().unwrap().recv_timeout(patience).ok()? {
+                (wire, Kind::Apply(apply)) => return Some((wire, apply)),
+                (wire, Kind::Look(look)) => wire.finish(Kind::Looked(Looked { job: look.job, ..Default::default() })),
+                (_, other) => panic!("{other:?}"),
+            }
         }
     }
 
-    /// The same, if one comes in time.
-    pub fn try_next_job(&self, patience: Duration) -> Option<(Wire, Apply)> {
-        match self.jobs.lock().unwrap().recv_timeout(patience).ok()? {
-            (wire, Kind::Apply(apply)) => Some((wire, apply)),
+    /// The next mailboxes that a worker is to look at.
+    pub fn next_look(&self) -> (Wire, Look) {
+        match self.jobs.lock().unwrap().recv_timeout(PATIENCE).expect("a look") {
+            (wire, Kind::Look(look)) => (wire, look),
             (_, other) => panic!("{other:?}"),
         }
     }
@@ -360,6 +387,26 @@ impl Wire {
         self.finish(Kind::Applied(Applied { job: apply.job, done, ..Default::default() }));
     }
 
+    /// Was looked for and found, and the log of the test's mailbox was read from one place to the other.
+    pub fn found(mut self, job: u64, changes: Vec<Change>, read: Option<((u32, u64), (u32, u64))>) {
+        for change in changes {
+            self.send(Kind::Looked(Looked { job, more: true, change: Some(change), ..Default::default() }));
+        }
+        if let Some((from, to)) = read {
+            let known = Span {
+                mailbox_guid: vec![1; 16],
+                log_seq: to.0,
+                begin: from.1,
+                end: to.1,
+                prev_log_seq: from.0,
+                prev_log_end: from.1,
+                ..Default::default()
+            };
+            self.send(Kind::Looked(Looked { job, more: true, known: Some(known), ..Default::default() }));
+        }
+        self.finish(Kind::Looked(Looked { job, ..Default::default() }));
+    }
+
     /// This ends the job. The worker is free for the next one.
     pub fn finish(mut self, answer: Kind) {
         self.send(answer);
@@ -391,12 +438,26 @@ impl Wire {
         self.send(Kind::Hello(Hello { server: server.into(), instance, epoch, ..Default::default() }));
     }
 
-    pub fn greet(&mut self, server: &str) {
+    pub fn greet(&mut self, server: &str) -> Hello {
         self.say_hello(server);
         match self.next() {
-            Kind::Hello(_) => {}
+            Kind::Hello(hello) => hello,
             other => panic!("{other:?}"),
         }
+    }
+
+    /// Says that all of the other's changes up to this one are applied.
+    pub fn greet_knowing(&mut self, server: &str, applied_epoch: u64, applied_seq: u64) {
+        let hello = Hello {
+            server: server.into(),
+            instance: vec![9; 16],
+            epoch: 7,
+            applied_epoch,
+            applied_seq,
+            ..Default::default()
+        };
+        self.send(Kind::Hello(hello));
+        assert!(matches!(self.next(), Kind::Hello(_)));
     }
 
     pub fn next_change(&mut self) -> Seq {
@@ -430,7 +491,7 @@ impl Wire {
     }
 }
 
-fn save(user: &str, uid: u32) -> Change {
+pub fn save(user: &str, uid: u32) -> Change {
     let body = format!("Subject: mail {uid}\n\n").into_bytes();
     let save = Save { size: body.len() as u64, body_inline: true, body, ..Default::default() };
     Change {

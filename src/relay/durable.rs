@@ -1,0 +1,287 @@
+//! What must outlive this process: each change with its number and its place in the log, what of others is applied.
+//!
+//! Guarantees that a change is in the journal before a peer hears of it, and that a log counts as known up to a place only
+//! together with the changes before it.
+
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use prost::Message;
+
+use super::engine::{wall_clock_us, Command, Engine, Fatal};
+use super::order::Release;
+use super::spans::Need;
+use super::Config;
+use crate::change::{CHANGE_BYTES_MAX, USER_BYTES_MAX};
+use crate::journal::{Failed, Journal, JournalError, KnownLog, Lock, Options, Start};
+use crate::peer::Loaded;
+use crate::wire::frame;
+use crate::wire::proto::{frame::Kind, op::What, Change, Frame, SeqOf, Span, Stamp};
+
+/// Bytes that one look into the journal brings.
+const LOAD_BYTES: usize = 1 << 20;
+/// Between two looks for changes that are too old.
+const TRIM_EVERY_MS: u64 = 60_000;
+/// Between two attempts to get the lock of a relay that is ending.
+const LOCK_EVERY_MS: u64 = 10;
+
+/// The journal, if this relay is not to stop as well, and what was asked for meanwhile.
+pub struct Opened {
+    pub journal: Option<(Journal, Start)>,
+    pub waiting: Vec<Command>,
+}
+
+/// Opens the journal when the relay before this one has closed it.
+pub fn open(config: &Config, commands: &Receiver<Command>) -> Result<Opened, Fatal> {
+    let mut waiting = Vec::new();
+    let failed = |error| JournalError::Sqlite { path: config.journal.clone(), error };
+    let lock = loop {
+        match Lock::try_take(&config.journal).map_err(failed)? {
+            Some(lock) => break lock,
+            None => match commands.recv_timeout(std::time::Duration::from_millis(LOCK_EVERY_MS)) {
+                Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => {
+                    return Ok(Opened { journal: None, waiting })
+                }
+                Ok(command) => waiting.push(command),
+                Err(RecvTimeoutError::Timeout) => {}
+            },
+        }
+    };
+    let peers: Vec<String> = config.peers.iter().map(|peer| peer.name.clone()).collect();
+    let options = Options {
+        folder: &config.journal,
+        server: &config.server,
+        peers: &peers,
+        boot: &config.boot,
+        now_us: wall_clock_us(),
+    };
+    Ok(Opened { journal: Some(Journal::open(&options, lock)?), waiting })
+}
+
+impl Engine {
+    /// Takes over what the journal has of the last start.
+    pub fn resume(&mut self) -> Result<(), Fatal> {
+        for peer in &mut self.peers {
+            let (pending, _) = self.journal.pending(&peer.name)?;
+            peer.outbox.resume(pending, self.journal.dropped(&peer.name)?);
+            let (epoch, runs) = self.journal.applied(&peer.name)?;
+            peer.inbox.resume(epoch, runs);
+        }
+        self.counts.counters.failed = self.journal.failed_count()?;
+        Ok(())
+    }
+
+    /// Stamps and journals what the order released; it leaves with the next writing.
+    pub fn ship_all(&mut self, released: Vec<Release>) {
+        for release in released {
+            if let Err(error) = self.ship(release) {
+                self.fail(error);
+            }
+        }
+    }
+
+    /// The journal cannot be used: the engine ends at its next round.
+    pub fn fail(&mut self, error: JournalError) {
+        self.failed.get_or_insert(error);
+    }
+
+    fn ship(&mut self, release: Release) -> Result<(), JournalError> {
+        let Release { user, change, spans } = release;
+        let path = change.as_ref().and_then(|change| change.mailbox.as_ref());
+        for span in &spans {
+            let path = path.filter(|mailbox| mailbox.guid == span.mailbox_guid).map(|mailbox| mailbox.path.clone());
+            let known = self.known_log(span);
+            self.journal.advance_log(&KnownLog { path: path.unwrap_or_default(), ..known })?;
+        }
+        match change {
+            Some(change) if !self.peers.is_empty() => {
+                self.note_list(&change);
+                self.ship_change(&user, change)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// That the log is known up to the span's end.
+    pub fn known_log(&self, span: &Span) -> KnownLog {
+        KnownLog {
+            user: span.user.clone(),
+            mailbox: span.mailbox_guid.clone(),
+            private_user: span.private_user.clone(),
+            index_id: span.index_id,
+            log_seq: span.log_seq,
+            end: span.end,
+            tail: span.tail.clone(),
+            path: Vec::new(),
+            healed: self.spans.healed(&Need::of(span)),
+        }
+    }
+
+    /// Keeps the names of mailboxes that the journal knows.
+    pub fn note_list(&mut self, change: &Change) {
+        if let Err(error) = self.try_note_list(change) {
+            self.fail(error);
+        }
+    }
+
+    fn try_note_list(&mut self, change: &Change) -> Result<(), JournalError> {
+        let Some(mailbox) = &change.mailbox else { return Ok(()) };
+        for op in &change.ops {
+            match &op.what {
+                Some(What::Subscription(subscription)) => {
+                    self.journal.set_subscription(&change.user, &mailbox.path, subscription.subscribed)?;
+                }
+                // A directory.
+                _ if mailbox.guid.is_empty() => {}
+                Some(What::Create(_)) => self.journal.set_path(&change.user, &mailbox.guid, &mailbox.path)?,
+                Some(What::Delete(_)) => self.journal.forget_mailbox(&change.user, &mailbox.guid)?,
+                Some(What::Rename(rename)) => {
+                    for log in self.journal.logs(&change.user)? {
+                        if let Some(below) = log.path.strip_prefix(&mailbox.path[..]) {
+                            let path = [&rename.new_path[..], below].concat();
+                            self.journal.set_path(&change.user, &log.mailbox, &path)?;
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Journals the change and puts it into every peer's outbox, encoded once for all.
+    fn ship_change(&mut self, user: &Arc<str>, mut change: Change) -> Result<(), JournalError> {
+        let now_us = wall_clock_us();
+        let given = change.stamp.take().map_or(0, |stamp| stamp.clock);
+        let seq = self.journal.next_seq()?;
+        change.stamp = Some(Stamp {
+            origin: self.me.server.clone(),
+            epoch: self.me.epoch,
+            seq,
+            clock: self.clock.stamp(given, now_us),
+            vector: self.applied_of_others(),
+        });
+        if change.encoded_len() > CHANGE_BYTES_MAX {
+            change.spans.clear();
+        }
+        let mailbox = change.mailbox.as_ref().map(|mailbox| mailbox.guid.clone()).unwrap_or_default();
+        if change.encoded_len() > CHANGE_BYTES_MAX {
+            self.counts.note("bad_change", 1);
+            self.fail_to_tell(user, mailbox, "it is too long with its stamp");
+            return Ok(());
+        }
+        let encoded: Arc<[u8]> = match frame::encode(&Kind::Change(change).into()) {
+            Ok(bytes) => bytes.into(),
+            Err(error) => {
+                self.fail_to_tell(user, mailbox, &error.to_string());
+                return Ok(());
+            }
+        };
+        let names: Vec<&str> = self.peers.iter().map(|peer| peer.name.as_str()).collect();
+        self.journal.append(user, now_us, &encoded, &names)?;
+        for peer in &mut self.peers {
+            peer.outbox.append(user, seq, encoded.clone(), now_us);
+        }
+        Ok(())
+    }
+
+    /// A change that no peer will ever get.
+    pub fn fail_to_tell(&mut self, user: &str, mailbox: Vec<u8>, why: &str) {
+        let user: String = user.escape_debug().take(USER_BYTES_MAX).collect();
+        log::error!("User {user}: a change cannot be sent to the peers: {why}; it must be compared with them.");
+        self.remember_failed(&Failed {
+            user,
+            mailbox,
+            at_us: wall_clock_us(),
+            error: format!("a change could not be sent to the peers: {why}"),
+            ..Default::default()
+        });
+    }
+
+    fn applied_of_others(&self) -> Vec<SeqOf> {
+        let applied = self.peers.iter().map(|peer| SeqOf {
+            origin: peer.name.clone(),
+            epoch: peer.inbox.epoch(),
+            seq: peer.inbox.applied_up_to(),
+        });
+        applied.filter(|applied| applied.seq > 0).collect()
+    }
+
+    /// A peer has applied more of our changes than the journal knows of: it was set back, and numbers were given away again.
+    /// The changes that have them get others. Why this process must end, and another begin with that.
+    pub fn begin_behind(&mut self, peer: usize, applied_seq: u64) -> JournalError {
+        let name = self.peers[peer].name.clone();
+        let outcome = self.journal.skip_numbers(applied_seq).and_then(|again| {
+            again.into_iter().try_for_each(|stored| {
+                let frame = stored.frame.get(frame::HEADER_BYTES..).map(Frame::decode);
+                let Some(Ok(Frame { kind: Some(Kind::Change(change)) })) = frame else { return Ok(()) };
+                self.ship_change(&stored.user.as_str().into(), change)
+            })
+        });
+        self.remember_failed(&Failed {
+            at_us: wall_clock_us(),
+            error: format!(
+                "this server's journal was set back: peer {name} knows more of its changes; compare all mailboxes"
+            ),
+            ..Default::default()
+        });
+        match outcome.and_then(|()| self.journal.commit()) {
+            Ok(()) => self.journal.set_back(&name),
+            Err(error) => error,
+        }
+    }
+
+    /// Commits what this round brought, and loads what there is room for.
+    pub fn keep_journal(&mut self) -> Result<(), Fatal> {
+        for peer in &mut self.peers {
+            for (first, last) in peer.inbox.take_changed() {
+                self.journal.set_applied(&peer.name, first, last)?;
+            }
+        }
+        if self.trim_at_ms <= self.now_ms || self.journal.bytes() > self.config.journal_bytes_max {
+            self.trim()?;
+        }
+        if let Some(error) = self.failed.take() {
+            return Err(error.into());
+        }
+        self.journal.commit()?;
+        self.load_outboxes()?;
+        Ok(())
+    }
+
+    fn load_outboxes(&mut self) -> Result<(), JournalError> {
+        for peer in self.peers.iter_mut().filter(|peer| peer.is_up()) {
+            // One in each round: others have their turn.
+            if let Some(want) = peer.outbox.wants() {
+                let stored = self.journal.unacknowledged(&peer.name, want.user.as_deref(), want.after, LOAD_BYTES)?;
+                let is_all = stored.iter().map(|stored| stored.frame.len()).sum::<usize>() < LOAD_BYTES;
+                let loaded = stored.into_iter().map(|stored| Loaded {
+                    user: stored.user.as_str().into(),
+                    seq: stored.seq,
+                    frame: stored.frame.into(),
+                    at_us: stored.at_us,
+                });
+                peer.outbox.load(&want, loaded.collect(), is_all);
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops what the journal has no room for.
+    fn trim(&mut self) -> Result<(), JournalError> {
+        self.trim_at_ms = self.now_ms + TRIM_EVERY_MS;
+        let oldest_us = wall_clock_us().saturating_sub(self.config.journal_age_us_max);
+        while let Some((name, trimmed)) = self.journal.trim(self.config.journal_bytes_max, oldest_us)? {
+            log::error!(
+                "Peer {name}: {} changes did not fit into the journal any more (dovetail_journal_size, \
+                 dovetail_journal_days) and will be missing there: it must be compared with this server.",
+                trimmed.changes
+            );
+            let Some(index) = self.peers.iter().position(|peer| peer.name == name) else { continue };
+            self.peers[index].outbox.note_dropped(trimmed.changes);
+            self.peers[index].outbox.restart();
+            self.peers[index].outbox.skip_up_to(trimmed.up_to, trimmed.changes);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,215 @@
+//! What has to be looked at in the mailboxes themselves: holes in a log, processes that ended without a goodbye, and at
+//! every start all users.
+//!
+//! Guarantees that a user has one look at a time, that what fails is tried again after growing pauses, and that nothing
+//! that was asked for is forgotten. Pure.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+
+use super::spans::Place;
+
+/// Pauses after a look that failed.
+const PAUSE_MS_MIN: u64 = 1_000;
+const PAUSE_MS_MAX: u64 = 60_000;
+
+/// What is to be looked at of one user.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Look {
+    /// By GUID; up to which place of the log, or all of it.
+    pub mailboxes: BTreeMap<Vec<u8>, Option<Place>>,
+    /// All mailboxes, and which there are.
+    pub whole: bool,
+    /// And what changed in the subscriptions.
+    pub subscriptions: bool,
+}
+
+impl Look {
+    fn is_empty(&self) -> bool {
+        self.mailboxes.is_empty() && !self.whole
+    }
+
+    fn merge(&mut self, other: Look) {
+        self.whole |= other.whole;
+        self.subscriptions |= other.subscriptions;
+        for (guid, until) in other.mailboxes {
+            self.add(guid, until);
+        }
+    }
+
+    fn add(&mut self, guid: Vec<u8>, until: Option<Place>) {
+        let known = self.mailboxes.entry(guid).or_insert(until);
+        *known = known.zip(until).map(|(known, until)| known.max(until));
+    }
+}
+
+#[derive(Default)]
+struct User {
+    wanted: Look,
+    /// What the look under way is about.
+    running: Option<Look>,
+    /// Nothing is begun before.
+    wait_until_ms: Option<u64>,
+    pause_ms: u64,
+    error: String,
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct Heals {
+    users: HashMap<Arc<str>, User>,
+    line: VecDeque<Arc<str>>,
+    waiting: BTreeSet<(u64, Arc<str>)>,
+    running: usize,
+}
+
+impl Heals {
+    /// The mailbox's log is to be read, up to the place or all of it.
+    pub fn want(&mut self, user: &Arc<str>, mailbox: &[u8], until: Option<Place>) {
+        self.users.entry(user.clone()).or_default().wanted.add(mailbox.to_vec(), until);
+        self.line_up(user);
+    }
+
+    /// All of the user's mailboxes are to be looked at, and the subscriptions.
+    pub fn want_all(&mut self, user: &Arc<str>) {
+        self.users.entry(user.clone()).or_default().wanted.subscriptions = true;
+        self.want_mailboxes(user);
+    }
+
+    /// The same without the subscriptions: Dovecot does not know who changed them, and it was us.
+    pub fn want_mailboxes(&mut self, user: &Arc<str>) {
+        self.users.entry(user.clone()).or_default().wanted.whole = true;
+        self.line_up(user);
+    }
+
+    /// The next look, of a user who is not busy otherwise. Until [`Heals::finish`] he is busy with this.
+    pub fn next(&mut self, now_ms: u64, is_busy: impl Fn(&str) -> bool) -> Option<(Arc<str>, Look)> {
+        while self.waiting.first().is_some_and(|(until, _)| *until <= now_ms) {
+            let Some((_, name)) = self.waiting.pop_first() else { break };
+            if let Some(user) = self.users.get_mut(&name) {
+                user.wait_until_ms = None;
+            }
+            self.line_up(&name);
+        }
+        for _ in 0..self.line.len() {
+            let Some(name) = self.line.pop_front() else { break };
+            if is_busy(&name) {
+                self.line.push_back(name);
+                continue;
+            }
+            let Some(user) = self.users.get_mut(&name) else { continue };
+            if user.running.is_some() || user.wait_until_ms.is_some() || user.wanted.is_empty() {
+                continue;
+            }
+            let look = std::mem::take(&mut user.wanted);
+            user.running = Some(look.clone());
+            self.running += 1;
+            return Some((name, look));
+        }
+        None
+    }
+
+    /// The user's look is over. The pause before the next attempt if it failed, and the reason is news.
+    pub fn finish(&mut self, name: &Arc<str>, outcome: Result<(), String>, now_ms: u64) -> Option<u64> {
+        let user = self.users.get_mut(name)?;
+        let running = user.running.take()?;
+        self.running -= 1;
+        let Err(error) = outcome else {
+            user.pause_ms = 0;
+            user.error.clear();
+            if user.wanted.is_empty() {
+                self.users.remove(name);
+            } else {
+                self.line_up(name);
+            }
+            return None;
+        };
+        user.wanted.merge(running);
+        user.pause_ms = (user.pause_ms * 2).clamp(PAUSE_MS_MIN, PAUSE_MS_MAX);
+        user.wait_until_ms = Some(now_ms + user.pause_ms);
+        self.waiting.insert((now_ms + user.pause_ms, name.clone()));
+        let is_news = user.error != error;
+        user.error = error;
+        is_news.then_some(user.pause_ms)
+    }
+
+    pub fn wake_up_ms(&self) -> Option<u64> {
+        self.waiting.first().map(|(until, _)| *until)
+    }
+
+    /// Whether nobody is to be looked at now; there may be users whose pause is not over.
+    pub fn is_idle(&self) -> bool {
+        self.line.is_empty() && self.running == 0
+    }
+
+    pub fn is_running(&self, user: &str) -> bool {
+        self.users.get(user).is_some_and(|user| user.running.is_some())
+    }
+
+    /// Looks under way.
+    pub fn running(&self) -> usize {
+        self.running
+    }
+
+    /// Users who are looked at, or will be.
+    pub fn pending(&self) -> usize {
+        self.users.len()
+    }
+
+    /// Why a user who waits could not be looked at.
+    pub fn error(&self) -> Option<(&str, &str)> {
+        let (_, name) = self.waiting.first()?;
+        self.users.get(name).map(|user| (&**name, user.error.as_str()))
+    }
+
+    fn line_up(&mut self, name: &Arc<str>) {
+        if self.users.get(name).is_some_and(|user| user.running.is_none() && user.wait_until_ms.is_none()) {
+            self.line.push_back(name.clone());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn look(mailboxes: &[(u8, Option<Place>)], whole: bool) -> Look {
+        let mailboxes = mailboxes.iter().map(|(guid, until)| (vec![*guid; 16], *until)).collect();
+        Look { mailboxes, whole, subscriptions: whole }
+    }
+
+    #[test]
+    fn one_look_takes_all_that_was_wanted_and_the_furthest_place() {
+        let mut heals = Heals::default();
+        let jane: Arc<str> = "jane".into();
+        heals.want(&jane, &[1; 16], Some((2, 100)));
+        heals.want(&jane, &[1; 16], Some((2, 50)));
+        heals.want(&jane, &[2; 16], Some((2, 50)));
+        heals.want(&jane, &[2; 16], None);
+        assert_eq!(heals.next(0, |_| false), Some((jane.clone(), look(&[(1, Some((2, 100))), (2, None)], false))));
+        assert_eq!(heals.next(0, |user| user == "jane"), None);
+        heals.want_all(&jane);
+        assert_eq!(heals.next(0, |_| false), None, "one at a time");
+        assert_eq!((heals.running(), heals.pending()), (1, 1));
+        heals.finish(&jane, Ok(()), 0);
+        assert_eq!(heals.next(0, |_| false), Some((jane.clone(), look(&[], true))));
+        heals.finish(&jane, Ok(()), 0);
+        assert_eq!((heals.running(), heals.pending()), (0, 0));
+    }
+
+    #[test]
+    fn what_fails_is_tried_again_with_what_was_wanted_meanwhile() {
+        let mut heals = Heals::default();
+        let (jane, joe): (Arc<str>, Arc<str>) = ("jane".into(), "joe".into());
+        heals.want(&jane, &[1; 16], None);
+        heals.next(0, |_| false);
+        heals.want(&jane, &[2; 16], None);
+        assert_eq!(heals.finish(&jane, Err("locked".into()), 0), Some(1_000));
+        assert_eq!(heals.error(), Some(("jane", "locked")));
+        heals.want(&joe, &[1; 16], None);
+        assert_eq!(heals.next(999, |_| false).unwrap().0, joe, "others go on");
+        assert_eq!(heals.next(1_000, |_| false), Some((jane.clone(), look(&[(1, None), (2, None)], false))));
+        assert_eq!(heals.finish(&jane, Err("locked".into()), 1_000), None, "no news");
+        assert_eq!(heals.wake_up_ms(), Some(3_000));
+    }
+}

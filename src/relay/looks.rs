@@ -1,0 +1,261 @@
+//! Looks at mailboxes: which user's turn it is, what a worker found.
+
+use std::sync::Arc;
+
+use prost::Message;
+
+use super::engine::{wall_clock_us, Close, Engine};
+use super::heal::Look;
+use super::order::Release;
+use super::spans::Need;
+use super::workers::{Task, Worker};
+use crate::change;
+use crate::journal::{Failed, JournalError, KnownLog};
+use crate::wire::proto::frame::Kind;
+use crate::wire::proto::op::What;
+use crate::wire::proto::{self, Doubt, Frame, LookAt, Looked, Span};
+
+/// Encoded mailboxes in one frame of a look.
+const LOOK_BYTES_MAX: usize = 48_000;
+/// Users that one look into the journal brings.
+const SWEEP_USERS: usize = 100;
+
+/// What a worker is looking at.
+pub struct LookJob {
+    id: u64,
+    pub user: Arc<str>,
+    whole: bool,
+    subscriptions: bool,
+}
+
+impl Engine {
+    /// Gives looks to idle workers, but never to all of them, so that changes of the peers go on.
+    pub fn dispatch_looks(&mut self) {
+        let most = (self.config.workers - 1).max(1);
+        while self.heals.running() < most {
+            let Some(index) = self.workers.iter().position(Worker::may_work) else { return };
+            self.sweep();
+            let work = &self.work;
+            let Some((user, look)) = self.heals.next(self.now_ms, |user| work.is_busy(user)) else { return };
+            if let Err(error) = self.begin_look(index, user, &look) {
+                return self.fail(error);
+            }
+        }
+    }
+
+    /// After the start every user is looked at, a few at a time, when nothing else is to be looked at.
+    fn sweep(&mut self) {
+        let Some(after) = self.swept.clone().filter(|_| self.heals.is_idle()) else { return };
+        match self.journal.users(&after, SWEEP_USERS) {
+            Ok(users) => {
+                users.iter().for_each(|user| self.heals.want_all(&user.as_str().into()));
+                self.swept = users.last().cloned();
+            }
+            Err(error) => self.fail(error),
+        }
+    }
+
+    fn begin_look(&mut self, index: usize, user: Arc<str>, look: &Look) -> Result<(), JournalError> {
+        let mut since = 0;
+        let mut mailboxes = Vec::new();
+        if look.whole {
+            for log in self.journal.logs(&user)? {
+                match (log.mailbox.is_empty(), log.private_user.is_empty()) {
+                    (true, _) => since = log.end as i64,
+                    (false, true) => mailboxes.push(look_at(log)),
+                    (false, false) => {}
+                }
+            }
+        } else {
+            for (guid, until) in &look.mailboxes {
+                let known = self.journal.log(&user, guid, "")?;
+                let known = known.unwrap_or(KnownLog { mailbox: guid.clone(), ..Default::default() });
+                let (until_seq, until) = until.unwrap_or_default();
+                mailboxes.push(LookAt { until_seq, until, ..look_at(known) });
+            }
+        }
+        if !look.subscriptions {
+            since = i64::MAX;
+        }
+        self.last_job += 1;
+        let job =
+            LookJob { id: self.last_job, user: user.clone(), whole: look.whole, subscriptions: look.subscriptions };
+        let frames = look_frames(&job, mailboxes, since);
+        self.order.look_begins(&job.user);
+        self.workers[index].task = Task::Look(job);
+        let Some(token) = self.workers[index].token else { return Ok(()) };
+        for frame in frames {
+            self.send(token, &frame);
+        }
+        Ok(())
+    }
+
+    pub fn worker_looked(&mut self, index: usize, looked: Looked) -> Result<(), Close> {
+        let Task::Look(job) = &self.workers[index].task else {
+            return Err(Close::Malformed(format!("it looked for job {}, which it was not given", looked.job)));
+        };
+        let (user, whole, subscriptions) = (job.user.clone(), job.whole, job.subscriptions);
+        if looked.job != job.id {
+            return Err(Close::Malformed(format!("it looked for job {}, but has job {}", looked.job, job.id)));
+        }
+        if looked.more {
+            return self.take_looked(index, &user, whole, looked);
+        }
+        self.workers[index].task = Task::Idle;
+        let outcome = if looked.error.is_empty() { Ok(()) } else { Err(change::printable(&looked.error)) };
+        if outcome.is_ok() && subscriptions {
+            let looked_at = KnownLog { user: user.to_string(), end: looked.looked_at as u64, ..Default::default() };
+            if let Err(error) = self.journal.set_log(&looked_at) {
+                self.fail(error);
+            }
+        }
+        self.look_ended(&user, outcome);
+        Ok(())
+    }
+
+    pub fn look_ended(&mut self, user: &Arc<str>, outcome: Result<(), String>) {
+        let mut released = Vec::new();
+        self.order.look_ends(user, self.now_ms, &self.spans, &mut released);
+        self.ship_all(released);
+        let error = outcome.clone().err().unwrap_or_default();
+        if let Some(pause_ms) = self.heals.finish(user, outcome, self.now_ms) {
+            log::warn!(
+                "User {user}: the mailboxes could not be looked at for changes that nobody told of: {error} - trying again \
+                 in {pause_ms} msecs."
+            );
+        }
+    }
+
+    fn take_looked(&mut self, index: usize, user: &Arc<str>, whole: bool, looked: Looked) -> Result<(), Close> {
+        let malformed = |error: change::ChangeError| Close::Malformed(error.to_string());
+        let (change, bad) = match looked.change.map(|change| (change::check_change(&change), change)) {
+            Some((Ok(()), change)) => (Some(change), None),
+            Some((Err(error), change)) => (None, Some((change.mailbox.unwrap_or_default(), error))),
+            None => (None, None),
+        };
+        if let Some((mailbox, error)) = bad {
+            let reason = format!("what its log says cannot be told to the peers: {error}");
+            self.take_doubt(user, Doubt { guid: mailbox.guid, path: mailbox.path, reason });
+        }
+        let change = change.filter(|change| !self.is_told_subscription(change));
+        if let Some(found) = change {
+            self.counts.counters.healed += 1;
+            self.ship_all(vec![Release { user: user.clone(), change: Some(found), spans: Vec::new() }]);
+        }
+        if let Some(known) = looked.known {
+            let known = Span { user: user.to_string(), ..known };
+            change::check_spans(std::slice::from_ref(&known)).map_err(malformed)?;
+            self.take_known(user, known, &looked.path);
+        }
+        change::check_spans(&looked.spans).map_err(malformed)?;
+        self.take_own_spans(index, looked.spans);
+        if let Some(doubt) = looked.doubt {
+            self.take_doubt(user, doubt);
+        }
+        if !looked.missing.is_empty() {
+            self.take_missing(user, whole, &looked.missing);
+        }
+        Ok(())
+    }
+
+    /// Dovecot's mailbox log knows who changed a subscription as little as anybody: it may have been our own worker.
+    fn is_told_subscription(&mut self, change: &proto::Change) -> bool {
+        let [proto::Op { what: Some(What::Subscription(subscription)) }] = &change.ops[..] else { return false };
+        let path = change.mailbox.as_ref().map(|mailbox| mailbox.path.as_slice()).unwrap_or_default();
+        match self.journal.subscription(&change.user, path) {
+            Ok(told) => told == Some(subscription.subscribed),
+            Err(error) => {
+                self.fail(error);
+                false
+            }
+        }
+    }
+
+    /// A log was read up to there; what waited for it goes on.
+    fn take_known(&mut self, user: &Arc<str>, known: Span, path: &[String]) {
+        let need = Need::of(&known);
+        self.spans.heal(&need, (known.prev_log_seq, known.prev_log_end), (known.log_seq, known.end));
+        match self.order.drop_healed(user, &self.spans) {
+            0 => {}
+            told => self.counts.note("told_late", told),
+        }
+        let was_read = (known.prev_log_seq, known.prev_log_end) != (known.log_seq, known.end);
+        let known = KnownLog { path: path.to_vec(), ..self.known_log(&known) };
+        // What was told since it was read stays known; a log that was set back itself is known from its end on.
+        let outcome = if was_read { self.journal.advance_log(&known) } else { self.journal.set_log(&known) };
+        if let Err(error) = outcome {
+            self.fail(error);
+        }
+        let mut released = Vec::new();
+        self.order.look_again(user, &self.spans, &mut released);
+        self.ship_all(released);
+    }
+
+    pub fn take_doubt(&mut self, user: &Arc<str>, doubt: Doubt) {
+        let reason = change::printable(&doubt.reason);
+        let path = change::printable(&doubt.path.join("/"));
+        log::error!(
+            "User {user}: mailbox {path}: {reason}; it must be compared with the peers (doveadm dovetail failed)."
+        );
+        let failed = Failed {
+            user: user.to_string(),
+            mailbox: doubt.guid,
+            at_us: wall_clock_us(),
+            error: format!("mailbox {path}: {reason}"),
+            ..Default::default()
+        };
+        self.remember_failed(&failed);
+    }
+
+    pub fn remember_failed(&mut self, failed: &Failed) {
+        match self.journal.fail(failed).and_then(|()| self.journal.failed_count()) {
+            Ok(count) => self.counts.counters.failed = count,
+            Err(error) => self.fail(error),
+        }
+    }
+
+    fn take_missing(&mut self, user: &Arc<str>, whole: bool, guid: &[u8]) {
+        if !whole {
+            return self.heals.want_all(user);
+        }
+        if let Err(error) = self.journal.forget_mailbox(user, guid) {
+            self.fail(error);
+        }
+        let mut released = Vec::new();
+        self.order.forget_mailbox(user, guid, &mut self.spans, &mut released);
+        self.ship_all(released);
+    }
+}
+
+fn look_at(log: KnownLog) -> LookAt {
+    LookAt {
+        guid: log.mailbox,
+        path: log.path,
+        index_id: log.index_id,
+        log_seq: log.log_seq,
+        end: log.end,
+        tail: log.tail,
+        ..Default::default()
+    }
+}
+
+/// The look as frames, none too long.
+fn look_frames(job: &LookJob, mailboxes: Vec<LookAt>, since: i64) -> Vec<Frame> {
+    let empty =
+        || proto::Look { job: job.id, user: job.user.to_string(), whole: job.whole, since, ..Default::default() };
+    let mut frames = vec![empty()];
+    let mut bytes = 0;
+    for mailbox in mailboxes {
+        bytes += mailbox.encoded_len() + 8;
+        if bytes > LOOK_BYTES_MAX {
+            frames.push(empty());
+            bytes = mailbox.encoded_len() + 8;
+        }
+        if let Some(last) = frames.last_mut() {
+            last.mailboxes.push(mailbox);
+        }
+    }
+    let last = frames.len() - 1;
+    frames[..last].iter_mut().for_each(|frame| frame.more = true);
+    frames.into_iter().map(|frame| Kind::Look(frame).into()).collect()
+}

@@ -1,0 +1,655 @@
+//! Looks at a user's mailboxes for what nobody told of: what their logs say behind the place up to which they are known,
+//! which mailboxes came, went or were renamed.
+//!
+//! What it finds are deltas, as if they had been told. Guarantees that saves of all mailboxes are told before expunges of
+//! any (a MOVE is one of each, and the expunge alone would drop the only copy), that a log counts as known only after
+//! everything in it was told, and that a log which does not go on where it should is a doubt, never a guess.
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+
+use super::apply::locate;
+use super::body::Link;
+use super::connection::Connection;
+use super::mark::Marks;
+use super::name;
+use super::storage::{Guid, Listed, Namespace, Result, Storage};
+use crate::change;
+use crate::indexlog::{fold, Commit, Commits, Delta, Header, UidRange, What as Written};
+use crate::wire::proto::{self, frame::Kind, op::What, Doubt, LookAt, Looked, Mailbox, MessageRange};
+
+/// Bytes of a log's end that tell it from another; see `Span.tail`.
+const TAIL_BYTES: usize = 64;
+/// Ranges in one operation.
+const RANGES_MAX: usize = 512;
+/// Deltas of one look; a log with more is compared instead.
+const DELTAS_MAX: usize = 1_000_000;
+
+/// What to look at, whole.
+#[derive(Default)]
+pub struct Wanted {
+    pub job: u64,
+    pub user: String,
+    pub mailboxes: Vec<LookAt>,
+    pub whole: bool,
+    pub since: i64,
+}
+
+/// Looks, and answers. Fails only if the connection cannot be used any more.
+pub fn look<S: Storage, C: Read + Write>(
+    storage: &mut S,
+    connection: &mut Connection<C>,
+    wanted: &Wanted,
+    now_secs: i64,
+) -> Link<()> {
+    storage.applying(&[]);
+    let mut found = Found::default();
+    let outcome = find(storage, wanted, &mut found);
+    storage.close_user();
+    let job = wanted.job;
+    if outcome.is_ok() {
+        for answer in found.answers(&wanted.user) {
+            connection.send(Kind::Looked(Looked { job, more: true, ..answer }))?;
+        }
+    }
+    for span in storage.take_spans() {
+        // What the look itself wrote, or found written, is in what it told.
+        if outcome.is_err() || !found.covers(&span) {
+            connection.send(Kind::Looked(Looked { job, more: true, spans: vec![span], ..Default::default() }))?;
+        }
+    }
+    let error = outcome.err().unwrap_or_default().chars().take(1000).collect();
+    let looked_at = if wanted.whole { now_secs } else { 0 };
+    connection.send(Kind::Looked(Looked { job, error, looked_at, ..Default::default() }))
+}
+
+fn find<S: Storage>(storage: &mut S, wanted: &Wanted, found: &mut Found) -> Result<()> {
+    if !storage.open_user(&wanted.user)? {
+        found.doubt(&LookAt::default(), "the user has mailboxes in the journal, but does not exist here (any more)");
+        return Ok(());
+    }
+    let namespace = storage.namespace()?;
+    let targets = match wanted.whole {
+        true => find_in_list(storage, wanted, &namespace, found)?,
+        false => wanted.mailboxes.clone(),
+    };
+    for target in &targets {
+        find_in_log(storage, target, found)?;
+        storage.close();
+    }
+    Ok(())
+}
+
+/// Everything that was found.
+#[derive(Default)]
+struct Found {
+    /// Of mailboxes themselves: the first to be told.
+    of_list: Vec<(Mailbox, What)>,
+    /// Saves and flags, mailbox by mailbox.
+    of_messages: Vec<(Mailbox, Vec<What>)>,
+    expunges: Vec<(Mailbox, Vec<What>)>,
+    /// With the mailbox's name.
+    known: Vec<(proto::Span, Vec<String>)>,
+    doubts: Vec<Doubt>,
+    missing: Vec<Vec<u8>>,
+}
+
+impl Found {
+    /// In the order in which they must be told.
+    fn answers<'a>(&'a mut self, user: &'a str) -> impl Iterator<Item = Looked> + 'a {
+        let of_list = std::mem::take(&mut self.of_list).into_iter().map(|(mailbox, what)| (mailbox, vec![what]));
+        let of_messages = std::mem::take(&mut self.of_messages);
+        let changes = of_list
+            .chain(of_messages)
+            .chain(std::mem::take(&mut self.expunges))
+            .flat_map(|(mailbox, ops)| change::split(ops, user, &mailbox, 0))
+            .map(|change| Looked { change: Some(change), ..Default::default() });
+        let known = self.known.iter().map(|(span, path)| Looked {
+            known: Some(span.clone()),
+            path: path.clone(),
+            ..Default::default()
+        });
+        let doubts = self.doubts.iter().map(|doubt| Looked { doubt: Some(doubt.clone()), ..Default::default() });
+        let missing = self.missing.iter().map(|guid| Looked { missing: guid.clone(), ..Default::default() });
+        changes.chain(known).chain(doubts).chain(missing)
+    }
+
+    fn covers(&self, span: &proto::Span) -> bool {
+        self.known.iter().any(|(known, _)| {
+            known.mailbox_guid == span.mailbox_guid
+                && span.old_mailbox_guid.is_empty()
+                && span.private_user.is_empty()
+                && (span.log_seq, span.end) <= (known.log_seq, known.end)
+        })
+    }
+
+    fn doubt(&mut self, target: &LookAt, reason: &str) {
+        let (guid, path) = (target.guid.clone(), target.path.clone());
+        self.doubts.push(Doubt { guid, path, reason: reason.into() });
+    }
+}
+
+// ---- The list of mailboxes ------------------------------------------------------------------------------------------
+
+/// Compares what there is with what is known; the mailboxes whose logs are to be read.
+fn find_in_list<S: Storage>(
+    storage: &mut S,
+    wanted: &Wanted,
+    namespace: &Namespace,
+    found: &mut Found,
+) -> Result<Vec<LookAt>> {
+    let listed = storage.mailboxes(wanted.since)?;
+    let mut elsewhere = Vec::new();
+    for known in &wanted.mailboxes {
+        if listed.iter().any(|listed| listed.guid[..] == known.guid) {
+            continue;
+        }
+        let guid: Guid = known.guid.as_slice().try_into().map_err(|_| "malformed look: a GUID is not 16 bytes")?;
+        // In another namespace, or renamed while they were listed.
+        if storage.find_guid(&guid)?.is_some() {
+            elsewhere.push(known.clone());
+            continue;
+        }
+        found.missing.push(known.guid.clone());
+        if known.path.is_empty() {
+            // It was never told of.
+            continue;
+        }
+        if storage.was_deleted(&guid)? {
+            let mailbox = Mailbox { guid: known.guid.clone(), path: known.path.clone(), ..Default::default() };
+            found.of_list.push((mailbox, What::Delete(proto::MailboxDelete { directory: false })));
+        } else {
+            found.doubt(known, "the mailbox is not there any more, and Dovecot does not know that it was deleted");
+        }
+    }
+    let mut targets = elsewhere;
+    for listed in &listed {
+        let Some(path) = name::path(&listed.vname, namespace) else { continue };
+        let known = wanted.mailboxes.iter().find(|known| listed.guid[..] == known.guid);
+        find_in_entry(listed, &path, known, found);
+        let target = known.cloned().unwrap_or_else(|| LookAt { guid: listed.guid.to_vec(), ..Default::default() });
+        targets.push(LookAt { path, ..target });
+    }
+    Ok(targets)
+}
+
+fn find_in_entry(listed: &Listed, path: &[String], known: Option<&LookAt>, found: &mut Found) {
+    let mailbox = |path: &[String]| Mailbox {
+        guid: listed.guid.to_vec(),
+        path: path.to_vec(),
+        uid_validity: listed.uid_validity,
+        ..Default::default()
+    };
+    match known {
+        Some(known) if known.path == path => {}
+        Some(known) if !known.path.is_empty() => {
+            let rename = What::Rename(proto::MailboxRename { new_path: path.to_vec() });
+            found.of_list.push((mailbox(&known.path), rename));
+        }
+        // It was not told of, only perhaps of what was written to it.
+        _ => {
+            let create = What::Create(proto::MailboxCreate { directory: false });
+            found.of_list.push((mailbox(path), create));
+        }
+    }
+    if listed.subscription_changed {
+        let subscription = What::Subscription(proto::Subscription { subscribed: listed.subscribed });
+        found.of_list.push((Mailbox { uid_validity: 0, ..mailbox(path) }, subscription));
+    }
+}
+
+// ---- One mailbox ----------------------------------------------------------------------------------------------------
+
+fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) -> Result<()> {
+    let named = Mailbox { guid: target.guid.clone(), path: target.path.clone(), ..Default::default() };
+    let vname = match (target.path.is_empty(), Guid::try_from(target.guid.as_slice())) {
+        (true, Ok(guid)) => storage.find_guid(&guid)?,
+        _ => locate(storage, &named)?,
+    };
+    let Some(vname) = vname else {
+        found.missing.push(target.guid.clone());
+        return Ok(());
+    };
+    let path = name::path(&vname, &storage.namespace()?).unwrap_or(target.path.clone());
+    let target = &LookAt { path: path.clone(), ..target.clone() };
+    let named = Mailbox { path, ..named };
+    // Syncs it: what was put beside Dovecot's back is in the log then.
+    if !storage.open(&vname, false)? {
+        found.missing.push(target.guid.clone());
+        return Ok(());
+    }
+    let files = storage.log_files()?;
+    // All that they tell must be seen in the mailbox.
+    storage.sync()?;
+    let read = match read_log(&files, target) {
+        Ok(read) => read,
+        Err(reason) => {
+            found.doubt(target, &reason);
+            found.known.extend(known_anyway(&files, target).map(|span| (span, target.path.clone())));
+            return Ok(());
+        }
+    };
+    let rebuilt = read.rebuilt.then(|| rebuilt(&read.deltas));
+    let status = storage.status();
+    let mailbox = match target.until_seq {
+        0 => Mailbox { uid_next: status.uid_next, highest_modseq: status.highest_modseq, ..named },
+        // What comes behind is told by others, and finds its UIDs free.
+        _ => Mailbox { uid_next: uid_next(&read.deltas), ..named },
+    };
+    let mailbox = Mailbox { uid_validity: status.uid_validity, ..mailbox };
+    let (mut of_messages, expunges) = operations(storage, read.deltas)?;
+    match rebuilt {
+        Some(rebuilt) if rebuilt.present.len() > RANGES_MAX => {
+            found.doubt(target, "its index was rebuilt, and there are too many messages to tell which");
+        }
+        rebuilt => of_messages.extend(rebuilt.map(What::Rebuilt)),
+    }
+    if !of_messages.is_empty() {
+        found.of_messages.push((mailbox.clone(), of_messages));
+    }
+    if !expunges.is_empty() && Marks::parse(&storage.mark()?).has_diverged() {
+        found.doubt(target, "messages were expunged, and their UIDs are not the same everywhere");
+    } else if !expunges.is_empty() {
+        found.expunges.push((mailbox, expunges));
+    }
+    found.known.push((read.known, target.path.clone()));
+    Ok(())
+}
+
+/// What a log says.
+struct LogRead {
+    deltas: Vec<Delta>,
+    rebuilt: bool,
+    /// From where to where it was read.
+    known: proto::Span,
+}
+
+/// Reads the logs (the oldest first) from where they are known. The error is why they do not tell.
+fn read_log(files: &[Vec<u8>], target: &LookAt) -> std::result::Result<LogRead, String> {
+    // The older one may be anything.
+    let mut logs: Vec<(Header, &[u8])> =
+        files.iter().filter_map(|bytes| Some((Header::parse(bytes).ok()?, bytes.as_slice()))).collect();
+    if let Some(Err(error)) = files.last().map(|newest| Header::parse(newest)) {
+        return Err(format!("its log cannot be read: {error}"));
+    }
+    // Rotated while they were read: the same file twice.
+    logs.dedup_by_key(|(header, _)| header.file_seq);
+    let (first, offset, mut rebuilt) = begin(&logs, target)?;
+    let until = if target.until_seq == 0 { (u32::MAX, u64::MAX) } else { (target.until_seq, target.until) };
+    let begin = (logs[first].0.file_seq, offset);
+    let mut commits: Vec<Commit> = Vec::new();
+    let mut end = begin;
+    for (at, (header, bytes)) in logs.iter().enumerate().skip(first) {
+        if header.file_seq > until.0 {
+            break;
+        }
+        let from = if at == first { offset } else { u64::from(header.hdr_size) };
+        if at > first {
+            if header.begins_anew() {
+                rebuilt = true;
+                commits.clear();
+            } else if (header.prev_file_seq, u64::from(header.prev_file_offset)) != end {
+                return Err(format!("its log {} does not follow on {}:{}", header.file_seq, end.0, end.1));
+            }
+        }
+        let rest = bytes.get(from as usize..).unwrap_or_default();
+        let mut reader = Commits::new(header, rest, from);
+        for commit in reader.by_ref() {
+            let commit = commit.map_err(|error| format!("its log cannot be read: {error}"))?;
+            if (header.file_seq, commit.end) > until {
+                break;
+            }
+            end = (header.file_seq, commit.end);
+            commits.push(commit);
+        }
+        end = end.max((header.file_seq, from));
+    }
+    let mut deltas = fold(&commits, is_ours);
+    let asked_for = expunges_asked_for(&logs[first], offset);
+    deltas.retain(|delta| match delta {
+        Delta::Expunge { first_uid, last_uid, .. } => first_uid != last_uid || !asked_for.contains(first_uid),
+        _ => true,
+    });
+    if deltas.len() > DELTAS_MAX {
+        return Err(format!("its log says more than {DELTAS_MAX} things that nobody told of"));
+    }
+    Ok(LogRead { deltas, rebuilt, known: known(&logs, target, begin, end) })
+}
+
+/// Who asks for an expunge tells of it; whose sync carries it out later does not matter. What was asked for before `end`.
+fn expunges_asked_for((header, bytes): &(Header, &[u8]), end: u64) -> BTreeSet<u32> {
+    let begin = u64::from(header.hdr_size);
+    let before = bytes.get(begin as usize..end as usize).unwrap_or_default();
+    let commits = Commits::new(header, before, begin).map_while(std::result::Result::ok);
+    let mut uids = BTreeSet::new();
+    for record in commits.flat_map(|commit| commit.records).filter(|record| !record.external) {
+        if let Written::ExpungeGuid(expunges) = &record.what {
+            uids.extend(expunges.iter().map(|expunge| expunge.uid));
+        }
+    }
+    uids
+}
+
+/// The file and the place where reading begins, and whether the mailbox was made anew there.
+fn begin(logs: &[(Header, &[u8])], target: &LookAt) -> std::result::Result<(usize, u64, bool), String> {
+    let goes_on = |(header, bytes): &(Header, &[u8])| {
+        let end = target.end as usize;
+        header.file_seq == target.log_seq
+            && (target.index_id == 0 || target.index_id == header.indexid)
+            && end <= bytes.len()
+            && bytes[..end].ends_with(&target.tail)
+    };
+    if target.log_seq != 0 {
+        if let Some(at) = logs.iter().position(goes_on) {
+            return Ok((at, target.end, false));
+        }
+    }
+    let anew = logs.iter().rposition(|(header, _)| header.begins_anew());
+    match (anew, target.log_seq) {
+        (Some(at), 0) => Ok((at, u64::from(logs[at].0.hdr_size), false)),
+        (Some(at), _) => Ok((at, u64::from(logs[at].0.hdr_size), true)),
+        (None, 0) => Err("its log does not reach back to its beginning".into()),
+        (None, _) => Err("its log does not go on where it was known".into()),
+    }
+}
+
+fn known(logs: &[(Header, &[u8])], target: &LookAt, begin: (u32, u64), end: (u32, u64)) -> proto::Span {
+    let file = logs.iter().find(|(header, _)| header.file_seq == end.0);
+    let tail = file.and_then(|(_, bytes)| bytes.get(..end.1 as usize)).unwrap_or_default();
+    proto::Span {
+        mailbox_guid: target.guid.clone(),
+        index_id: file.map_or(0, |(header, _)| header.indexid),
+        log_seq: end.0,
+        // Of the same file only; what is healed begins where the log was known.
+        begin: if begin.0 == end.0 { begin.1 } else { 0 },
+        end: end.1,
+        prev_log_seq: begin.0,
+        prev_log_end: begin.1,
+        tail: tail[tail.len().saturating_sub(TAIL_BYTES)..].to_vec(),
+        ..Default::default()
+    }
+}
+
+/// A log that does not tell what happened is known from its present end on: a comparison does the rest.
+fn known_anyway(files: &[Vec<u8>], target: &LookAt) -> Option<proto::Span> {
+    let (header, bytes) = files.last().and_then(|bytes| Some((Header::parse(bytes).ok()?, bytes.as_slice())))?;
+    let end = (header.file_seq, bytes.len() as u64);
+    Some(known(&[(header, bytes)], target, end, end))
+}
+
+/// Our own commits name what they applied.
+fn is_ours(commit: &Commit) -> bool {
+    commit.records.iter().any(|record| match &record.what {
+        Written::ExtHeaderUpdate(updates) => updates.iter().any(|update| Marks::is_ours(&update.data)),
+        _ => false,
+    })
+}
+
+/// Which messages were there when the index was made anew, and are still.
+fn rebuilt(deltas: &[Delta]) -> proto::MailboxRebuilt {
+    let mut uids = BTreeSet::new();
+    let mut next = 0;
+    for delta in deltas {
+        match delta {
+            Delta::Append { uid, .. } => drop(uids.insert(*uid)),
+            Delta::Expunge { first_uid, last_uid, .. } => uids.retain(|uid| !(*first_uid..=*last_uid).contains(uid)),
+            Delta::NextUid(uid) => next = next.max(*uid),
+            _ => {}
+        }
+    }
+    let mut present: Vec<MessageRange> = Vec::new();
+    for uid in uids {
+        match present.last_mut() {
+            Some(last) if last.last_uid + 1 == uid => last.last_uid = uid,
+            _ => present.push(MessageRange { first_uid: uid, last_uid: uid, guid: String::new() }),
+        }
+    }
+    proto::MailboxRebuilt { present, uid_next: next.max(uid_next(deltas)) }
+}
+
+/// UIDNEXT behind the messages that came; 0: none came.
+fn uid_next(deltas: &[Delta]) -> u32 {
+    let uids = deltas.iter().filter_map(|delta| match delta {
+        Delta::Append { uid, .. } => Some(uid.saturating_add(1)),
+        _ => None,
+    });
+    uids.max().unwrap_or(0)
+}
+
+/// The deltas as operations: what brings and changes messages, and what takes them.
+fn operations<S: Storage>(storage: &mut S, deltas: Vec<Delta>) -> Result<(Vec<What>, Vec<What>)> {
+    let (mut of_messages, mut expunges) = (Vec::new(), Vec::new());
+    let flags =
+        |add: u8, remove: u8| proto::FlagUpdate { add: add.into(), remove: remove.into(), ..Default::default() };
+    for delta in deltas {
+        match delta {
+            Delta::Append { uid, flags } => of_messages.extend(save(storage, uid, flags)?.map(What::Save)),
+            Delta::Flags { first_uid, last_uid, add, remove } => {
+                let messages = vec![MessageRange { first_uid, last_uid, guid: String::new() }];
+                of_messages.push(What::Flags(proto::FlagUpdate { messages, ..flags(add, remove) }));
+            }
+            Delta::Keywords { add, name, ranges } => {
+                let (added, removed) = if add { (vec![name], vec![]) } else { (vec![], vec![name]) };
+                for messages in ranges.chunks(RANGES_MAX).map(messages) {
+                    of_messages.push(What::Flags(proto::FlagUpdate {
+                        messages,
+                        add_keywords: added.clone(),
+                        remove_keywords: removed.clone(),
+                        ..Default::default()
+                    }));
+                }
+            }
+            Delta::Expunge { first_uid, last_uid, .. } => {
+                let messages = vec![MessageRange { first_uid, last_uid, guid: String::new() }];
+                expunges.push(What::Expunge(proto::Expunge { messages }));
+            }
+            // No client does it. The rest travels with the mailbox.
+            Delta::KeywordsReset { .. } | Delta::Rebuilt | Delta::UidValidity(_) | Delta::NextUid(_) => {}
+        }
+    }
+    Ok((of_messages, expunges))
+}
+
+fn messages(ranges: &[UidRange]) -> Vec<MessageRange> {
+    let range = |range: &UidRange| MessageRange { first_uid: range.first, last_uid: range.last, guid: String::new() };
+    ranges.iter().map(range).collect()
+}
+
+/// None if the message has gone meanwhile.
+fn save<S: Storage>(storage: &mut S, uid: u32, flags: u8) -> Result<Option<proto::Save>> {
+    let Some(info) = storage.message_info(uid)? else { return Ok(None) };
+    Ok(Some(proto::Save {
+        birth: Some(proto::Birth { guid: info.guid_128.to_vec(), origin: String::new(), uid }),
+        guid: info.guid,
+        flags: flags.into(),
+        received_date: info.received_date,
+        save_date: info.save_date,
+        size: info.size,
+        ..Default::default()
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake::FakeStorage;
+    use super::*;
+
+    const GUID: Guid = [7; 16];
+    const SDBOX: &[u8] = include_bytes!("../../tests/golden/indexlog/2.4-sdbox.log");
+    const SDBOX_ROTATED: &[u8] = include_bytes!("../../tests/golden/indexlog/2.4-sdbox-rotated.log");
+    const SDBOX_REBUILT: &[u8] = include_bytes!("../../tests/golden/indexlog/2.4-sdbox-rebuilt.log");
+    const MAILDIR: &[u8] = include_bytes!("../../tests/golden/indexlog/2.3-maildir.log");
+
+    fn storage(logs: &[&[u8]]) -> FakeStorage {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "one"), (3, "three")]);
+        storage.set_logs("INBOX", logs);
+        storage
+    }
+
+    fn inbox() -> LookAt {
+        LookAt { guid: GUID.to_vec(), path: vec!["INBOX".into()], ..Default::default() }
+    }
+
+    /// Where the log is known up to, as a worker would have told.
+    fn known_up_to(log: &[u8], end: u64) -> LookAt {
+        let header = Header::parse(log).unwrap();
+        let tail = log[..end as usize].to_vec();
+        LookAt { index_id: header.indexid, log_seq: header.file_seq, end, tail, ..inbox() }
+    }
+
+    fn look_at(storage: &mut FakeStorage, mailboxes: Vec<LookAt>, whole: bool) -> Vec<Looked> {
+        let wanted = Wanted { job: 1, user: "jane".into(), mailboxes, whole, since: 0 };
+        let mut found = Found::default();
+        find(storage, &wanted, &mut found).unwrap();
+        found.answers("jane").collect()
+    }
+
+    /// In words.
+    fn told(answers: &[Looked]) -> Vec<String> {
+        let ranges = |messages: &[MessageRange]| {
+            let range = |m: &MessageRange| match m.first_uid == m.last_uid {
+                true => m.first_uid.to_string(),
+                false => format!("{}:{}", m.first_uid, m.last_uid),
+            };
+            messages.iter().map(range).collect::<Vec<_>>().join(",")
+        };
+        let word = |op: &proto::Op| match op.what.as_ref().unwrap() {
+            What::Save(save) => format!("save {}", save.birth.as_ref().unwrap().uid),
+            What::Flags(flags) if !flags.add_keywords.is_empty() || !flags.remove_keywords.is_empty() => {
+                format!("{} +{:?} -{:?}", ranges(&flags.messages), flags.add_keywords, flags.remove_keywords)
+            }
+            What::Flags(flags) => format!("{} +{:x} -{:x}", ranges(&flags.messages), flags.add, flags.remove),
+            What::Expunge(expunge) => format!("expunge {}", ranges(&expunge.messages)),
+            What::Rebuilt(rebuilt) => format!("rebuilt {} of {}", ranges(&rebuilt.present), rebuilt.uid_next),
+            What::Create(_) => "create".into(),
+            What::Delete(_) => "delete".into(),
+            What::Rename(rename) => format!("rename to {}", rename.new_path.join("/")),
+            What::Subscription(_) => "subscription".into(),
+        };
+        let of_change = |change: &proto::Change| change.ops.iter().map(word).collect::<Vec<_>>();
+        answers.iter().filter_map(|answer| answer.change.as_ref()).flat_map(of_change).collect()
+    }
+
+    fn doubts(answers: &[Looked]) -> Vec<&str> {
+        answers.iter().filter_map(|answer| answer.doubt.as_ref()).map(|doubt| doubt.reason.as_str()).collect()
+    }
+
+    #[test]
+    fn everything_behind_the_known_place_is_told_and_known_then() {
+        let mut storage = storage(&[SDBOX]);
+        let all = look_at(&mut storage, vec![inbox()], false);
+        let words = told(&all);
+        assert_eq!(words[..2], ["save 1", "save 3"], "2 and 4 are gone meanwhile");
+        assert!(words.ends_with(&["expunge 2".into(), "expunge 4".into()]), "{words:?}");
+        let known = all.iter().find_map(|answer| answer.known.clone()).unwrap();
+        assert_eq!(known.end, SDBOX.len() as u64);
+        assert!(SDBOX.ends_with(&known.tail));
+
+        let again =
+            LookAt { index_id: known.index_id, log_seq: known.log_seq, end: known.end, tail: known.tail, ..inbox() };
+        assert_eq!(told(&look_at(&mut storage, vec![again], false)), Vec::<String>::new());
+    }
+
+    #[test]
+    fn it_goes_on_in_the_file_that_follows() {
+        let mut storage = storage(&[SDBOX, SDBOX_ROTATED]);
+        let answers = look_at(&mut storage, vec![known_up_to(SDBOX, SDBOX.len() as u64)], false);
+        assert_eq!(told(&answers), ["1 +10 -0", "1 +0 -10", "expunge 3"]);
+        let known = answers.iter().find_map(|answer| answer.known.clone()).unwrap();
+        assert_eq!((known.log_seq, known.end), (3, SDBOX_ROTATED.len() as u64));
+        assert_eq!((known.prev_log_seq, known.prev_log_end), (2, SDBOX.len() as u64));
+    }
+
+    #[test]
+    fn only_the_hole_is_read() {
+        let header = Header::parse(SDBOX).unwrap();
+        let commits: Vec<Commit> = Commits::new(&header, &SDBOX[header.hdr_size.into()..], header.hdr_size.into())
+            .map(|commit| commit.unwrap())
+            .collect();
+        let save_of_3 = commits
+            .iter()
+            .find(|commit| matches!(&fold([*commit], |_| false)[..], [Delta::Append { uid: 3, .. }, ..]))
+            .expect("mail 3 was saved");
+        let hole = LookAt { until_seq: 2, until: save_of_3.end, ..known_up_to(SDBOX, save_of_3.begin) };
+        let answers = look_at(&mut storage(&[SDBOX]), vec![hole], false);
+        assert_eq!(told(&answers), ["save 3"]);
+        let change = answers.iter().find_map(|answer| answer.change.as_ref()).unwrap();
+        assert_eq!(change.mailbox.as_ref().unwrap().uid_next, 4, "others may still come");
+        assert_eq!(answers.iter().find_map(|answer| answer.known.as_ref()).unwrap().end, save_of_3.end);
+    }
+
+    #[test]
+    fn an_expunge_that_was_asked_for_before_is_not_told_when_it_is_carried_out() {
+        let header = Header::parse(SDBOX).unwrap();
+        let commits: Vec<Commit> = Commits::new(&header, &SDBOX[header.hdr_size.into()..], header.hdr_size.into())
+            .map(|c| c.unwrap())
+            .collect();
+        let request = commits
+            .iter()
+            .find(|commit| fold([*commit], |_| false) == [Delta::Expunge { first_uid: 4, last_uid: 4, guid: None }])
+            .expect("4 was expunged");
+        let words = told(&look_at(&mut storage(&[SDBOX]), vec![known_up_to(SDBOX, request.begin)], false));
+        assert_eq!(words, ["expunge 4"]);
+        let words = told(&look_at(&mut storage(&[SDBOX]), vec![known_up_to(SDBOX, request.end)], false));
+        assert_eq!(words, Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_log_that_was_put_in_the_place_of_another_is_a_doubt() {
+        let other = LookAt { tail: vec![1, 2, 3], ..known_up_to(SDBOX_ROTATED, 100) };
+        let answers = look_at(&mut storage(&[SDBOX_ROTATED]), vec![other], false);
+        assert_eq!(doubts(&answers), ["its log does not go on where it was known"]);
+        assert_eq!(told(&answers), Vec::<String>::new());
+        let answers = look_at(&mut storage(&[SDBOX_ROTATED]), vec![inbox()], false);
+        assert_eq!(doubts(&answers), ["its log does not reach back to its beginning"]);
+        let answers = look_at(&mut storage(&[b"garbage"]), vec![inbox()], false);
+        assert!(doubts(&answers)[0].starts_with("its log cannot be read"), "{:?}", doubts(&answers));
+    }
+
+    #[test]
+    fn a_rebuilt_index_tells_what_is_there() {
+        let answers = look_at(&mut storage(&[SDBOX_REBUILT]), vec![known_up_to(SDBOX, SDBOX.len() as u64)], false);
+        let words = told(&answers);
+        assert!(words.contains(&"save 1".to_string()), "{words:?}");
+        assert!(words.last().unwrap().starts_with("rebuilt 1"), "{words:?}");
+        assert_eq!(doubts(&answers), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn what_was_put_beside_dovecots_back_is_told() {
+        let mut storage = storage(&[MAILDIR]);
+        let words = told(&look_at(&mut storage, vec![inbox()], false));
+        assert!(words.contains(&"expunge 5".to_string()), "{words:?}");
+    }
+
+    #[test]
+    fn expunges_of_all_mailboxes_come_after_all_saves() {
+        let mut storage = storage(&[SDBOX]);
+        storage.add("Archive", [8; 16], 9, &[(1, "one")]);
+        storage.set_logs("Archive", &[SDBOX]);
+        let archive = LookAt { guid: vec![8; 16], path: vec!["Archive".into()], ..Default::default() };
+        let words = told(&look_at(&mut storage, vec![inbox(), archive], false));
+        let last_save = words.iter().rposition(|word| word.starts_with("save")).unwrap();
+        let first_expunge = words.iter().position(|word| word.starts_with("expunge")).unwrap();
+        assert!(last_save < first_expunge, "{words:?}");
+    }
+
+    #[test]
+    fn mailboxes_that_came_went_and_were_renamed_are_told() {
+        let mut storage = storage(&[SDBOX]);
+        storage.add("New", [1; 16], 9, &[]);
+        storage.add("Fresh", [2; 16], 9, &[]);
+        for name in ["New", "Fresh"] {
+            storage.set_logs(name, &[SDBOX_ROTATED]);
+        }
+        storage.deleted.insert([3; 16]);
+        let known = |guid: u8, name: &str| LookAt { guid: vec![guid; 16], path: vec![name.into()], ..inbox() };
+        let all =
+            vec![known_up_to(SDBOX, SDBOX.len() as u64), known(1, "Old"), known(3, "Deleted"), known(4, "Vanished")];
+        let answers = look_at(&mut storage, all, true);
+        assert_eq!(told(&answers), ["delete", "create", "rename to New"]);
+        assert!(doubts(&answers)[0].contains("not there any more"), "{:?}", doubts(&answers));
+        let missing: Vec<u8> = answers.iter().filter_map(|answer| answer.missing.first().copied()).collect();
+        assert_eq!(missing, [3, 4]);
+    }
+}

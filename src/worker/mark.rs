@@ -1,0 +1,141 @@
+//! What a mailbox's own index says of the changes that were applied to it: for each origin, up to which number.
+//!
+//! It is written in the transaction that applies a change, so that one is never there without the other, whatever is
+//! killed: a change that is sent again is recognized, even if the user has undone it meanwhile. And in the mailbox's log
+//! it tells our own commits from others. A rebuilt index has lost it; then applying twice does what it can.
+//!
+//! Pure: bytes in, bytes out. An entry is written whole, and alone.
+#![forbid(unsafe_code)]
+
+use super::storage::MARK_BYTES;
+use crate::wire::proto::SeqOf;
+
+/// Begins the header and each entry.
+const MAGIC: [u8; 4] = *b"Dvtl";
+/// Magic, hash of the origin's name, epoch, seq; the header has magic and flags.
+const ENTRY_BYTES: usize = 24;
+const HEADER_BYTES: usize = 8;
+const ENTRIES: usize = (MARK_BYTES - HEADER_BYTES) / ENTRY_BYTES;
+/// A message here has another UID than where it came from: UIDs alone do not name messages.
+const DIVERGED: u32 = 1;
+
+/// Bytes to write, and where.
+pub type Write = (usize, Vec<u8>);
+
+/// See the module.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Marks {
+    diverged: bool,
+    entries: [Option<Entry>; ENTRIES],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Entry {
+    origin: u32,
+    epoch: u64,
+    seq: u64,
+}
+
+impl Marks {
+    pub fn parse(bytes: &[u8; MARK_BYTES]) -> Marks {
+        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
+        let mut marks = Marks { diverged: bytes[..4] == MAGIC && word(4) & DIVERGED != 0, ..Default::default() };
+        for (n, entry) in marks.entries.iter_mut().enumerate() {
+            let at = HEADER_BYTES + n * ENTRY_BYTES;
+            if bytes[at..at + 4] == MAGIC {
+                *entry = Some(Entry { origin: word(at + 4), epoch: long(at + 8), seq: long(at + 16) });
+            }
+        }
+        marks
+    }
+
+    /// Whether bytes that a commit wrote to our header are ours.
+    pub fn is_ours(written: &[u8]) -> bool {
+        written.starts_with(&MAGIC)
+    }
+
+    pub fn has_diverged(&self) -> bool {
+        self.diverged
+    }
+
+    /// Whether this change was applied to the mailbox.
+    pub fn has(&self, change: &SeqOf) -> bool {
+        let origin = hash(&change.origin);
+        self.entries.iter().flatten().any(|e| e.origin == origin && e.epoch == change.epoch && e.seq >= change.seq)
+    }
+
+    /// The change is applied.
+    pub fn set(&mut self, change: &SeqOf) -> Write {
+        let new = Entry { origin: hash(&change.origin), epoch: change.epoch, seq: change.seq };
+        let of_origin = self.entries.iter().position(|e| e.is_some_and(|e| e.origin == new.origin));
+        let free = || self.entries.iter().position(Option::is_none);
+        let oldest = || (0..ENTRIES).min_by_key(|n| self.entries[*n].map_or(0, |e| e.epoch)).unwrap_or(0);
+        let n = of_origin.or_else(free).unwrap_or_else(oldest);
+        self.entries[n] = Some(new);
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(new.origin.to_le_bytes());
+        bytes.extend(new.epoch.to_le_bytes());
+        bytes.extend(new.seq.to_le_bytes());
+        (HEADER_BYTES + n * ENTRY_BYTES, bytes)
+    }
+
+    /// A message got another UID.
+    pub fn diverge(&mut self) -> Write {
+        self.diverged = true;
+        self.ours()
+    }
+
+    /// Says nothing but that a commit is ours.
+    pub fn ours(&self) -> Write {
+        let flags = if self.diverged { DIVERGED } else { 0 };
+        (0, [MAGIC, flags.to_le_bytes()].concat())
+    }
+}
+
+fn hash(origin: &str) -> u32 {
+    crc32fast::hash(origin.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn change(origin: &str, epoch: u64, seq: u64) -> SeqOf {
+        SeqOf { origin: origin.into(), epoch, seq }
+    }
+
+    fn write(bytes: &mut [u8; MARK_BYTES], (at, written): Write) {
+        assert!(Marks::is_ours(&written));
+        bytes[at..at + written.len()].copy_from_slice(&written);
+    }
+
+    #[test]
+    fn what_was_written_is_read() {
+        let mut bytes = [0; MARK_BYTES];
+        assert_eq!(Marks::parse(&bytes), Marks::default());
+        let mut marks = Marks::default();
+        write(&mut bytes, marks.set(&change("a", 9, 5)));
+        write(&mut bytes, marks.set(&change("b", 1 << 40, 7)));
+        write(&mut bytes, marks.set(&change("a", 9, 6)));
+        assert!(!marks.has_diverged());
+        write(&mut bytes, marks.diverge());
+        assert_eq!(Marks::parse(&bytes), marks);
+        assert!(marks.has_diverged());
+        for (origin, epoch, seq, has) in [("a", 9, 6, true), ("a", 9, 7, false), ("a", 8, 1, false), ("c", 9, 1, false)]
+        {
+            assert_eq!(marks.has(&change(origin, epoch, seq)), has, "{origin} {epoch} {seq}");
+        }
+        assert!(marks.has(&change("b", 1 << 40, 7)));
+    }
+
+    #[test]
+    fn when_there_is_no_room_the_oldest_epoch_goes() {
+        let mut marks = Marks::default();
+        for n in 0..ENTRIES as u64 + 1 {
+            marks.set(&change(&format!("server{n}"), 100 + n, 1));
+        }
+        assert!(!marks.has(&change("server0", 100, 1)));
+        assert!((1..=ENTRIES as u64).all(|n| marks.has(&change(&format!("server{n}"), 100 + n, 1))));
+    }
+}
