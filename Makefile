@@ -55,6 +55,11 @@ demo: stage ## Two Dovecots that replicate to each other, until Ctrl-C (ONCE=1: 
 test: stage ## All tests, end-to-end tests against this machine's Dovecot included
 	DOVETAIL_TEST_STAGE=$(STAGE) $(CARGO) test $(CARGO_FLAGS) --locked --no-default-features
 
+.PHONY: chaos
+chaos: stage ## Random schedules of writing and killing: seeds 1 to 12 (SEEDS=200: so many; SEED=17: that one, with its output)
+	DOVETAIL_TEST_STAGE=$(STAGE) DOVETAIL_CHAOS_FIRST=$(or $(SEED),$(FIRST),1) DOVETAIL_CHAOS_SEEDS=$(if $(SEED),1,$(or $(SEEDS),12)) \
+	$(CARGO) test $(CARGO_FLAGS) --locked --no-default-features --test chaos -- $(if $(SEED),--nocapture)
+
 .PHONY: bench
 bench: stage ## Lag, throughput and cost beside no replication and Dovecot 2.3's own (QUICK=1; docs/PERFORMANCE.md has more)
 	DOVETAIL_TEST_STAGE=$(STAGE) DOVETAIL_BENCH_QUICK=$(QUICK) DOVETAIL_BENCH_VARIANTS="$(VARIANTS)" \
@@ -64,6 +69,12 @@ bench: stage ## Lag, throughput and cost beside no replication and Dovecot 2.3's
 .PHONY: test-matrix
 test-matrix: stage ## The same against the other Debian releases, and against pairs of different versions
 	./tests/matrix.sh
+
+SECS ?= 60
+.PHONY: fuzz
+fuzz: ## Fuzz the parser of index logs for SECS seconds (needs cargo-fuzz: cargo install cargo-fuzz)
+	@mkdir -p fuzz/corpus/indexlog
+	RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run indexlog fuzz/corpus/indexlog tests/golden/indexlog -- -max_total_time=$(SECS)
 
 .PHONY: header
 header: ## Write include/dovetail.h anew, after a change in src/host

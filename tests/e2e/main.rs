@@ -12,6 +12,8 @@ mod deliver;
 mod effects;
 mod expunge;
 mod flags;
+mod heal;
+mod killed;
 mod mailboxes;
 mod plain;
 mod status;

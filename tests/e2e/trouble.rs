@@ -212,3 +212,78 @@ fn an_inbox_that_was_born_on_both_sides_becomes_one() {
     t.a().deliver(&t.user, &mail("from a"));
     assert_eq!(t.settled().messages("INBOX").len(), 2);
 }
+
+/// The peer's disk says no for one of the users.
+#[test]
+fn a_user_whose_mail_cannot_be_written_waits_with_the_reason_and_others_go_on() {
+    let t = pair("story-no-permission");
+    t.expects_in_log("story-no-permission");
+    t.a().deliver(&t.user, &mail("first"));
+    t.settled();
+    let home = t.b().outside(&format!("/home/{}", t.user));
+    let owner = |uid: u32| std::os::unix::fs::chown(&home, Some(uid), None).expect("chown");
+    let mode = |mode: u32| {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(&home, std::fs::Permissions::from_mode(mode)).expect("chmod");
+    };
+    owner(0);
+    mode(0o700);
+    (2..=4).for_each(|n| t.a().deliver(&t.user, &mail(&format!("mail {n}"))));
+    wait_until(SOON, "A's status says who waits and why", || {
+        let error = &t.a().status()[0]["last_error"];
+        error.contains(&t.user) && error.contains("mailbox INBOX")
+    });
+    let other = "story-others-go-on";
+    t.a().deliver(other, &mail("for another"));
+    wait_until(SOON, "the mail for another is on B", || t.b().has_inbox(other));
+    wait_until(SOON, "B shows it", || t.b().imap(other).select("INBOX").uids().len() == 1);
+
+    owner(8);
+    mode(0o700);
+    assert_eq!(t.converged_within(Duration::from_secs(90), &t.user).messages("INBOX").len(), 4);
+    wait_until(SOON, "nothing is pending", || t.a().status()[0]["pending"] == "0");
+    assert_eq!(t.b().status()[0]["failed"], "0");
+}
+
+const SMALL_QUOTA_23: &str = "
+mail_plugins = $mail_plugins quota
+plugin {
+  quota = count:User quota
+  quota_vsizes = yes
+  quota_rule = *:storage=10K
+}
+";
+const SMALL_QUOTA_24: &str = "
+mail_plugins {
+  quota = yes
+}
+quota \"User quota\" {
+  storage_size = 10K
+}
+";
+
+#[test]
+fn a_quota_that_is_full_on_the_peer_does_not_stop_what_was_taken_elsewhere() {
+    let b = Setup::new("b", Format::Sdbox).extra(SMALL_QUOTA_23, SMALL_QUOTA_24);
+    let t = Scene::on(Cluster::start(vec![Setup::new("a", Format::Sdbox), b]), "story-quota");
+    for size in [8_000, 50_000, 2_000] {
+        t.a().deliver(&t.user, &crate::scene::mail_of_size(size));
+    }
+    assert_eq!(t.settled().messages("INBOX").len(), 3);
+    let answer = t.b().imap(&t.user).try_append_all(
+        "INBOX",
+        &[crate::cluster::imap::Appended { flags: "", date: "", mail: &crate::scene::mail_of_size(9_000) }],
+    );
+    assert!(answer.result.contains("OVERQUOTA"), "the quota is not in force: {}", answer.result);
+}
+
+#[test]
+fn what_failed_is_listed_in_all_formats_of_doveadm() {
+    let t = pair("story-failed-list");
+    t.a().deliver(&t.user, &mail("first"));
+    t.settled();
+    for format in ["flow", "table", "tab", "json"] {
+        let text = t.a().doveadm(&["-f", format, "dovetail", "failed"]);
+        assert!(format == "flow" || text.contains("mailbox_guid") || text.trim() == "[]", "{format}: {text}");
+    }
+}

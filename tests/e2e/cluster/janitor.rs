@@ -30,6 +30,12 @@ for signal in TERM KILL; do
     tries=0
     while running && [ $tries -lt 100 ]; do sleep 0.05; tries=$((tries + 1)); done
 done
+# What a test mounted.
+for folder; do
+    awk -v below="$folder/" 'index($2, below) == 1 { print $2 }' /proc/mounts | while read -r mount; do
+        umount -l "$mount" 2>/dev/null
+    done
+done
 # Processes that outlived their master for a moment may still write.
 tries=0
 while ! rm -rf "$@" 2>/dev/null && [ $tries -lt 100 ]; do sleep 0.05; tries=$((tries + 1)); done

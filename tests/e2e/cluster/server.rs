@@ -284,9 +284,21 @@ impl Server {
         self.relay_status().unwrap_or_else(|error| panic!("{}: {error}", self.name())).counters.unwrap_or_default()
     }
 
-    /// Whether the relay answers and nothing of it is still on its way to a peer.
+    /// The same, if it answers.
+    pub fn try_status(&self) -> Option<dovetail::wire::proto::Status> {
+        self.relay_status().ok()
+    }
+
+    /// Whether the relay answers, nothing of it is still on its way to a peer, and nothing is to be looked at.
     pub fn has_nothing_pending(&self) -> bool {
-        self.relay_status().is_ok_and(|status| status.peers.iter().all(|peer| peer.pending == 0))
+        self.relay_status().is_ok_and(|status| {
+            status.peers.iter().all(|peer| peer.pending == 0) && status.counters.unwrap_or_default().looking == 0
+        })
+    }
+
+    /// Whether the relay answers and has looked at all that it wanted to look at.
+    pub fn has_looked(&self) -> bool {
+        self.relay_status().is_ok_and(|status| status.counters.unwrap_or_default().looking == 0)
     }
 
     /// Delivers by the real dovecot-lda.

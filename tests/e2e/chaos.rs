@@ -1,0 +1,167 @@
+//! A seed's schedule against two real Dovecots: clients write while processes are killed, paused and restarted. Then both
+//! servers must be the same, and every mail there as often as its client knows.
+//!
+//! One server is written to at a time; the other one has its turn when both are the same. What two servers do at once to
+//! one mailbox is another chapter. A seed gives the same schedule each time; the threads of a schedule race as they like.
+
+mod client;
+mod dice;
+mod faults;
+mod ledger;
+mod plan;
+mod writer;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use self::client::{literal, Imap};
+use self::faults::{Faults, Progress};
+use self::ledger::Ledger;
+use self::plan::{Phase, Plan};
+use self::writer::{token, was_rebuilt, Writer};
+use crate::cluster::{wait_until, Cluster, Server};
+use crate::scene::Scene;
+
+/// For what was cut and killed to be found and sent: mostly the pauses between attempts.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+#[test]
+fn a_dozen_seeds_converge() {
+    let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
+    let first = number("DOVETAIL_CHAOS_FIRST").unwrap_or(1);
+    let seeds = first..first + number("DOVETAIL_CHAOS_SEEDS").unwrap_or(12);
+    let next = AtomicU64::new(seeds.start);
+    let failed = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| loop {
+                let seed = next.fetch_add(1, Ordering::Relaxed);
+                if !seeds.contains(&seed) {
+                    return;
+                }
+                if std::panic::catch_unwind(|| play(seed)).is_err() {
+                    failed.lock().expect("a list").push(seed);
+                }
+            });
+        }
+    });
+    let failed = failed.into_inner().expect("a list");
+    let commands: Vec<String> = failed.iter().map(|seed| format!("make chaos SEED={seed}")).collect();
+    assert!(failed.is_empty(), "{} of {} seeds failed: {}", failed.len(), seeds.count(), commands.join("; "));
+}
+
+/// Says at a panic what was played. With DOVETAIL_CHAOS_KEEP, copies the servers' folders there.
+struct Story<'a>(&'a Plan, &'a Scene);
+
+impl Drop for Story<'_> {
+    fn drop(&mut self) {
+        let Story(plan, scene) = self;
+        if !std::thread::panicking() {
+            return;
+        }
+        for server in scene.servers() {
+            eprintln!("{}: {:?}", server.name(), server.try_status());
+            if let Some(keep) = std::env::var_os("DOVETAIL_CHAOS_KEEP") {
+                let keep = std::path::Path::new(&keep).join(format!("{}-{}", plan.seed, server.name()));
+                let _ = std::process::Command::new("cp").arg("-a").arg(server.outside("")).arg(&keep).status();
+                eprintln!("{} is kept in {}", server.name(), keep.display());
+            }
+        }
+        eprintln!("---- {plan}again: make chaos SEED={}", plan.seed);
+    }
+}
+
+fn play(seed: u64) {
+    let plan = Plan::of(seed);
+    let users: Vec<String> = (0..plan.users).map(|n| format!("chaos{seed}-{n}")).collect();
+    let scene = Scene::on(Cluster::pair(plan.formats.0, plan.formats.1), &users[0]);
+    let _story = Story(&plan, &scene);
+    // Dovecot's own words about killed processes and what they left. A panic is one of ours, or of Dovecot's.
+    ["killed with signal 9", "Error:", "Error reading configuration"]
+        .iter()
+        .for_each(|text| scene.expects_in_log(text));
+    let ledger = Mutex::new(Ledger::default());
+    for phase in &plan.phases {
+        play_phase(&scene, phase, &users, &ledger);
+        if !check(&scene, &users, &ledger) {
+            eprintln!("seed {seed} ends here: Dovecot made indexes anew, which the servers cannot compare yet");
+            break;
+        }
+    }
+    for server in scene.servers() {
+        let log = server.log();
+        let panics: Vec<&str> =
+            log.lines().filter(|line| line.contains("Panic:") || line.contains("panicked")).collect();
+        assert!(panics.is_empty(), "{}: {panics:#?}", server.name());
+    }
+}
+
+fn play_phase(scene: &Scene, phase: &Phase, users: &[String], ledger: &Mutex<Ledger>) {
+    let server = &scene.servers()[phase.writer];
+    let progress = Progress::default();
+    let writer = |number| Writer { server, users, ledger, progress: &progress, number, connections: BTreeMap::new() };
+    ledger.lock().expect("a ledger").share_out(phase.clients.len());
+    for user in 0..users.len() {
+        writer(0).deliver(user, 0);
+        let mut imap = Imap::login(server.ports.imap, &users[user]);
+        for mailbox in &plan::MAILBOXES[1..] {
+            // From the second phase on they are there.
+            imap.command(&format!("CREATE {mailbox}")).expect("no fault yet");
+        }
+    }
+    progress.expect_clients(phase.clients.len());
+    std::thread::scope(|scope| {
+        for (number, steps) in phase.clients.iter().enumerate() {
+            let writer = writer(number);
+            scope.spawn(move || writer.play(steps));
+        }
+        Faults::on(scene.servers()).play(&phase.events, &progress);
+    });
+}
+
+/// False if Dovecot made indexes anew: the relay says that it has to compare them, which it cannot yet.
+fn check(scene: &Scene, users: &[String], ledger: &Mutex<Ledger>) -> bool {
+    for server in scene.servers() {
+        wait_until(DEADLINE, &format!("nothing is pending on {}", server.name()), || server.has_nothing_pending());
+    }
+    let mut all = true;
+    for (number, user) in users.iter().enumerate() {
+        if let Some(server) = scene.servers().iter().find(|server| was_rebuilt(server, user)) {
+            ledger.lock().expect("a ledger").check_nothing_lost(server.name(), number, &everything(server, user));
+            all = false;
+            continue;
+        }
+        scene.converged_within(DEADLINE, user);
+        for server in scene.servers() {
+            ledger.lock().expect("a ledger").check(server.name(), number, &everything(server, user));
+        }
+    }
+    all
+}
+
+/// All mails of a user as a client sees them: (mailbox, token, text).
+fn everything(server: &Server, user: &str) -> Vec<(String, String, Vec<u8>)> {
+    let mut imap = Imap::login(server.ports.imap, user);
+    let mut ok = |command: &str| {
+        let answer = imap.command(command).unwrap_or_else(|_| panic!("{}: {command}: connection lost", server.name()));
+        assert!(answer.is_ok(), "{}: {user}: {command} was answered {}", server.name(), answer.result);
+        answer.untagged
+    };
+    let mut found = Vec::new();
+    for line in ok("LIST \"\" *") {
+        let line = String::from_utf8_lossy(&line).into_owned();
+        if line.contains("\\Noselect") {
+            continue;
+        }
+        let mailbox = line.rsplit(' ').next().unwrap_or_default().trim_matches('"').to_owned();
+        ok(&format!("EXAMINE {mailbox}"));
+        for line in ok("UID FETCH 1:* (BODY.PEEK[])") {
+            if let Some(text) = literal(&line) {
+                found.push((mailbox.clone(), token(text), text.to_vec()));
+            }
+        }
+    }
+    found
+}

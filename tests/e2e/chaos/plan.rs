@@ -1,0 +1,224 @@
+//! What a seed does: who writes where, what each client does, what is killed when. Nothing here looks at a clock or at a
+//! server, so that a seed always gives the same schedule.
+
+use std::fmt::{self, Display, Formatter};
+
+use super::dice::Dice;
+use crate::cluster::Format;
+
+/// Mailboxes that every user has; the number behind them stands for one of the client's own.
+pub const MAILBOXES: [&str; 3] = ["INBOX", "Work", "Archive"];
+
+const FLAGS: [&str; 7] = ["\\Seen", "\\Flagged", "\\Answered", "\\Draft", "$Label1", "Junk", "project-x"];
+
+#[derive(Debug)]
+pub struct Plan {
+    pub seed: u64,
+    pub formats: (Format, Format),
+    pub users: usize,
+    pub phases: Vec<Phase>,
+}
+
+#[derive(Debug)]
+pub struct Phase {
+    /// Index of the server that is written to.
+    pub writer: usize,
+    /// What each client does, one step after the other.
+    pub clients: Vec<Vec<Step>>,
+    pub events: Vec<Event>,
+}
+
+#[derive(Debug)]
+pub struct Step {
+    pub user: usize,
+    pub what: What,
+}
+
+/// `mailbox`, `from`, `to` are indexes of [`MAILBOXES`]; `pick` chooses among what there is then.
+#[derive(Debug)]
+pub enum What {
+    Deliver { size: usize },
+    Append { mailbox: usize, flags: String, sizes: Vec<usize> },
+    Flags { mailbox: usize, pick: u64, count: usize, change: String },
+    Copy { from: usize, to: usize, pick: u64, count: usize },
+    Move { from: usize, to: usize, pick: u64, count: usize },
+    Expunge { mailbox: usize, pick: u64, count: usize },
+    Create { below: bool, subscribe: bool },
+    Rename { pick: u64 },
+    Delete { pick: u64 },
+    Subscribe { pick: u64, on: bool },
+}
+
+/// Something that happens to the servers once the clients have done so many steps together.
+#[derive(Debug)]
+pub struct Event {
+    pub after: usize,
+    pub fault: Fault,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// `one`: a process of this service; otherwise all.
+    Kill {
+        side: usize,
+        service: &'static str,
+        one: Option<u64>,
+    },
+    /// SIGSTOP to all processes of a service.
+    Pause {
+        side: usize,
+        service: &'static str,
+    },
+    Resume {
+        side: usize,
+        service: &'static str,
+    },
+    Stop {
+        side: usize,
+    },
+    Start {
+        side: usize,
+    },
+    Reload {
+        side: usize,
+    },
+}
+
+impl Plan {
+    pub fn of(seed: u64) -> Plan {
+        use Format::{Maildir, Mdbox, Sdbox};
+        let pairs = [(Sdbox, Sdbox), (Mdbox, Mdbox), (Maildir, Maildir), (Sdbox, Maildir)];
+        let mut dice = Dice::new(seed, 0);
+        let users = dice.between(1, 3);
+        let phases = dice.between(1, 3);
+        let phases = (1..=phases).map(|phase| Phase::of(seed, phase as u64, users)).collect();
+        Plan { seed, formats: pairs[(seed % 4) as usize], users, phases }
+    }
+}
+
+impl Phase {
+    fn of(seed: u64, phase: u64, users: usize) -> Phase {
+        let mut dice = Dice::new(seed, phase * 100);
+        let writer = dice.between(0, 1);
+        let clients: Vec<Vec<Step>> = (1..=dice.between(2, 4) as u64)
+            .map(|client| {
+                let mut dice = Dice::new(seed, phase * 100 + client);
+                (0..dice.between(15, 40)).map(|_| Step::of(&mut dice, users)).collect()
+            })
+            .collect();
+        let steps = clients.iter().map(Vec::len).sum();
+        let mut events = Vec::new();
+        for _ in 0..dice.between(2, 7) {
+            Fault::add(&mut dice, writer, steps, &mut events);
+        }
+        events.sort_by_key(|event| event.after);
+        Phase { writer, clients, events }
+    }
+}
+
+impl Step {
+    fn of(dice: &mut Dice, users: usize) -> Step {
+        let user = dice.between(0, users - 1);
+        let mut mailbox = || if dice.percent(15) { MAILBOXES.len() } else { dice.between(0, 2) };
+        let (mailbox, other) = (mailbox(), mailbox());
+        let other = if mailbox == other { (mailbox + 1) % MAILBOXES.len() } else { other };
+        let (from, to) = (mailbox, other);
+        let (pick, count) = (dice.roll(), dice.between(1, 3));
+        let what = match dice.between(0, 99) {
+            0..=19 => What::Deliver { size: size(dice) },
+            20..=36 => {
+                let count = if dice.percent(25) { dice.between(2, 4) } else { 1 };
+                let flags = if dice.percent(50) { dice.pick(&FLAGS).to_owned() } else { String::new() };
+                What::Append { mailbox, flags, sizes: (0..count).map(|_| size(dice)).collect() }
+            }
+            37..=56 => {
+                let sign = dice.pick(&["+", "-", "+", ""]);
+                let silent = dice.pick(&["", ".SILENT"]);
+                let change = format!("{sign}FLAGS{silent} ({} {})", dice.pick(&FLAGS), dice.pick(&FLAGS));
+                What::Flags { mailbox, pick, count, change }
+            }
+            57..=66 => What::Copy { from, to, pick, count },
+            67..=78 => What::Move { from, to, pick, count },
+            79..=89 => What::Expunge { mailbox, pick, count },
+            90..=93 => What::Create { below: dice.percent(30), subscribe: dice.percent(50) },
+            94..=95 => What::Rename { pick },
+            96 => What::Delete { pick },
+            _ => What::Subscribe { pick, on: dice.percent(60) },
+        };
+        Step { user, what }
+    }
+}
+
+/// Most mails are small, some have bodies that do not ride along.
+fn size(dice: &mut Dice) -> usize {
+    match dice.between(0, 99) {
+        0..=84 => dice.between(0, 3_000),
+        85..=97 => dice.between(30_000, 120_000),
+        _ => dice.between(300_000, 600_000),
+    }
+}
+
+impl Fault {
+    fn add(dice: &mut Dice, writer: usize, steps: usize, events: &mut Vec<Event>) {
+        let after = dice.between(1, steps - 1);
+        let until = dice.between(after, steps.min(after + 20));
+        let side = dice.between(0, 1);
+        let peer = 1 - writer;
+        let mut push = |after, fault| events.push(Event { after, fault });
+        let one = if dice.percent(70) { Some(dice.roll()) } else { None };
+        match dice.between(0, 99) {
+            0..=17 => push(after, Fault::Kill { side: writer, service: "imap", one }),
+            18..=27 => push(after, Fault::Kill { side: writer, service: "lmtp", one }),
+            28..=42 => push(after, Fault::Kill { side, service: "dovetail-worker", one }),
+            43..=57 => push(after, Fault::Kill { side, service: "dovetail", one: None }),
+            // The relay and a mail process in one breath: what the one had not taken from the other is lost.
+            58..=65 => {
+                push(after, Fault::Pause { side: writer, service: "dovetail" });
+                push(until, Fault::Kill { side: writer, service: dice.pick(&["imap", "lmtp"]), one: None });
+                push(until, Fault::Kill { side: writer, service: "dovetail", one: None });
+            }
+            66..=83 => {
+                let service = dice.pick(&["dovetail", "dovetail-worker"]);
+                push(after, Fault::Pause { side, service });
+                push(until, Fault::Resume { side, service });
+            }
+            84..=91 => {
+                push(after, Fault::Stop { side: peer });
+                push(until, Fault::Start { side: peer });
+            }
+            _ => push(after, Fault::Reload { side }),
+        }
+    }
+}
+
+pub fn side_name(side: usize) -> &'static str {
+    ["a", "b"][side]
+}
+
+impl Display for Fault {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        match self {
+            Fault::Kill { side, service, one: None } => write!(f, "kill -9 all {service} on {}", side_name(*side)),
+            Fault::Kill { side, service, one: Some(_) } => write!(f, "kill -9 one {service} on {}", side_name(*side)),
+            Fault::Pause { side, service } => write!(f, "SIGSTOP to {service} on {}", side_name(*side)),
+            Fault::Resume { side, service } => write!(f, "SIGCONT to {service} on {}", side_name(*side)),
+            Fault::Stop { side } => write!(f, "stop {}", side_name(*side)),
+            Fault::Start { side } => write!(f, "start {}", side_name(*side)),
+            Fault::Reload { side } => write!(f, "doveadm reload on {}", side_name(*side)),
+        }
+    }
+}
+
+impl Display for Plan {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        writeln!(f, "seed {}: {:?} and {:?}, {} users", self.seed, self.formats.0, self.formats.1, self.users)?;
+        for (n, phase) in self.phases.iter().enumerate() {
+            let steps: Vec<usize> = phase.clients.iter().map(Vec::len).collect();
+            writeln!(f, "phase {}: {} is written to, clients with {steps:?} steps", n + 1, side_name(phase.writer))?;
+            for event in &phase.events {
+                writeln!(f, "  after {} steps: {}", event.after, event.fault)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,215 @@
+//! Single faults at the worst moments, each by name.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use crate::cluster::server::signal;
+use crate::cluster::{wait_until, Cluster, Format, Server, Setup};
+use crate::scene::{mail, mail_of_size, Scene, SOON};
+
+/// For what was lost to be looked for and sent.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+fn pair(user: &str) -> Scene {
+    let t = Scene::on(Cluster::pair(Format::Sdbox, Format::Sdbox), user);
+    t.expects_in_log("killed with signal 9");
+    t.expects_in_log("dovetail");
+    t
+}
+
+fn settled(t: &Scene) -> crate::cluster::Snapshot {
+    t.converged_within(DEADLINE, &t.user)
+}
+
+fn kill(server: &Server, services: &[&str]) {
+    let pids: Vec<u32> = services.iter().flat_map(|service| server.pids(service)).collect();
+    pids.iter().for_each(|pid| signal(*pid, "KILL"));
+}
+
+/// Kills the relay and waits for the next one.
+fn restart_relay(server: &Server) {
+    let old = server.pids("dovetail");
+    old.iter().for_each(|pid| signal(*pid, "KILL"));
+    wait_until(SOON, "the relay runs again", || server.pids("dovetail").iter().any(|pid| !old.contains(pid)));
+}
+
+/// The files of a user's mails, without a program of Dovecot that would look for him.
+fn mail_files(server: &Server, user: &str, mailbox: &str) -> Vec<PathBuf> {
+    let folder = server.outside(&format!("/home/{user}/sdbox/mailboxes/{mailbox}/dbox-Mails"));
+    let files = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    files.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("u."))).collect()
+}
+
+/// The copy's record and the expunge's are both in the socket of a relay that never reads them.
+#[test]
+fn a_move_whose_two_records_are_both_lost() {
+    let t = pair("story-lost-move");
+    t.a().imap(&t.user).ok("CREATE Archive");
+    (1..=3).for_each(|n| t.a().deliver(&t.user, &mail(&format!("mail {n}"))));
+    settled(&t);
+    let relay = t.a().pids("dovetail")[0];
+    signal(relay, "STOP");
+    let mut imap = t.a().imap(&t.user).select("INBOX");
+    imap.ok("UID MOVE 2 Archive");
+    kill(t.a(), &["imap"]);
+    restart_relay(t.a());
+    let snapshot = settled(&t);
+    assert_eq!((snapshot.messages("INBOX").len(), snapshot.messages("Archive").len()), (2, 1));
+    // And it is no accident of what came later.
+    t.b().imap(&t.user).select("Archive").ok("UID MOVE 1 INBOX");
+    let snapshot = settled(&t);
+    assert_eq!((snapshot.messages("INBOX").len(), snapshot.messages("Archive").len()), (3, 0));
+}
+
+/// The worker has saved the mail, nobody was told, and the user expunges it: sent again, it must not come back.
+#[test]
+fn a_worker_killed_between_commit_and_acknowledgement_while_the_user_expunges() {
+    let t = pair("story-unacknowledged");
+    t.a().deliver(&t.user, &mail("stays"));
+    settled(&t);
+    for round in 1..=10 {
+        let before = mail_files(t.b(), &t.user, "INBOX").len();
+        let pids: Vec<u32> = ["dovetail-worker", "dovetail"].iter().flat_map(|s| t.b().pids(s)).collect();
+        t.a().deliver(&t.user, &mail(&format!("comes and goes {round}")));
+        wait_until(SOON, "b has the mail's file", || mail_files(t.b(), &t.user, "INBOX").len() > before);
+        pids.iter().for_each(|pid| signal(*pid, "KILL"));
+        let mut imap = t.b().imap(&t.user).select("INBOX");
+        if let Some(uid) = imap.uids().get(1) {
+            imap.ok(&format!("UID STORE {uid} +FLAGS (\\Deleted)"));
+            imap.ok(&format!("UID EXPUNGE {uid}"));
+        } else {
+            // The file was there, the commit was not: it comes when it is sent again.
+            wait_until(DEADLINE, "the mail is sent again", || {
+                imap.ok("NOOP");
+                imap.uids().len() > 1
+            });
+            let uid = imap.uids()[1];
+            imap.ok(&format!("UID STORE {uid} +FLAGS (\\Deleted)"));
+            imap.ok(&format!("UID EXPUNGE {uid}"));
+        }
+        assert_eq!(settled(&t).messages("INBOX").len(), 1, "in round {round} the mail is back");
+    }
+    restart_relay(t.a());
+    restart_relay(t.b());
+    assert_eq!(settled(&t).messages("INBOX").len(), 1);
+}
+
+/// Of a user, and of a mailbox, that no relay has ever heard of.
+#[test]
+fn a_process_killed_after_its_very_first_commit() {
+    let t = pair("story-first-commit");
+    t.a().deliver("story-first-commit-other", &mail("so that the relays know each other"));
+    t.converged_within(DEADLINE, "story-first-commit-other");
+    let relay = t.a().pids("dovetail")[0];
+    signal(relay, "STOP");
+    t.a().deliver(&t.user, &mail("first"));
+    kill(t.a(), &["lmtp"]);
+    signal(relay, "CONT");
+    assert_eq!(settled(&t).messages("INBOX").len(), 1);
+
+    signal(relay, "STOP");
+    let mut imap = t.a().imap(&t.user);
+    imap.ok("CREATE Fresh");
+    imap.append("Fresh", &mail("first in Fresh"));
+    kill(t.a(), &["imap"]);
+    signal(relay, "CONT");
+    assert_eq!(settled(&t).messages("Fresh").len(), 1);
+}
+
+#[test]
+fn a_relay_cut_in_mid_frame() {
+    let t = pair("story-cut-frame");
+    t.a().deliver(&t.user, &mail("before"));
+    settled(&t);
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let body = mail_of_size(1 << 20);
+            let mut lmtp = t.a().lmtp();
+            (0..20).for_each(|_| lmtp.deliver(&[&t.user], &body));
+        });
+        while !sender.is_finished() {
+            for server in t.servers() {
+                restart_relay(server);
+            }
+        }
+    });
+    assert_eq!(settled(&t).messages("INBOX").len(), 21);
+}
+
+/// Dovecot drops a keyword's removal beside its addition in one transaction, and the other way round.
+#[test]
+fn keywords_that_come_and_go_and_are_applied_together() {
+    let t = pair("story-keywords");
+    (1..=2).for_each(|n| t.a().deliver(&t.user, &mail(&format!("mail {n}"))));
+    t.a().imap(&t.user).select("INBOX").ok("STORE 2 +FLAGS (stays)");
+    settled(&t);
+    let relay = t.a().pids("dovetail")[0];
+    signal(relay, "STOP");
+    let mut imap = t.a().imap(&t.user).select("INBOX");
+    for change in ["1 +FLAGS (goes)", "1 -FLAGS (goes)", "2 -FLAGS (stays)", "2 +FLAGS (stays)"] {
+        imap.ok(&format!("STORE {change}"));
+    }
+    signal(relay, "CONT");
+    let snapshot = settled(&t);
+    let keywords: Vec<String> = snapshot.messages("INBOX").iter().map(|message| message.flags.join(" ")).collect();
+    assert_eq!(keywords, ["", "stays"]);
+}
+
+/// A small file system over a user's home; gone with the test.
+struct SmallHome(PathBuf);
+
+impl SmallHome {
+    fn mount(server: &Server, user: &str) -> SmallHome {
+        let home = server.outside(&format!("/home/{user}"));
+        fs::create_dir_all(&home).expect("mkdir");
+        let options = "size=1m,uid=8,gid=8,mode=0700";
+        let mut mount = Command::new("mount");
+        let done = mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(&home).status().expect("mount");
+        assert!(done.success(), "mount: {done}");
+        SmallHome(home)
+    }
+}
+
+impl Drop for SmallHome {
+    fn drop(&mut self) {
+        // Lazily: a process may still be in it.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_on_the_peer() {
+    let cluster = Cluster::start(vec![Setup::new("a", Format::Sdbox), Setup::new("b", Format::Sdbox)]);
+    cluster.b().stop();
+    let user = "story-full-disk";
+    let home = SmallHome::mount(cluster.b(), user);
+    // A server's mounts are those of the moment in which it was started.
+    cluster.b().start();
+    let t = Scene::on(cluster, user);
+    for text in ["dovetail", "No space left", "not enough disk space", "Disk quota", "No quota", "Out of disk"] {
+        t.expects_in_log(text);
+    }
+    t.a().deliver(user, &mail("before"));
+    settled(&t);
+    let ballast = home.0.join("ballast");
+    fs::write(&ballast, vec![0; 600 << 10]).expect("room for it");
+
+    (0..4).for_each(|_| t.a().deliver(user, &mail_of_size(200 << 10)));
+    wait_until(DEADLINE, "a's status says why the user waits", || {
+        let status = &t.a().status()[0];
+        status["pending"] != "0" && status["last_error"].contains(user)
+    });
+    // Others go on.
+    let other = "story-full-disk-other";
+    t.a().deliver(other, &mail("of another user"));
+    wait_until(DEADLINE, "the other user's mail is there", || !mail_files(t.b(), other, "INBOX").is_empty());
+
+    fs::remove_file(&ballast).expect("remove");
+    let enlarged = Command::new("mount").args(["-o", "remount,size=16m"]).arg(&home.0).status().expect("mount");
+    assert!(enlarged.success());
+    assert_eq!(settled(&t).messages("INBOX").len(), 5);
+    wait_until(SOON, "nothing is pending", || t.a().status()[0]["pending"] == "0");
+    t.b().stop();
+}
