@@ -8,8 +8,10 @@ mod cluster;
 
 mod burst;
 mod cost;
+mod journal;
 mod lag;
 mod load;
+mod outage;
 mod processes;
 mod report;
 mod variant;
@@ -36,6 +38,10 @@ pub struct Plan {
     pub cost_operations_per_round: usize,
     pub speed_rounds: usize,
     pub speed_round_secs: f64,
+    /// Mails delivered while the peer is away.
+    pub outage_mails: usize,
+    /// Users that a restarted relay has to look at.
+    pub sweep_users: usize,
 }
 
 const FULL: Plan = Plan {
@@ -50,6 +56,8 @@ const FULL: Plan = Plan {
     cost_operations_per_round: 25,
     speed_rounds: 3,
     speed_round_secs: 4.0,
+    outage_mails: 5_000,
+    sweep_users: 10_000,
 };
 
 const QUICK: Plan = Plan {
@@ -64,6 +72,8 @@ const QUICK: Plan = Plan {
     cost_operations_per_round: 25,
     speed_rounds: 1,
     speed_round_secs: 2.0,
+    outage_mails: 1_000,
+    sweep_users: 500,
 };
 
 fn main() {
@@ -74,7 +84,7 @@ fn main() {
     let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty() && value != "0");
     let plan = if set("DOVETAIL_BENCH_QUICK").is_some() { &QUICK } else { &FULL };
     let wanted = set("DOVETAIL_BENCH_VARIANTS").unwrap_or_else(|| "plain dsync dovetail".into());
-    let parts = set("DOVETAIL_BENCH_PARTS").unwrap_or_else(|| "lag load burst cost speed".into());
+    let parts = set("DOVETAIL_BENCH_PARTS").unwrap_or_else(|| "lag load burst cost speed outage journal".into());
     let variants = Variant::wanted(&wanted);
     let in_memory = set("DOVETAIL_BENCH_MAILS").is_some_and(|value| value == "memory");
     let measures = |part: &str| parts.split_whitespace().any(|p| p == part);
@@ -98,6 +108,14 @@ fn main() {
             burst::measure(*variant, &cluster, plan, &mut report);
             report_complaints(*variant, &cluster, &mut report);
         }
+    }
+    if measures("outage") && variants.contains(&Variant::Dovetail) {
+        let cluster = Variant::Dovetail.start(in_memory);
+        outage::measure(Variant::Dovetail, &cluster, plan, &mut report);
+        report_complaints(Variant::Dovetail, &cluster, &mut report);
+    }
+    if measures("journal") && variants.contains(&Variant::Dovetail) {
+        journal::measure(&mut report);
     }
     if measures("cost") || measures("speed") {
         let clusters: Vec<_> = variants.iter().map(|variant| (*variant, variant.start(in_memory))).collect();

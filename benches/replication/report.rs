@@ -182,6 +182,8 @@ impl Target {
             _ if row.starts_with("lag") && row.ends_with("p99, under load") => (250.0, "ms"),
             _ if row.contains("users at once") => (1.0, "s"),
             _ if row.contains("processes on b") => (4.0, ""),
+            _ if row.contains("time over the delivery's") => (1.0, ""),
+            _ if row.starts_with("relay: memory") => (100.0, "MB"),
             _ if row.ends_with("median of rounds") => (1.05, ""),
             _ => return None,
         };
