@@ -2,10 +2,10 @@
 //!
 //! One thread polls all sockets. Local processes tell of changes and spans; [`order`] and [`spans`] put them in order;
 //! stamped, they go to every peer through its [`Outbox`](crate::peer::Outbox). What peers send goes to workers through
-//! [`work`], and their outcome back. Guarantees that nothing here blocks, that memory is bounded by the settings and
-//! windows, and that whatever a connection sends can at worst end that connection. What must outlive it is in the
-//! [`journal`](crate::journal) before a peer or a process hears of it. It never opens a mailbox and knows nothing of
-//! Dovecot.
+//! [`work`], and their outcome back. Guarantees that nothing here blocks for longer than a look into the journal, that
+//! memory is bounded by the settings and windows, and that whatever a connection sends can at worst end that connection.
+//! What must outlive it is in the [`journal`](crate::journal) before a peer or a process hears of it. It never opens a
+//! mailbox and knows nothing of Dovecot.
 #![forbid(unsafe_code)]
 
 mod backoff;
@@ -56,7 +56,8 @@ pub struct Config {
     /// Connections to workers that apply changes (dovetail_workers). One more is kept for reading bodies, so that two
     /// servers whose workers all wait for each other's bodies cannot lock each other out.
     pub workers: usize,
-    /// Memory for changes that peers have not acknowledged (dovetail_relay_queue_size), shared equally by the peers.
+    /// Memory for changes that peers have not acknowledged (dovetail_relay_queue_size), shared equally by the peers; what has
+    /// no room waits in the journal.
     pub queue_bytes_max: usize,
     /// Folder of the journal; it exists (dovetail_state_dir).
     pub journal: PathBuf,
@@ -166,8 +167,8 @@ impl Handle {
         self.commands.try_send(Command::Accept(socket, kind)).is_ok() && self.waker.wake().is_ok()
     }
 
-    /// False after the engine has ended, which it does by itself only because of a bug (which it has logged then): the
-    /// host should end its process, to be started again.
+    /// False after the engine has ended. By itself it does so because of a bug or because its journal fails, which it has
+    /// logged then: the host should end its process, to be started again.
     pub fn is_running(&self) -> bool {
         !self.thread.is_finished()
     }
