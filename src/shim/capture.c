@@ -22,6 +22,7 @@
 #include "maildir-uidlist.h"
 #include "master-service.h"
 #include "inbox.h"
+#include "service.h"
 #include "spans.h"
 #include "shim.h"
 #include "capture.h"
@@ -659,6 +660,10 @@ static const struct mail_storage_hooks capture_hooks = {
 
 void dt_capture_init(struct module *module)
 {
+	/* Dovecot 2.4 loads all of mail_plugins into the worker, whatever its users may use. What the worker does is told by
+	   itself. */
+	if (dt_service_is_this_process())
+		return;
 	/* doveadm loads us before notify: a link-time reference would have bound to nothing. */
 	capture_notify = compat_notify_register(&capture_notify_vfuncs);
 	if (capture_notify == NULL) {

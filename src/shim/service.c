@@ -18,6 +18,12 @@
 #define DT_SERVICE_NICE 10
 
 static struct io *dt_service_io;
+static bool dt_service_runs = FALSE;
+
+bool dt_service_is_this_process(void)
+{
+	return dt_service_runs;
+}
 
 static void dt_service_wakeup(void *context ATTR_UNUSED)
 {
@@ -132,6 +138,7 @@ int dt_service_main(int argc, char *argv[])
 	bool worker = FALSE;
 	int c, ret;
 
+	dt_service_runs = TRUE;
 	/* The name must be known before Dovecot parses the arguments. */
 	for (int i = 1; i < argc; i++) {
 		if (strcmp(argv[i], "-w") == 0)

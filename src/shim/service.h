@@ -3,6 +3,9 @@
 #ifndef DOVETAIL_SERVICE_H
 #define DOVETAIL_SERVICE_H
 
+/* Whether this process is one of our own. */
+bool dt_service_is_this_process(void);
+
 int dt_service_main(int argc, char *argv[]);
 
 /* A connection that the relay accepted has ended. */

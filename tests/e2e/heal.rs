@@ -170,3 +170,16 @@ fn what_a_killed_process_had_not_sent_is_found_when_the_relay_is_back() {
     wait_until(SOON, "the relay runs again", || t.a().pids("dovetail").iter().any(|pid| *pid != relay));
     assert_eq!(t.settled().messages("INBOX").len(), 61);
 }
+
+/// Dovecot 2.4 loads the plugin into the worker as well, where it once took the worker's spans.
+#[test]
+fn what_a_worker_writes_is_told_and_leaves_no_hole() {
+    let t = pair(Format::Sdbox, "story-workers-spans");
+    t.a().deliver(&t.user, &mail("first"));
+    t.a().deliver(&t.user, &mail("second"));
+    wait_until(SOON, "B's relay knows what its worker wrote", || t.b().counters().spans >= 3);
+    t.settled();
+    t.b().imap(&t.user).select("INBOX").ok("STORE 1 +FLAGS (\\Seen)");
+    t.settled();
+    assert_eq!(t.b().counters().gaps, 0);
+}
