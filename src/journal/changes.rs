@@ -59,7 +59,7 @@ impl Journal {
 
     /// What no peer lacks any more goes.
     fn clear(&mut self, peer: &str, first: u64, last: u64) -> Result<u64, JournalError> {
-        self.write()?;
+        self.write_sometime()?;
         let (bit, first, last) = (self.bit_of(peer), to_sql(first), to_sql(last));
         let (cleared, bytes) = self.run(|db| {
             let cleared = db

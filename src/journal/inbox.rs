@@ -26,7 +26,7 @@ impl Journal {
 
     /// The run that begins with `first` ends with `last` now, or (none) is there no more.
     pub fn set_applied(&mut self, peer: &str, first: u64, last: Option<u64>) -> Result<(), JournalError> {
-        self.write()?;
+        self.write_sometime()?;
         self.run(|db| match last {
             Some(last) => db
                 .prepare_cached("INSERT OR REPLACE INTO applied (peer, first, last) VALUES (?, ?, ?)")?

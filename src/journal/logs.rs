@@ -70,7 +70,7 @@ impl Journal {
     }
 
     fn write_log(&mut self, log: &KnownLog, may_set_back: bool) -> Result<(), JournalError> {
-        self.write()?;
+        self.write_sometime()?;
         let path = (!log.path.is_empty()).then(|| log.path.join("\0").into_bytes());
         let healed = log.healed.map(|(from, to)| (from.0, from.1 as i64, to.0, to.1 as i64));
         self.run(|db| {

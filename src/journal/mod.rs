@@ -71,6 +71,7 @@ pub struct Journal {
     /// Numbers up to this one may be given away without telling the disk.
     reserved: u64,
     is_writing: bool,
+    is_urgent: bool,
     /// Bytes of the changes that are stored.
     bytes: u64,
     checkpoints: Checkpoints,
@@ -94,6 +95,7 @@ impl Journal {
 
     /// Makes everything since the last commit durable against the end of this process.
     pub fn commit(&mut self) -> Result<(), JournalError> {
+        self.is_urgent = false;
         if std::mem::take(&mut self.is_writing) {
             self.run(|db| db.execute_batch("COMMIT"))?;
             self.checkpoints.note();
@@ -105,8 +107,24 @@ impl Journal {
         Ok(())
     }
 
-    /// Begins a transaction if none is open.
+    /// Something waits for [`Journal::commit`].
+    pub fn is_writing(&self) -> bool {
+        self.is_writing
+    }
+
+    /// Something waits for it that peers must not hear of before.
+    pub fn is_urgent(&self) -> bool {
+        self.is_urgent
+    }
+
+    /// Begins a transaction if none is open. Peers hear of what it brings only when it is committed.
     fn write(&mut self) -> Result<(), JournalError> {
+        self.is_urgent = true;
+        self.write_sometime()
+    }
+
+    /// The same for what may be forgotten: it is found out again.
+    fn write_sometime(&mut self) -> Result<(), JournalError> {
         if !self.is_writing {
             self.run(|db| db.execute_batch("BEGIN IMMEDIATE"))?;
             self.is_writing = true;

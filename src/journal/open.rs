@@ -85,6 +85,7 @@ impl Journal {
             seq_at_start: 0,
             reserved: 0,
             is_writing: false,
+            is_urgent: false,
             bytes: 0,
             checkpoints,
             _lock: lock,

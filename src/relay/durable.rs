@@ -1,9 +1,10 @@
 //! What must outlive this process: each change with its number and its place in the log, what of others is applied.
 //!
-//! Guarantees that a change is in the journal before a peer hears of it, and that a log counts as known up to a place only
+//! Guarantees that a change is in the journal before a peer hears of it (until then nothing is written to peers), and that a log counts as known up to a place only
 //! together with the changes before it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use prost::Message;
@@ -22,6 +23,10 @@ use crate::wire::proto::{frame::Kind, op::What, Change, Frame, SeqOf, Span, Stam
 const LOAD_BYTES: usize = 1 << 20;
 /// Between two looks for changes that are too old.
 const TRIM_EVERY_MS: u64 = 60_000;
+/// Between two commits that peers wait for: what a busy server does meanwhile shares one.
+const COMMIT_EVERY: Duration = Duration::from_millis(2);
+/// What nobody waits for is committed after so long at the latest.
+const COMMIT_SOMETIME: Duration = Duration::from_millis(100);
 /// Between two attempts to get the lock of a relay that is ending.
 const LOCK_EVERY_MS: u64 = 10;
 
@@ -38,7 +43,7 @@ pub fn open(config: &Config, commands: &Receiver<Command>) -> Result<Opened, Fat
     let lock = loop {
         match Lock::try_take(&config.journal).map_err(failed)? {
             Some(lock) => break lock,
-            None => match commands.recv_timeout(std::time::Duration::from_millis(LOCK_EVERY_MS)) {
+            None => match commands.recv_timeout(Duration::from_millis(LOCK_EVERY_MS)) {
                 Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => {
                     return Ok(Opened { journal: None, waiting })
                 }
@@ -87,6 +92,10 @@ impl Engine {
 
     fn ship(&mut self, release: Release) -> Result<(), JournalError> {
         let Release { user, change, spans } = release;
+        if change.is_some() {
+            // It may have to commit, which must not be between the change and its place in the log.
+            self.journal.next_seq()?;
+        }
         let path = change.as_ref().and_then(|change| change.mailbox.as_ref());
         for span in &spans {
             let path = path.filter(|mailbox| mailbox.guid == span.mailbox_guid).map(|mailbox| mailbox.path.clone());
@@ -231,7 +240,7 @@ impl Engine {
         }
     }
 
-    /// Commits what this round brought, and loads what there is room for.
+    /// Commits what the last rounds brought if it is time to, and loads what there is room for.
     pub fn keep_journal(&mut self) -> Result<(), Fatal> {
         for peer in &mut self.peers {
             for (first, last) in peer.inbox.take_changed() {
@@ -244,9 +253,22 @@ impl Engine {
         if let Some(error) = self.failed.take() {
             return Err(error.into());
         }
-        self.journal.commit()?;
+        if self.commit_due().is_some_and(|due| due <= self.began.elapsed()) {
+            self.journal.commit()?;
+            self.committed = self.began.elapsed();
+        }
         self.load_outboxes()?;
         Ok(())
+    }
+
+    /// When the journal is to be committed, after this engine's beginning.
+    pub fn commit_due(&self) -> Option<Duration> {
+        let pause = match self.journal.is_urgent() {
+            _ if self.is_stopping() => Duration::ZERO,
+            true => COMMIT_EVERY,
+            false => COMMIT_SOMETIME,
+        };
+        self.journal.is_writing().then(|| self.committed + pause)
     }
 
     fn load_outboxes(&mut self) -> Result<(), JournalError> {

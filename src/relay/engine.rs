@@ -117,7 +117,9 @@ pub struct Engine {
     pub last_refusals: HashMap<Arc<str>, String>,
     /// Last reason for which there was no worker, logged once.
     pub last_worker_error: String,
-    began: Instant,
+    pub began: Instant,
+    /// When the journal was last committed, after the beginning.
+    pub committed: Duration,
     poll: Poll,
     waker: Arc<Waker>,
     commands: Receiver<Command>,
@@ -175,6 +177,7 @@ impl Engine {
             last_refusals: HashMap::new(),
             last_worker_error: String::new(),
             began: Instant::now(),
+            committed: Duration::ZERO,
             poll,
             waker,
             commands,
@@ -455,8 +458,10 @@ impl Engine {
     }
 
     fn write(&mut self) {
-        for index in 0..self.peers.len() {
-            self.write_to_peer(index);
+        if !self.journal.is_urgent() {
+            for index in 0..self.peers.len() {
+                self.write_to_peer(index);
+            }
         }
         for token in std::mem::take(&mut self.to_write) {
             let Some(socket) = self.sockets.get_mut(&token) else {
@@ -540,16 +545,18 @@ impl Engine {
             Role::Stranger(session) => Some(session.wake_up_ms()),
             _ => None,
         });
+        let now = self.began.elapsed();
+        let until_commit = self.commit_due().map(|due| due.saturating_sub(now));
         let due_ms = strangers
             .chain(peers.filter_map(PeerState::wake_up_ms))
             .chain(workers.filter_map(Worker::wake_up_ms))
             .chain(self.order.wake_up_ms())
             .chain(self.heals.wake_up_ms())
             .chain(self.stop_by_ms)
-            .min()?;
-        let now = self.began.elapsed();
+            .min();
         // One more, because the clock is read in whole milliseconds.
-        Some(Duration::from_millis(due_ms + 1).saturating_sub(now))
+        let until_due = due_ms.map(|due_ms| Duration::from_millis(due_ms + 1).saturating_sub(now));
+        until_commit.into_iter().chain(until_due).min()
     }
 
     fn begin_to_stop(&mut self) {
