@@ -10,15 +10,16 @@ pub mod transaction;
 pub use link::{Link, LinkConfig};
 pub use transaction::{mailbox_change, Saved, Transaction};
 
-use crate::change;
 use crate::wire::proto;
+use prost::Message as _;
 use std::collections::{HashMap, HashSet};
 
 /// Most spans that wait for their change: a transaction that writes more is told in pieces.
 const PENDING_SPANS_MAX: usize = 256;
 
-/// Records that wait for the client's answer, at most.
+/// Records that wait for the client's answer, at most, and their encoded bytes.
 const WAITING_MAX: usize = 64;
+const WAITING_BYTES_MAX: usize = 1 << 20;
 
 /// Mailboxes that the relay was told of, at most: then they are told again.
 const INTENTS_MAX: usize = 10_000;
@@ -30,8 +31,10 @@ pub struct Capture {
     intents: HashSet<(String, Vec<u8>)>,
     /// Per mailbox: open transactions that have something to tell, and the spans that belong to their changes.
     open: HashMap<Vec<u8>, OpenMailbox>,
-    /// What may leave after the client has its answer: flag changes, and spans that belong to no change.
+    /// What leaves when the client has its answer.
     waiting: Vec<proto::Record>,
+    /// Encoded bytes of the changes in it.
+    waiting_bytes: usize,
 }
 
 #[derive(Default)]
@@ -43,7 +46,7 @@ struct OpenMailbox {
 impl Capture {
     /// Nothing is connected before the first write.
     pub fn new(config: LinkConfig) -> Capture {
-        Capture { link: Link::new(config), intents: HashSet::new(), open: HashMap::new(), waiting: Vec::new() }
+        Capture { link: Link::new(config), intents: HashSet::new(), open: HashMap::new(), waiting: Vec::new(), waiting_bytes: 0 }
     }
 
     /// A transaction on this mailbox is about to write. The first one tells the relay, before anything is committed.
@@ -62,22 +65,19 @@ impl Capture {
         }
     }
 
-    /// The transaction that `begin` announced was committed as these changes. What brings or takes messages is out of
-    /// this process when it returns. True: the caller is to call [`Capture::flush`] as soon as its client has its answer.
+    /// The transaction that `begin` announced was committed as these changes. True: the caller is to call
+    /// [`Capture::flush`] as soon as its client has its answer.
     pub fn commit(&mut self, mailbox_guid: &[u8], changes: Vec<proto::Change>) -> bool {
         let mut spans = self.end(mailbox_guid);
         let count = changes.len();
-        let only_flags = changes.iter().all(|change| !change::has_saves(change) && !change::is_destructive(change));
         for (i, change) in changes.into_iter().enumerate() {
             // The last part completes what the spans cover.
             let spans = if i + 1 == count { std::mem::take(&mut spans) } else { Vec::new() };
+            self.waiting_bytes += change.encoded_len();
             self.waiting.push(proto::Record { change: Some(change), spans, dropped: 0 });
         }
         self.keep_spans(spans);
-        if !only_flags || self.waiting.len() >= WAITING_MAX {
-            self.flush();
-        }
-        !self.waiting.is_empty()
+        self.is_to_flush()
     }
 
     /// The transaction that `begin` announced was committed, but cannot be told: it is to be read from the log.
@@ -115,7 +115,12 @@ impl Capture {
             None => span.untold = touches || expunges,
         }
         self.keep_spans(vec![span]);
-        if self.waiting.len() >= WAITING_MAX {
+        self.is_to_flush()
+    }
+
+    /// Sends at once what is too much to wait. True: something waits.
+    fn is_to_flush(&mut self) -> bool {
+        if self.waiting.len() >= WAITING_MAX || self.waiting_bytes >= WAITING_BYTES_MAX {
             self.flush();
         }
         !self.waiting.is_empty()
@@ -123,6 +128,7 @@ impl Capture {
 
     /// Sends what could wait.
     pub fn flush(&mut self) {
+        self.waiting_bytes = 0;
         if !self.waiting.is_empty() {
             self.link.send(std::mem::take(&mut self.waiting));
         }

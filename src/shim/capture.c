@@ -21,6 +21,7 @@
 #include "maildir-storage.h"
 #include "maildir-uidlist.h"
 #include "master-service.h"
+#include "time-util.h"
 #include "inbox.h"
 #include "service.h"
 #include "spans.h"
@@ -30,7 +31,7 @@
 /* Flag updates in one transaction that name the mail by its GUID, too; further ones name it by its UID only. */
 #define CAPTURE_NAMED_UPDATES_MAX 100
 
-/* What may wait until the client has its answer is sent so much later. */
+/* Between two sendings to the relay: changes that follow each other share one. */
 #define CAPTURE_FLUSH_MSECS 1
 
 #define CAPTURE_CONTEXT(obj) MODULE_CONTEXT(obj, capture_storage_module)
@@ -58,25 +59,33 @@ static MODULE_CONTEXT_DEFINE_INIT(capture_storage_module, &mail_storage_module_r
 static struct notify_context *capture_notify = NULL;
 static struct module *capture_module;
 static struct timeout *capture_to_flush = NULL;
+static struct timeval capture_flushed;
+/* A doveadm command returns to the ioloop only at its end. */
+static bool capture_answers_clients;
 
 /* ---- sending ---- */
 
 static void capture_flush(void *context ATTR_UNUSED)
 {
 	timeout_remove(&capture_to_flush);
+	capture_flushed = ioloop_timeval;
 	dt_rs_flush();
 }
 
-/* What may wait is sent when the client has its answer and has perhaps asked for more: each time the relay is woken it
-   works on the client's time. */
+/* Sends when the client has its answer, which is at the ioloop's next turn: each time the relay is woken it works on the
+   client's time. A process killed before that is noticed by its intents. */
 static void capture_flush_soon(void)
 {
+	unsigned int msecs;
+
 	if (capture_to_flush != NULL)
 		return;
-	if (current_ioloop == NULL)
+	if (!capture_answers_clients || current_ioloop == NULL) {
 		dt_rs_flush();
-	else
-		capture_to_flush = timeout_add_short_to(io_loop_get_root(), CAPTURE_FLUSH_MSECS, capture_flush, (void *)NULL);
+		return;
+	}
+	msecs = timeval_diff_msecs(&ioloop_timeval, &capture_flushed) >= CAPTURE_FLUSH_MSECS ? 0 : CAPTURE_FLUSH_MSECS;
+	capture_to_flush = timeout_add_short_to(io_loop_get_root(), msecs, capture_flush, (void *)NULL);
 }
 
 /* ---- names ---- */
@@ -201,6 +210,7 @@ static void capture_read_body(struct mail *mail, struct dt_save *save)
 		return;
 	old_offset = input->v_offset;
 	i_stream_seek(input, 0);
+	limit = I_MIN(limit, mail_size);
 	body = t_malloc_no0(limit + 1);
 	while (i_stream_read_more(input, &data, &size) > 0) {
 		if (size > limit - pos) {
@@ -672,6 +682,7 @@ void dt_capture_init(struct module *module)
 		return;
 	}
 	capture_module = module;
+	capture_answers_clients = strcmp(master_service_get_name(master_service), "doveadm") != 0;
 	mail_storage_hooks_add(module, &capture_hooks);
 	dt_inbox_init(module);
 	dt_spans_init(module, capture_span);

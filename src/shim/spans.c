@@ -295,7 +295,15 @@ static unsigned int dt_spans_touched(struct mail_index_transaction *t)
 static size_t dt_spans_read_tail(struct mail_transaction_log_file *file, uoff_t end, unsigned char tail_r[DT_SPAN_TAIL_SIZE])
 {
 	size_t size = I_MIN(end, DT_SPAN_TAIL_SIZE);
-	ssize_t ret = pread(file->fd, tail_r, size, end - size);
+	ssize_t ret;
+
+	/* A log that is read instead of mapped is in memory together with what was just written to it. */
+	if (file->buffer != NULL && end - size >= file->buffer_offset &&
+	    end - file->buffer_offset <= file->buffer->used) {
+		memcpy(tail_r, CONST_PTR_OFFSET(file->buffer->data, end - size - file->buffer_offset), size);
+		return size;
+	}
+	ret = pread(file->fd, tail_r, size, end - size);
 
 	return ret < 0 ? 0 : ret;
 }
