@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use dovetail::relay::client;
 use dovetail::wire::proto::frame::Kind;
+use dovetail::wire::proto::op::What;
 use dovetail::wire::proto::{
-    Ack, Applied, BodyChunk, BodyMore, BodyRequest, Doubt, Intent, Looked, Mailbox, Record, Refused,
+    Ack, Applied, BodyChunk, BodyMore, BodyRequest, Doubt, Intent, Looked, Mailbox, MailboxCreate, MailboxRename,
+    Record, Refused, Subscription,
 };
 use relay::house::*;
 
@@ -386,6 +388,48 @@ fn after_a_start_every_user_is_looked_at_from_where_the_logs_were_known() {
     }
     assert_eq!(ends, [("jane".to_string(), 300), ("joe".to_string(), 150)]);
     until("nobody is left", || a.status().counters.unwrap().looking == 0);
+}
+
+#[test]
+fn what_a_killed_worker_did_to_the_list_of_mailboxes_is_not_told_back() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut imap = a.process("imap");
+    let at = |path: &[&str]| Mailbox {
+        guid: vec![7; 16],
+        path: path.iter().map(|part| part.to_string()).collect(),
+        ..Default::default()
+    };
+    let renamed = |to: &[&str]| What::Rename(MailboxRename { new_path: at(to).path });
+    let subscribed = |subscribed| What::Subscription(Subscription { subscribed });
+    let create = || What::Create(MailboxCreate::default());
+    for (number, (told, found)) in [
+        (change("jane", at(&["Work"]), create()), change("jane", at(&["Work"]), create())),
+        (change("jane", at(&["Work"]), subscribed(true)), change("jane", at(&["Work"]), subscribed(true))),
+        // A rename takes what is below along.
+        (
+            change("jane", at(&["Work"]), renamed(&["Play"])),
+            change("jane", at(&["Work", "Now"]), renamed(&["Play", "Now"])),
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        imap.send(Kind::Record(Record { change: Some(told), ..Default::default() }));
+        let (worker, _) = b.next_job();
+        drop(worker);
+        let (worker, look) = b.next_look();
+        assert!(look.whole);
+        let news = at(&["News", &number.to_string()]);
+        worker.found(look.job, vec![found, change("jane", news.clone(), create())], None);
+        let (worker, apply) = a.next_job();
+        let told: Vec<_> = apply.changes.iter().map(|change| change.mailbox.clone().unwrap().path).collect();
+        assert_eq!(told, [news.path], "only what nobody else did");
+        worker.applied(&apply);
+        let (worker, apply) = b.next_job();
+        worker.applied(&apply);
+        until("it is applied", || a.peer("b").pending == 0);
+    }
 }
 
 #[test]

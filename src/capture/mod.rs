@@ -46,7 +46,13 @@ struct OpenMailbox {
 impl Capture {
     /// Nothing is connected before the first write.
     pub fn new(config: LinkConfig) -> Capture {
-        Capture { link: Link::new(config), intents: HashSet::new(), open: HashMap::new(), waiting: Vec::new(), waiting_bytes: 0 }
+        Capture {
+            link: Link::new(config),
+            intents: HashSet::new(),
+            open: HashMap::new(),
+            waiting: Vec::new(),
+            waiting_bytes: 0,
+        }
     }
 
     /// A transaction on this mailbox is about to write. The first one tells the relay, before anything is committed.

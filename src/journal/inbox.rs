@@ -19,6 +19,7 @@ impl Journal {
         self.write()?;
         self.run(|db| {
             db.execute("DELETE FROM applied WHERE peer = ?", [peer])?;
+            db.execute("DELETE FROM coming WHERE peer = ?", [peer])?;
             db.execute("INSERT OR REPLACE INTO epochs (peer, epoch) VALUES (?, ?)", (peer, to_sql(epoch)))
         })
         .map(drop)

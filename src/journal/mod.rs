@@ -13,6 +13,7 @@
 
 mod changes;
 mod checkpoint;
+mod coming;
 mod failed;
 mod inbox;
 mod lock;

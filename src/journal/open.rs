@@ -36,6 +36,9 @@ CREATE TABLE logs (user TEXT NOT NULL, mailbox BLOB NOT NULL, private_user TEXT 
 -- What was last told or applied of a name.
 CREATE TABLE subscriptions (user TEXT NOT NULL, path BLOB NOT NULL, subscribed INTEGER NOT NULL, PRIMARY KEY (user, path))
     STRICT, WITHOUT ROWID;
+-- What a worker may have done to a user's list of mailboxes.
+CREATE TABLE coming (user TEXT NOT NULL, peer TEXT NOT NULL, seq INTEGER NOT NULL, change BLOB NOT NULL,
+    PRIMARY KEY (user, peer, seq)) STRICT, WITHOUT ROWID;
 -- What needs a comparison or a person.
 CREATE TABLE failed (peer TEXT NOT NULL, user TEXT NOT NULL, mailbox BLOB NOT NULL, seq INTEGER NOT NULL,
     at_us INTEGER NOT NULL, error TEXT NOT NULL, frame BLOB, PRIMARY KEY (peer, user, mailbox, seq)) STRICT, WITHOUT ROWID;

@@ -46,6 +46,24 @@ fn seqs(journal: &Journal, peer: &str, user: Option<&str>) -> Vec<u64> {
 }
 
 #[test]
+fn what_a_worker_was_given_for_the_list_of_mailboxes_is_known_at_the_next_start() {
+    let folder = Folder::new("coming");
+    let (mut journal, _) = folder.try_open("boot").unwrap();
+    journal.note_coming("jane", "b", 1, b"one").unwrap();
+    journal.note_coming("jane", "b", 2, b"two").unwrap();
+    journal.note_coming("jane", "c", 2, b"three").unwrap();
+    journal.note_coming("joe", "b", 3, b"four").unwrap();
+    journal.forget_coming("jane", "b", 1).unwrap();
+    journal.commit().unwrap();
+    drop(journal);
+    let (mut journal, _) = folder.try_open("boot").unwrap();
+    assert_eq!(journal.coming("jane").unwrap(), [b"two".to_vec(), b"three".to_vec()]);
+    journal.begin_epoch("b", 5).unwrap();
+    assert_eq!(journal.coming("jane").unwrap(), [b"three".to_vec()]);
+    assert!(journal.coming("joe").unwrap().is_empty());
+}
+
+#[test]
 fn what_was_committed_is_there_at_the_next_start() {
     let folder = Folder::new("start");
     let (mut journal, start) = folder.try_open("boot").unwrap();

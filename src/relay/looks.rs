@@ -13,7 +13,7 @@ use crate::change;
 use crate::journal::{Failed, JournalError, KnownLog};
 use crate::wire::proto::frame::Kind;
 use crate::wire::proto::op::What;
-use crate::wire::proto::{self, Doubt, Frame, LookAt, Looked, Span};
+use crate::wire::proto::{self, Change, Doubt, Frame, LookAt, Looked, Span};
 
 /// Encoded mailboxes in one frame of a look.
 const LOOK_BYTES_MAX: usize = 48_000;
@@ -137,7 +137,7 @@ impl Engine {
             let reason = format!("what its log says cannot be told to the peers: {error}");
             self.take_doubt(user, Doubt { guid: mailbox.guid, path: mailbox.path, reason });
         }
-        let change = change.filter(|change| !self.is_told_subscription(change));
+        let change = change.filter(|change| !self.is_known_of_list(change));
         if let Some(found) = change {
             self.counts.counters.healed += 1;
             self.ship_all(vec![Release { user: user.clone(), change: Some(found), spans: Vec::new() }]);
@@ -158,17 +158,30 @@ impl Engine {
         Ok(())
     }
 
-    /// Dovecot's mailbox log knows who changed a subscription as little as anybody: it may have been our own worker.
-    fn is_told_subscription(&mut self, change: &proto::Change) -> bool {
-        let [proto::Op { what: Some(What::Subscription(subscription)) }] = &change.ops[..] else { return false };
-        let path = change.mailbox.as_ref().map(|mailbox| mailbox.path.as_slice()).unwrap_or_default();
-        match self.journal.subscription(&change.user, path) {
-            Ok(told) => told == Some(subscription.subscribed),
+    /// Whether what was found in the list of mailboxes is no news: it was told, or a worker that was killed did it for a
+    /// peer. The list does not say who did it.
+    fn is_known_of_list(&mut self, change: &proto::Change) -> bool {
+        if !change::is_of_list(change) {
+            return false;
+        }
+        match self.try_is_known_of_list(change) {
+            Ok(is_known) => is_known,
             Err(error) => {
                 self.fail(error);
                 false
             }
         }
+    }
+
+    fn try_is_known_of_list(&mut self, change: &proto::Change) -> Result<bool, JournalError> {
+        let coming = self.journal.coming(&change.user)?;
+        if coming.iter().filter_map(|bytes| Change::decode(&bytes[..]).ok()).any(|coming| brings(&coming, change)) {
+            self.note_list(change);
+            return Ok(true);
+        }
+        let [proto::Op { what: Some(What::Subscription(subscription)) }] = &change.ops[..] else { return Ok(false) };
+        let path = change.mailbox.as_ref().map(|mailbox| mailbox.path.as_slice()).unwrap_or_default();
+        Ok(self.journal.subscription(&change.user, path)? == Some(subscription.subscribed))
     }
 
     /// A log was read up to there; what waited for it goes on.
@@ -225,6 +238,26 @@ impl Engine {
         self.order.forget_mailbox(user, guid, &mut self.spans, &mut released);
         self.ship_all(released);
     }
+}
+
+/// Whether applying a change to the list of mailboxes brings what was found there.
+fn brings(applied: &Change, found: &Change) -> bool {
+    let (Some(at), Some(there)) = (&applied.mailbox, &found.mailbox) else { return false };
+    let pairs = applied.ops.iter().flat_map(|applied| found.ops.iter().map(|found| (&applied.what, &found.what)));
+    let mut pairs = pairs.filter_map(|(applied, found)| applied.as_ref().zip(found.as_ref()));
+    pairs.any(|pair| match pair {
+        (What::Create(_), What::Create(_)) => at.guid == there.guid && at.path == there.path,
+        (What::Delete(_), What::Delete(_)) => at.guid == there.guid,
+        (What::Subscription(applied), What::Subscription(found)) => {
+            at.path == there.path && applied.subscribed == found.subscribed
+        }
+        // What is below the mailbox is found renamed by itself.
+        (What::Rename(applied), What::Rename(found)) => {
+            let below = there.path.strip_prefix(&at.path[..]);
+            below.is_some() && below == found.new_path.strip_prefix(&applied.new_path[..])
+        }
+        _ => false,
+    })
 }
 
 fn look_at(log: KnownLog) -> LookAt {

@@ -18,7 +18,7 @@ use super::looks::LookJob;
 use super::order::Arrival;
 use super::work::Received;
 use crate::change::{self, USER_BYTES_MAX};
-use crate::journal::Failed;
+use crate::journal::{Failed, JournalError};
 use crate::wire::proto::frame::Kind;
 use crate::wire::proto::{Applied, Apply, Change, Frame, Refused, Span};
 
@@ -239,13 +239,39 @@ impl Engine {
             return self.work.finish(&user);
         }
         self.last_job += 1;
-        let items = received.iter().map(Item::of).collect();
+        let items: Vec<Item> = received.iter().map(Item::of).collect();
+        if let Err(error) = self.note_coming(peer, &user, &items) {
+            return self.fail(error);
+        }
         let job = Job { id: self.last_job, user, peer, items, done: 0 };
         let frames = apply_frames(&job, received.into_iter().map(|r| r.change));
         self.workers[index].task = Task::Apply(job);
         let Some(token) = self.workers[index].token else { return };
         for frame in frames {
             self.send(token, &frame);
+        }
+    }
+
+    /// What the job does to the list of mailboxes must be known if its worker dies.
+    fn note_coming(&mut self, peer: usize, user: &str, items: &[Item]) -> Result<(), JournalError> {
+        let mut any = false;
+        for item in items {
+            let Some(change) = &item.of_list else { continue };
+            self.journal.note_coming(user, &self.peers[peer].name, item.seq, &change.encode_to_vec())?;
+            any = true;
+        }
+        if any {
+            self.journal.commit()?;
+        }
+        Ok(())
+    }
+
+    /// The item is applied, or never will be.
+    fn forget_coming(&mut self, peer: usize, user: &str, item: &Item) {
+        if item.of_list.is_some() {
+            if let Err(error) = self.journal.forget_coming(user, &self.peers[peer].name, item.seq) {
+                self.fail(error);
+            }
         }
     }
 
@@ -292,6 +318,7 @@ impl Engine {
             self.acknowledge(job.peer, item.epoch, item.seq);
             if let Some(change) = &item.of_list {
                 self.note_list(change);
+                self.forget_coming(job.peer, &job.user, item);
             }
         }
         job.done = done;
@@ -346,6 +373,7 @@ impl Engine {
         self.poison.remove(&change);
         self.set_aside(&job, error);
         let done = job.items.remove(job.done);
+        self.forget_coming(job.peer, &job.user, &done);
         let inbox = &mut self.peers[job.peer].inbox;
         inbox.apply(done.epoch, done.seq);
         inbox.finish(done.bytes);

@@ -501,3 +501,7 @@ pub fn save(user: &str, uid: u32) -> Change {
         ..Default::default()
     }
 }
+
+pub fn change(user: &str, mailbox: Mailbox, what: What) -> Change {
+    Change { user: user.into(), mailbox: Some(mailbox), ops: vec![Op { what: Some(what) }], ..Default::default() }
+}
