@@ -272,13 +272,12 @@ struct dt_worker_flags {
 };
 
 /*
- A mailbox in the list.
+ A mailbox in the list, or (without a GUID) a name that is subscribed to.
  */
 struct dt_listed {
   const char *vname;
   uint8_t guid[16];
   uint32_t uid_validity;
-  bool subscribed;
   /*
    Since the time that was asked for.
    */

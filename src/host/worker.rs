@@ -69,13 +69,12 @@ pub struct DtWorkerFlags {
     pub remove_keywords: *const *const c_char,
 }
 
-/// A mailbox in the list.
+/// A mailbox in the list, or (without a GUID) a name that is subscribed to.
 #[repr(C)]
 pub struct DtListed {
     pub vname: *const c_char,
     pub guid: [u8; 16],
     pub uid_validity: u32,
-    pub subscribed: bool,
     /// Since the time that was asked for.
     pub subscription_changed: bool,
 }
@@ -100,6 +99,11 @@ const _: () = assert!(DT_MARK_SIZE == MARK_BYTES);
 /// cbindgen:ignore
 extern "C" {
     fn dt_worker_list(since: i64, each: extern "C" fn(*const DtListed, *mut c_void), context: *mut c_void) -> c_int;
+    fn dt_worker_list_subscribed(
+        since: i64,
+        each: extern "C" fn(*const DtListed, *mut c_void),
+        context: *mut c_void,
+    ) -> c_int;
     fn dt_worker_was_deleted(guid: *const u8) -> c_int;
     fn dt_worker_log_path() -> *const c_char;
     fn dt_worker_uids(each: extern "C" fn(u32, u32, *mut c_void), context: *mut c_void);
@@ -379,7 +383,6 @@ extern "C" fn collect_listed(listed: *const DtListed, context: *mut c_void) {
         vname: text(listed.vname),
         guid: listed.guid,
         uid_validity: listed.uid_validity,
-        subscribed: listed.subscribed,
         subscription_changed: listed.subscription_changed,
     });
 }
@@ -664,6 +667,14 @@ impl Storage for DovecotStorage {
         let mut listed: Vec<Listed> = Vec::new();
         // SAFETY: a user is open; the callback gets the Vec only during the call.
         check(unsafe { dt_worker_list(since, collect_listed, (&raw mut listed).cast()) })?;
+        Ok(listed)
+    }
+
+    fn subscribed(&mut self, since: i64) -> Result<Vec<Listed>> {
+        self.need_user()?;
+        let mut listed: Vec<Listed> = Vec::new();
+        // SAFETY: as above.
+        check(unsafe { dt_worker_list_subscribed(since, collect_listed, (&raw mut listed).cast()) })?;
         Ok(listed)
     }
 

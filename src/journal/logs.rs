@@ -125,6 +125,16 @@ impl Journal {
         })
     }
 
+    /// Names that the user is subscribed to, of those that were ever told or applied.
+    pub fn subscribed(&self, user: &str) -> Result<Vec<Vec<String>>, JournalError> {
+        self.run(|db| {
+            let mut rows =
+                db.prepare_cached("SELECT path FROM subscriptions WHERE user = ? AND subscribed ORDER BY path")?;
+            let rows = rows.query_map([user], |row| row.get(0).map(path_of))?;
+            rows.collect()
+        })
+    }
+
     pub fn set_subscription(&mut self, user: &str, path: &[String], subscribed: bool) -> Result<(), JournalError> {
         self.write()?;
         let path = path.join("\0").into_bytes();
@@ -155,7 +165,6 @@ impl Journal {
 
 fn read(row: &Row) -> rusqlite::Result<KnownLog> {
     let path: Option<Vec<u8>> = row.get(7)?;
-    let path = String::from_utf8(path.unwrap_or_default()).unwrap_or_default();
     let place = |at: usize| -> rusqlite::Result<Option<Place>> {
         let (seq, offset): (Option<u32>, Option<i64>) = (row.get(at)?, row.get(at + 1)?);
         Ok(seq.zip(offset.map(|offset| offset as u64)))
@@ -168,7 +177,15 @@ fn read(row: &Row) -> rusqlite::Result<KnownLog> {
         log_seq: row.get(4)?,
         end: row.get::<_, i64>(5)? as u64,
         tail: row.get(6)?,
-        path: if path.is_empty() { Vec::new() } else { path.split('\0').map(str::to_owned).collect() },
+        path: path_of(path.unwrap_or_default()),
         healed: place(8)?.zip(place(10)?),
     })
+}
+
+fn path_of(stored: Vec<u8>) -> Vec<String> {
+    let path = String::from_utf8(stored).unwrap_or_default();
+    if path.is_empty() {
+        return Vec::new();
+    }
+    path.split('\0').map(str::to_owned).collect()
 }

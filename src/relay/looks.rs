@@ -74,7 +74,10 @@ impl Engine {
                 mailboxes.push(LookAt { until_seq, until, ..look_at(known) });
             }
         }
-        if !look.subscriptions {
+        if look.subscriptions {
+            let subscribed = self.journal.subscribed(&user)?.into_iter();
+            mailboxes.extend(subscribed.map(|path| LookAt { path, subscribed: true, ..Default::default() }));
+        } else {
             since = i64::MAX;
         }
         self.last_job += 1;

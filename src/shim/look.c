@@ -63,7 +63,6 @@ look_list_mailbox(struct mail_namespace *ns, const struct mailbox_info *info, in
 	} else {
 		memcpy(listed.guid, metadata.guid, sizeof(listed.guid));
 		listed.uid_validity = status.uidvalidity;
-		listed.subscribed = (info->flags & MAILBOX_SUBSCRIBED) != 0;
 		listed.subscription_changed = look_subscription_changed(ns->list, info->vname, since);
 		each(&listed, context);
 	}
@@ -79,8 +78,7 @@ int dt_worker_list(int64_t since, void (*each)(const struct dt_listed *listed, v
 	int ret = 1;
 
 	iter = mailbox_list_iter_init(ns->list, "*",
-				      MAILBOX_LIST_ITER_NO_AUTO_BOXES | MAILBOX_LIST_ITER_SKIP_ALIASES |
-				      MAILBOX_LIST_ITER_RETURN_SUBSCRIBED);
+				      MAILBOX_LIST_ITER_NO_AUTO_BOXES | MAILBOX_LIST_ITER_SKIP_ALIASES);
 	while ((info = mailbox_list_iter_next(iter)) != NULL) T_BEGIN {
 		if ((info->flags & (MAILBOX_NOSELECT | MAILBOX_NONEXISTENT)) == 0 &&
 		    look_list_mailbox(ns, info, since, each, context) < 0)
@@ -89,6 +87,30 @@ int dt_worker_list(int64_t since, void (*each)(const struct dt_listed *listed, v
 	if (mailbox_list_iter_deinit(&iter) < 0 && ret > 0)
 		ret = dt_worker_set_error("Listing mailboxes: %s", mailbox_list_get_last_error(ns->list, NULL));
 	return ret;
+}
+
+int dt_worker_list_subscribed(int64_t since, void (*each)(const struct dt_listed *listed, void *context), void *context)
+{
+	static const char *const all[] = { "*", NULL };
+	struct mailbox_list_iterate_context *iter;
+	const struct mailbox_info *info;
+	struct dt_listed listed;
+
+	i_zero(&listed);
+	iter = mailbox_list_iter_init_namespaces(dt_worker_namespace()->user->namespaces, all,
+						 MAIL_NAMESPACE_TYPE_MASK_ALL,
+						 MAILBOX_LIST_ITER_SELECT_SUBSCRIBED |
+						 MAILBOX_LIST_ITER_RETURN_NO_FLAGS);
+	while ((info = mailbox_list_iter_next(iter)) != NULL) T_BEGIN {
+		if (info->ns->type == MAIL_NAMESPACE_TYPE_PRIVATE) {
+			listed.vname = info->vname;
+			listed.subscription_changed = look_subscription_changed(info->ns->list, info->vname, since);
+			each(&listed, context);
+		}
+	} T_END;
+	if (mailbox_list_iter_deinit(&iter) < 0)
+		return dt_worker_set_error("Listing subscriptions failed");
+	return 1;
 }
 
 int dt_worker_was_deleted(const unsigned char guid[16])

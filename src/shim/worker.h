@@ -117,6 +117,9 @@ void dt_worker_rollback(void);
 
 /* The mailboxes of the namespace with the INBOX. 1 = all listed */
 int dt_worker_list(int64_t since, void (*each)(const struct dt_listed *listed, void *context), void *context);
+/* The names in all private namespaces that are subscribed to, whether there is a mailbox or not. 1 = all listed */
+int dt_worker_list_subscribed(int64_t since, void (*each)(const struct dt_listed *listed, void *context),
+			      void *context);
 /* 1 = the mailbox log says so */
 int dt_worker_was_deleted(const unsigned char guid[16]);
 /* The open mailbox's transaction log; the one before it has ".2" behind. */

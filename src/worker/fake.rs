@@ -37,6 +37,8 @@ pub struct FakeStorage {
     /// Another worker applies changes of the user.
     pub is_locked: bool,
     pub deleted: HashSet<Guid>,
+    /// Names, and whether that is new.
+    pub subscribed: BTreeMap<String, bool>,
 }
 
 impl FakeStorage {
@@ -204,6 +206,14 @@ impl Storage for FakeStorage {
             ..Default::default()
         };
         Ok(self.mailboxes.iter().map(listed).collect())
+    }
+    fn subscribed(&mut self, _since: i64) -> Result<Vec<Listed>> {
+        let listed = |(vname, changed): (&String, &bool)| Listed {
+            vname: vname.clone(),
+            subscription_changed: *changed,
+            ..Default::default()
+        };
+        Ok(self.subscribed.iter().map(listed).collect())
     }
     fn was_deleted(&mut self, guid: &Guid) -> Result<bool> {
         Ok(self.deleted.contains(guid))

@@ -139,7 +139,7 @@ fn find_in_list<S: Storage>(
 ) -> Result<Vec<LookAt>> {
     let listed = storage.mailboxes(wanted.since)?;
     let mut elsewhere = Vec::new();
-    for known in &wanted.mailboxes {
+    for known in wanted.mailboxes.iter().filter(|known| !known.subscribed) {
         if listed.iter().any(|listed| listed.guid[..] == known.guid) {
             continue;
         }
@@ -169,7 +169,39 @@ fn find_in_list<S: Storage>(
         let target = known.cloned().unwrap_or_else(|| LookAt { guid: listed.guid.to_vec(), ..Default::default() });
         targets.push(LookAt { path, ..target });
     }
+    if wanted.since != i64::MAX {
+        find_subscriptions(storage, wanted, namespace, &listed, found)?;
+    }
     Ok(targets)
+}
+
+/// Tells the names whose subscription was changed since the last look, and those that are known as subscribed and are not.
+/// Dovecot's mailbox log has hashes of names only, so a name that is not known, not subscribed and no mailbox is not found.
+fn find_subscriptions<S: Storage>(
+    storage: &mut S,
+    wanted: &Wanted,
+    namespace: &Namespace,
+    listed: &[Listed],
+    found: &mut Found,
+) -> Result<()> {
+    let mut tell = |path: Vec<String>, subscribed: bool| {
+        let mailbox = Mailbox { path, ..Default::default() };
+        found.of_list.push((mailbox, What::Subscription(proto::Subscription { subscribed })));
+    };
+    let mut subscribed: BTreeSet<Vec<String>> = BTreeSet::new();
+    for name in storage.subscribed(wanted.since)? {
+        let Some(path) = name::path(&name.vname, namespace) else { continue };
+        if name.subscription_changed {
+            tell(path.clone(), true);
+        }
+        subscribed.insert(path);
+    }
+    let of_mailboxes = listed.iter().filter(|listed| listed.subscription_changed);
+    let of_mailboxes = of_mailboxes.filter_map(|listed| name::path(&listed.vname, namespace));
+    let known = wanted.mailboxes.iter().filter(|known| known.subscribed).map(|known| known.path.clone());
+    let maybe: BTreeSet<Vec<String>> = of_mailboxes.chain(known).collect();
+    maybe.difference(&subscribed).for_each(|path| tell(path.clone(), false));
+    Ok(())
 }
 
 fn find_in_entry(listed: &Listed, path: &[String], known: Option<&LookAt>, found: &mut Found) {
@@ -190,10 +222,6 @@ fn find_in_entry(listed: &Listed, path: &[String], known: Option<&LookAt>, found
             let create = What::Create(proto::MailboxCreate { directory: false });
             found.of_list.push((mailbox(path), create));
         }
-    }
-    if listed.subscription_changed {
-        let subscription = What::Subscription(proto::Subscription { subscribed: listed.subscribed });
-        found.of_list.push((Mailbox { uid_validity: 0, ..mailbox(path) }, subscription));
     }
 }
 
@@ -524,7 +552,8 @@ mod tests {
             What::Create(_) => "create".into(),
             What::Delete(_) => "delete".into(),
             What::Rename(rename) => format!("rename to {}", rename.new_path.join("/")),
-            What::Subscription(_) => "subscription".into(),
+            What::Subscription(proto::Subscription { subscribed: true }) => "subscribe".into(),
+            What::Subscription(_) => "unsubscribe".into(),
         };
         let of_change = |change: &proto::Change| change.ops.iter().map(word).collect::<Vec<_>>();
         answers.iter().filter_map(|answer| answer.change.as_ref()).flat_map(of_change).collect()
@@ -651,5 +680,22 @@ mod tests {
         assert!(doubts(&answers)[0].contains("not there any more"), "{:?}", doubts(&answers));
         let missing: Vec<u8> = answers.iter().filter_map(|answer| answer.missing.first().copied()).collect();
         assert_eq!(missing, [3, 4]);
+    }
+    #[test]
+    fn subscriptions_are_told_whether_there_is_a_mailbox_or_not() {
+        let mut storage = storage(&[SDBOX]);
+        storage.subscribed.insert("Renamed since".into(), true);
+        storage.subscribed.insert("Long ago".into(), false);
+        let name = |name: &str| LookAt { path: vec![name.into()], subscribed: true, ..Default::default() };
+        let known = vec![known_up_to(SDBOX, SDBOX.len() as u64), name("Long ago"), name("No more")];
+        let answers = look_at(&mut storage, known.clone(), true);
+        assert_eq!(told(&answers), ["subscribe", "unsubscribe"]);
+        let paths: Vec<_> = answers.iter().filter_map(|a| a.change.as_ref()?.mailbox.as_ref()?.path.first()).collect();
+        assert_eq!(paths, ["Renamed since", "No more"]);
+        let wanted =
+            Wanted { user: "jane".into(), mailboxes: known, whole: true, since: i64::MAX, ..Default::default() };
+        let mut found = Found::default();
+        find(&mut storage, &wanted, &mut found).unwrap();
+        assert!(found.of_list.is_empty(), "not asked for");
     }
 }

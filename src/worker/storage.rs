@@ -38,13 +38,12 @@ pub struct Update {
     pub min_highest_modseq: u64,
 }
 
-/// A mailbox that exists.
+/// A mailbox that exists, or (without a GUID) a name that is subscribed to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Listed {
     pub vname: String,
     pub guid: Guid,
     pub uid_validity: u32,
-    pub subscribed: bool,
     /// Since the time that was asked for.
     pub subscription_changed: bool,
 }
@@ -149,6 +148,8 @@ pub trait Storage {
 
     /// The mailboxes below the user's namespace. `since`: seconds since 1970.
     fn mailboxes(&mut self, since: i64) -> Result<Vec<Listed>>;
+    /// The names in all private namespaces that are subscribed to, whether there is a mailbox or not.
+    fn subscribed(&mut self, since: i64) -> Result<Vec<Listed>>;
     /// Whether the mailbox log says that the mailbox was deleted.
     fn was_deleted(&mut self, guid: &Guid) -> Result<bool>;
     /// The open mailbox's transaction logs, the oldest first.

@@ -35,7 +35,7 @@ fn a_dozen_seeds_converge() {
     let next = AtomicU64::new(seeds.start);
     let failed = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
-        for _ in 0..2 {
+        for _ in 0..number("DOVETAIL_CHAOS_JOBS").unwrap_or(2) {
             scope.spawn(|| loop {
                 let seed = next.fetch_add(1, Ordering::Relaxed);
                 if !seeds.contains(&seed) {
