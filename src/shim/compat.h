@@ -229,7 +229,7 @@ static inline int compat_master_service_settings_read(const char **error_r)
 }
 #endif
 
-/* How the worker uses only some of a user's mail_plugins. 2.4: the setting is overridden at the lookup, which also loads
+/* How the worker uses only some of a user's mail_plugins, and waits less for locks. 2.4: the setting is overridden at the lookup, which also loads
    them. 2.3: none are loaded at the lookup; we load ours, and set them after the lookup. */
 #ifdef DT_COMPAT_WORKER
 #include "array.h"
@@ -239,6 +239,9 @@ static inline int compat_master_service_settings_read(const char **error_r)
 #include "master-service-settings.h"
 #include "mail-storage-service.h"
 #include "mail-storage-settings.h"
+
+/* A user whose mailbox is locked for longer waits for its turn, and the worker goes on with others. */
+#define COMPAT_WORKER_LOCK_TIMEOUT "10 secs"
 
 #define COMPAT_WORKER_FLAGS \
 	(MAIL_STORAGE_SERVICE_FLAG_USERDB_LOOKUP | \
@@ -257,17 +260,18 @@ static inline struct mail_storage_service_ctx *compat_storage_service_init(void)
 static inline void
 compat_storage_service_input_init(struct mail_storage_service_input *input, const char *plugins)
 {
-	const char **overrides = t_new(const char *, 2);
+	const char **overrides = t_new(const char *, 3);
 
 	overrides[0] = t_strconcat("mail_plugins=", plugins, NULL);
+	overrides[1] = "mail_max_lock_timeout="COMPAT_WORKER_LOCK_TIMEOUT;
 	i_zero(input);
 	input->service = master_service_get_name(master_service);
 	input->code_override_fields = overrides;
 }
 
 static inline int
-compat_storage_service_user_set_plugins(struct mail_storage_service_user *user ATTR_UNUSED,
-					const char *plugins ATTR_UNUSED, const char **error_r ATTR_UNUSED)
+compat_storage_service_user_override(struct mail_storage_service_user *user ATTR_UNUSED,
+				     const char *plugins ATTR_UNUSED, const char **error_r ATTR_UNUSED)
 {
 	return 0;
 }
@@ -311,10 +315,11 @@ compat_storage_service_input_init(struct mail_storage_service_input *input, cons
 }
 
 static inline int
-compat_storage_service_user_set_plugins(struct mail_storage_service_user *user,
-					const char *plugins, const char **error_r)
+compat_storage_service_user_override(struct mail_storage_service_user *user, const char *plugins, const char **error_r)
 {
-	return mail_storage_service_user_set_setting(user, "mail_plugins", plugins, error_r) > 0 ? 0 : -1;
+	return mail_storage_service_user_set_setting(user, "mail_plugins", plugins, error_r) > 0 &&
+		mail_storage_service_user_set_setting(user, "mail_max_lock_timeout", COMPAT_WORKER_LOCK_TIMEOUT,
+						      error_r) > 0 ? 0 : -1;
 }
 
 static inline const struct mail_user_settings *

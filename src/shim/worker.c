@@ -180,8 +180,8 @@ int dt_worker_user_open(const char *username)
 			w.service_user = NULL;
 			if (ret < 0)
 				(void)dt_worker_set_error("%s", error);
-		} else if (compat_storage_service_user_set_plugins(w.service_user,
-								   w.plugins, &error) < 0 ||
+		} else if (compat_storage_service_user_override(w.service_user, w.plugins,
+								&error) < 0 ||
 			   mail_storage_service_next(w.storage_service,
 						     w.service_user, &w.user,
 						     &error) < 0) {
