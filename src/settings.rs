@@ -91,7 +91,7 @@ impl Settings {
                 default
             })
         };
-        let workers = take(parse_number("dovetail_workers", get("dovetail_workers"), 3, 1, 64), 3) as usize;
+        let workers = take(parse_number("dovetail_workers", get("dovetail_workers"), 3, 2, 64), 3) as usize;
         let process_queue_size = take(
             parse_size("dovetail_process_queue_size", get("dovetail_process_queue_size"), 16 << 20, 128 << 10, 1 << 30),
             0,
@@ -283,8 +283,8 @@ mod tests {
             ("dovetail_peers", "b=h:0", "port"),
             ("dovetail_peers", "mx1=127.0.0.1:1", "itself"),
             ("dovetail_peers", "b=h:1 b=h:2", "twice"),
-            ("dovetail_workers", "0", "1 to 64"),
-            ("dovetail_workers", "many", "1 to 64"),
+            ("dovetail_workers", "1", "2 to 64"),
+            ("dovetail_workers", "many", "2 to 64"),
             ("dovetail_process_queue_size", "16X", "16M"),
             ("dovetail_process_queue_size", "99999999999999999999", "16M"),
             ("dovetail_inline_body_size", "1M", "49152"),
