@@ -115,6 +115,17 @@ impl Journal {
         .map(drop)
     }
 
+    /// The same for a mailbox whose log is known and its name is not. Forgotten, it is found out again.
+    pub fn name_log(&mut self, user: &str, mailbox: &[u8], path: &[String]) -> Result<(), JournalError> {
+        self.write_sometime()?;
+        let path = path.join("\0").into_bytes();
+        self.run(|db| {
+            db.prepare_cached("UPDATE logs SET path = ? WHERE user = ? AND mailbox = ? AND path IS NULL")?
+                .execute((path, user, mailbox))
+        })
+        .map(drop)
+    }
+
     /// What was last told or applied of the name; none: nothing.
     pub fn subscription(&self, user: &str, path: &[String]) -> Result<Option<bool>, JournalError> {
         let path = path.join("\0").into_bytes();

@@ -1,6 +1,6 @@
 //! The loop: polls, reads, lets each connection's role handle its frames, writes. The roles are in the files beside.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -103,6 +103,8 @@ pub struct Engine {
     pub heals: Heals,
     /// Users up to this one have been looked at since the start; none: all.
     pub swept: Option<String>,
+    /// Mailboxes without a name, and when it is time to look for it; the next one first.
+    pub unnamed: VecDeque<(u64, Arc<str>, Vec<u8>)>,
     pub clock: Clock,
     pub journal: Journal,
     /// When the journal is looked at for what is too old.
@@ -167,6 +169,7 @@ impl Engine {
             spans: Spans::default(),
             heals: Heals::default(),
             swept: Some(String::new()),
+            unnamed: VecDeque::new(),
             clock: Clock::default(),
             journal,
             trim_at_ms: 0,
@@ -506,6 +509,7 @@ impl Engine {
             self.ship_all(released);
             self.look_into_holes(holes);
         }
+        self.look_for_names();
         for index in 0..self.peers.len() {
             self.peer_tick(index);
         }
@@ -552,6 +556,7 @@ impl Engine {
             .chain(workers.filter_map(Worker::wake_up_ms))
             .chain(self.order.wake_up_ms())
             .chain(self.heals.wake_up_ms())
+            .chain(self.unnamed.front().map(|(due_ms, ..)| *due_ms))
             .chain(self.stop_by_ms)
             .min();
         // One more, because the clock is read in whole milliseconds.

@@ -247,7 +247,13 @@ impl Engine {
         if self.spans.knows(&need) {
             return;
         }
-        match self.journal.log(&span.user, &span.mailbox_guid, &span.private_user) {
+        let known = self.journal.log(&span.user, &span.mailbox_guid, &span.private_user);
+        if let (Ok(known), true) = (&known, span.private_user.is_empty()) {
+            if known.as_ref().is_none_or(|log| log.path.is_empty()) {
+                self.expect_name(&span.user, &span.mailbox_guid);
+            }
+        }
+        match known {
             Ok(Some(log)) if log.index_id == span.index_id => {
                 self.spans.recall(&need, (log.log_seq, log.end), log.healed);
             }

@@ -17,6 +17,9 @@ use crate::wire::proto::{self, Change, Doubt, Frame, LookAt, Looked, Span};
 
 /// Encoded mailboxes in one frame of a look.
 const LOOK_BYTES_MAX: usize = 48_000;
+/// How long the name of a new mailbox is waited for, and for how many.
+const NAME_MS: u64 = 1_000;
+const UNNAMED_MAX: usize = 100_000;
 /// Users that one look into the journal brings.
 const SWEEP_USERS: usize = 100;
 
@@ -52,6 +55,26 @@ impl Engine {
                 self.swept = users.last().cloned();
             }
             Err(error) => self.fail(error),
+        }
+    }
+
+    /// Something was written to a mailbox whose name is not known: mostly its creation is told in the next breath.
+    pub fn expect_name(&mut self, user: &str, mailbox: &[u8]) {
+        if self.unnamed.len() < UNNAMED_MAX {
+            self.unnamed.push_back((self.now_ms + NAME_MS, user.into(), mailbox.to_vec()));
+        }
+    }
+
+    /// Looks for mailboxes that have come into being and nobody told of: Dovecot may say that a CREATE failed when another
+    /// process has just come upon the new mailbox.
+    pub fn look_for_names(&mut self) {
+        while self.unnamed.front().is_some_and(|(due_ms, ..)| *due_ms <= self.now_ms) {
+            let Some((_, user, mailbox)) = self.unnamed.pop_front() else { return };
+            match self.journal.log(&user, &mailbox, "") {
+                Ok(Some(log)) if log.path.is_empty() => self.heals.want_mailboxes(&user),
+                Ok(_) => {}
+                Err(error) => self.fail(error),
+            }
         }
     }
 

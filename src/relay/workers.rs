@@ -40,8 +40,9 @@ struct Item {
     epoch: u64,
     seq: u64,
     bytes: usize,
-    /// GUID of its mailbox.
+    /// GUID and path of its mailbox.
     mailbox: Vec<u8>,
+    path: Vec<String>,
     /// What it does to the list of mailboxes.
     of_list: Option<Box<Change>>,
 }
@@ -50,8 +51,8 @@ impl Item {
     fn of(received: &Received) -> Item {
         let Received { epoch, seq, bytes, ref change, .. } = *received;
         let of_list = change::is_of_list(change).then(|| Box::new(change.clone()));
-        let mailbox = change.mailbox.as_ref().map(|mailbox| mailbox.guid.clone()).unwrap_or_default();
-        Item { epoch, seq, bytes, mailbox, of_list }
+        let (mailbox, path) = change.mailbox.as_ref().map(|m| (m.guid.clone(), m.path.clone())).unwrap_or_default();
+        Item { epoch, seq, bytes, mailbox, path, of_list }
     }
 }
 
@@ -321,6 +322,7 @@ impl Engine {
                 self.forget_coming(job.peer, &job.user, item);
             }
         }
+        let newly = job.done..done;
         job.done = done;
         for doubt in &applied.doubts {
             self.take_doubt(&job.user.clone(), doubt.clone());
@@ -329,7 +331,21 @@ impl Engine {
             self.counts.note(note, 1);
         }
         self.take_own_spans(index, applied.spans.clone());
+        self.name_mailboxes(&job.user, &job.items[newly]);
         Ok(())
+    }
+
+    /// What was applied to a mailbox named it.
+    fn name_mailboxes(&mut self, user: &str, items: &[Item]) {
+        let mut last: &[u8] = &[];
+        for item in items.iter().filter(|item| item.of_list.is_none() && !item.mailbox.is_empty()) {
+            if item.mailbox != last {
+                last = &item.mailbox;
+                if let Err(error) = self.journal.name_log(user, &item.mailbox, &item.path) {
+                    return self.fail(error);
+                }
+            }
+        }
     }
 
     /// Our own commits tile the logs, too: what waits for them can go on.
