@@ -9,7 +9,12 @@ use std::sync::Arc;
 
 use super::spans::Place;
 
-/// Pauses after a look that failed.
+/// Looks of one user that may find rebuilt indexes one after the other. Then there are pauses: Dovecot may make an mdbox's
+/// indexes anew each time that it is opened, and every look would find news that it has made itself.
+const RUSH_MAX: u32 = 8;
+/// Users whose last looks found such are remembered, so many at most.
+const REBUILT_MAX: usize = 10_000;
+/// Pauses after a look that failed, and after too many of those.
 const PAUSE_MS_MIN: u64 = 1_000;
 const PAUSE_MS_MAX: u64 = 60_000;
 
@@ -48,16 +53,35 @@ struct User {
     wanted: Look,
     /// What the look under way is about.
     running: Option<Look>,
+    /// It found an index that was made anew.
+    found_rebuilt: bool,
     /// Nothing is begun before.
     wait_until_ms: Option<u64>,
     pause_ms: u64,
     error: String,
 }
 
+/// Looks of a user that all found rebuilt indexes.
+#[derive(Default)]
+struct Rebuilt {
+    ended_ms: u64,
+    count: u32,
+}
+
+impl Rebuilt {
+    fn pause_ms(&self) -> u64 {
+        match self.count.checked_sub(RUSH_MAX) {
+            Some(too_many) => (PAUSE_MS_MIN << too_many.min(10)).min(PAUSE_MS_MAX),
+            None => 0,
+        }
+    }
+}
+
 /// See the module.
 #[derive(Default)]
 pub struct Heals {
     users: HashMap<Arc<str>, User>,
+    rebuilt: HashMap<Arc<str>, Rebuilt>,
     line: VecDeque<Arc<str>>,
     waiting: BTreeSet<(u64, Arc<str>)>,
     running: usize,
@@ -101,6 +125,13 @@ impl Heals {
             if user.running.is_some() || user.wait_until_ms.is_some() || user.wanted.is_empty() {
                 continue;
             }
+            if let Some(until_ms) = self.rebuilt.get(&name).map(|rebuilt| rebuilt.ended_ms + rebuilt.pause_ms()) {
+                if now_ms < until_ms {
+                    user.wait_until_ms = Some(until_ms);
+                    self.waiting.insert((until_ms, name));
+                    continue;
+                }
+            }
             let look = std::mem::take(&mut user.wanted);
             user.running = Some(look.clone());
             self.running += 1;
@@ -109,11 +140,27 @@ impl Heals {
         None
     }
 
+    /// The user's look has found an index that was made anew.
+    pub fn note_rebuilt(&mut self, name: &Arc<str>) {
+        if let Some(user) = self.users.get_mut(name) {
+            user.found_rebuilt = true;
+        }
+    }
+
     /// The user's look is over. The pause before the next attempt if it failed, and the reason is news.
     pub fn finish(&mut self, name: &Arc<str>, outcome: Result<(), String>, now_ms: u64) -> Option<u64> {
         let user = self.users.get_mut(name)?;
         let running = user.running.take()?;
         self.running -= 1;
+        if std::mem::take(&mut user.found_rebuilt) {
+            if self.rebuilt.len() >= REBUILT_MAX {
+                self.rebuilt.clear();
+            }
+            let rebuilt = self.rebuilt.entry(name.clone()).or_default();
+            *rebuilt = Rebuilt { ended_ms: now_ms, count: rebuilt.count + 1 };
+        } else {
+            self.rebuilt.remove(name);
+        }
         let Err(error) = outcome else {
             user.pause_ms = 0;
             user.error.clear();
@@ -195,6 +242,30 @@ mod tests {
         assert_eq!(heals.next(0, |_| false), Some((jane.clone(), look(&[], true))));
         heals.finish(&jane, Ok(()), 0);
         assert_eq!((heals.running(), heals.pending()), (0, 0));
+    }
+
+    #[test]
+    fn looks_that_feed_themselves_slow_down() {
+        let mut heals = Heals::default();
+        let (jane, joe): (Arc<str>, Arc<str>) = ("jane".into(), "joe".into());
+        let mut look_for = |user: &Arc<str>, from_ms: u64, is_rebuilt: bool| {
+            let mut looks = 0;
+            for now_ms in (from_ms..from_ms + 600_000).step_by(10) {
+                heals.want(user, &[1; 16], None);
+                while let Some((user, _)) = heals.next(now_ms, |_| false) {
+                    looks += 1;
+                    if is_rebuilt {
+                        heals.note_rebuilt(&user);
+                    }
+                    heals.finish(&user, Ok(()), now_ms);
+                }
+            }
+            looks
+        };
+        let looks = look_for(&jane, 0, true);
+        assert!((15..40).contains(&looks), "{looks} looks in ten minutes");
+        assert!(look_for(&joe, 600_000, false) > 50_000, "others are not held up");
+        assert!(look_for(&jane, 2_000_000, false) > 50_000, "nor is who is well again");
     }
 
     #[test]

@@ -165,6 +165,9 @@ impl Engine {
         }
         let change = change.filter(|change| !self.is_known_of_list(change));
         if let Some(found) = change {
+            if found.ops.iter().any(|op| matches!(op.what, Some(What::Rebuilt(_)))) {
+                self.heals.note_rebuilt(user);
+            }
             self.counts.counters.healed += 1;
             self.ship_all(vec![Release { user: user.clone(), change: Some(found), spans: Vec::new() }]);
         }
