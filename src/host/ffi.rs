@@ -104,6 +104,7 @@ impl DtSpan {
             applied: Vec::new(),
             tail: self.tail[..self.tail_size.min(DT_SPAN_TAIL_SIZE)].to_vec(),
             untold: false,
+            touches: self.touched != 0,
             old_mailbox_guid: if self.old_mailbox_guid == [0; 16] {
                 Vec::new()
             } else {

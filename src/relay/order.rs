@@ -80,16 +80,43 @@ impl Held {
         Release { user: self.arrival.user, change: self.arrival.change, spans: self.spans }
     }
 
-    /// Whether this one happened before `other`, which came later or earlier.
+    /// Whether this one's change happened before the one of `other`, which came later or earlier.
     fn goes_before(&self, other: &Held, came_first: bool) -> bool {
+        if self.arrival.change.is_none() || other.arrival.change.is_none() {
+            return false;
+        }
         if self.arrival.connection == other.arrival.connection {
             return came_first;
         }
-        let first_in = |held: &Held, need: &Need| held.needs.iter().find(|n| n.log == need.log).map(|n| n.place);
-        other.needs.iter().any(|need| match (first_in(self, need), first_in(other, need)) {
+        other.needs.iter().any(|need| match (self.first_in(need), other.first_in(need)) {
             (Some(mine), Some(others)) => mine < others,
             _ => false,
         })
+    }
+
+    /// Where in the log its change was written. Its other spans may lie anywhere.
+    fn first_in(&self, need: &Need) -> Option<Place> {
+        let any_touches = self.needs.iter().any(|need| need.touches);
+        let found = self.needs.iter().filter(|n| n.log == need.log && n.touches == any_touches);
+        found.map(|n| n.place).min()
+    }
+
+    /// A log does not count as known behind a change that is still held: such places are known with that one.
+    fn hand_over(&mut self, rest: &mut [Held]) {
+        self.spans.retain(|span| {
+            let need = Need::of(span);
+            let is_behind = |held: &&mut Held| {
+                let mut needs = held.needs.iter();
+                held.arrival.change.is_some() && needs.any(|n| n.log == need.log && n.place < need.place)
+            };
+            match rest.iter_mut().rfind(is_behind) {
+                Some(held) => {
+                    held.spans.push(span.clone());
+                    false
+                }
+                None => true,
+            }
+        });
     }
 }
 
@@ -155,10 +182,13 @@ impl Order {
             return;
         }
         let Some(held) = self.users.get_mut(user) else { return };
-        while let Some(ready) = (0..held.len()).find(|at| may_leave(held, *at, spans)) {
-            let held = held.remove(ready);
-            self.bytes -= held.bytes;
-            released.push(held.release());
+        while let Some(ready) =
+            (0..held.len()).find(|at| may_leave(held, *at, spans)).or_else(|| in_circle(held, spans))
+        {
+            let mut ready = held.remove(ready);
+            self.bytes -= ready.bytes;
+            ready.hand_over(held);
+            released.push(ready.release());
         }
         if held.is_empty() {
             self.users.remove(user);
@@ -217,7 +247,7 @@ impl Order {
                 held.until_ms = now_ms + SAID_MS_MAX;
                 self.deadlines.insert((held.until_ms, user.clone()));
                 for need in &held.needs {
-                    if need.log.is_private() {
+                    if need.log.is_private() || spans.is_unheard(need) {
                         spans.give_up(need);
                     } else if !spans.has(need) {
                         let mailbox = Some((need.log.mailbox_guid.clone(), need.place));
@@ -251,10 +281,43 @@ impl Order {
 }
 
 fn may_leave(held: &[Held], at: usize, spans: &Spans) -> bool {
-    held[at].needs.iter().all(|need| spans.has(need))
+    is_complete(held, at, spans)
         && (0..held.len()).all(|other| other == at || !held[other].goes_before(&held[at], other < at))
-        // The order of arrival says less than that: a save that itself has to wait for this one does not hold it.
-        && !(held[at].is_destructive && (0..at).any(|other| held[other].has_saves && !follows(held, at, other)))
+        && !overtakes_saves(held, at)
+}
+
+fn is_complete(held: &[Held], at: usize, spans: &Spans) -> bool {
+    held[at].needs.iter().all(|need| spans.has(need))
+}
+
+/// The order of arrival says less than that of the logs: a save that itself has to wait for this one does not hold it.
+fn overtakes_saves(held: &[Held], at: usize) -> bool {
+    held[at].is_destructive && (0..at).any(|other| held[other].has_saves && !follows(held, at, other))
+}
+
+/// The first to come of some that wait only for each other: a record can hold several places of a log, and so come both
+/// before and after another. One that takes nothing away is preferred.
+fn in_circle(held: &[Held], spans: &Spans) -> Option<usize> {
+    let waits_for = |at: usize, other: usize| {
+        other != at
+            && (held[other].goes_before(&held[at], other < at)
+                || held[at].is_destructive && other < at && held[other].has_saves && !follows(held, at, other))
+    };
+    let stuck = |at: &usize| {
+        let mut reached = vec![false; held.len()];
+        let mut to_visit = vec![*at];
+        while let Some(next) = to_visit.pop() {
+            if !is_complete(held, next, spans) {
+                return false;
+            }
+            let new: Vec<usize> = (0..held.len()).filter(|other| !reached[*other] && waits_for(next, *other)).collect();
+            new.iter().for_each(|other| reached[*other] = true);
+            to_visit.extend(new);
+        }
+        reached[*at]
+    };
+    let stuck: Vec<usize> = (0..held.len()).filter(stuck).collect();
+    stuck.iter().find(|at| !held[**at].is_destructive).or(stuck.first()).copied()
 }
 
 /// Whether `last` happened after `first`, maybe with others in between.
@@ -262,9 +325,6 @@ fn follows(held: &[Held], first: usize, last: usize) -> bool {
     let mut reached = vec![false; held.len()];
     let mut to_visit = vec![first];
     while let Some(at) = to_visit.pop() {
-        if at == last {
-            return true;
-        }
         for next in 0..held.len() {
             if next != at && !reached[next] && held[at].goes_before(&held[next], at < next) {
                 reached[next] = true;
@@ -272,7 +332,7 @@ fn follows(held: &[Held], first: usize, last: usize) -> bool {
             }
         }
     }
-    false
+    reached[last]
 }
 
 #[cfg(test)]
@@ -509,6 +569,73 @@ mod tests {
             "fills the hole, but waits for its connection"
         );
         assert_eq!(given.take(3, None, &[span(2, 200, 300)]), [3, 5, 4]);
+    }
+
+    #[test]
+    fn the_first_that_is_heard_of_a_log_may_not_be_its_first() {
+        let mut given = Given::default();
+        assert_eq!(given.arrives(1, save(), &[span(1, 400, 500)]), Vec::<u32>::new());
+        assert_eq!(given.arrives(2, save(), &[span(1, 100, 400)]), [2, 1]);
+        // Of a mailbox that was there before us.
+        assert_eq!(given.arrives(1, save(), &[span(2, 4000, 4100)]), Vec::<u32>::new());
+        assert_eq!(given.arrives(2, save(), &[span(2, 4100, 4200)]), Vec::<u32>::new());
+        assert_eq!(given.later(HOLD_MS_MAX), [3, 4]);
+        assert_eq!(given.holes(), vec![]);
+    }
+
+    #[test]
+    fn only_what_touches_messages_orders_changes() {
+        let mut given = Given::default();
+        let jane: Arc<str> = "jane".into();
+        let touching = |mailbox, begin, end| Span { touches: true, ..span(mailbox, begin, end) };
+        given.arrives(1, save(), &[touching(1, 100, 200)]);
+        given.order.look_begins(&jane);
+        given.arrives(1, save(), &[span(1, 200, 210), touching(1, 220, 230)]);
+        given.arrives(2, save(), &[touching(1, 210, 220)]);
+        let mut released = Vec::new();
+        given.order.look_ends(&jane, given.now_ms, &given.spans, &mut released);
+        assert_eq!(names(released), [3, 2]);
+    }
+
+    #[test]
+    fn a_log_is_not_known_behind_a_change_that_is_held() {
+        let mut given = Given::default();
+        given.arrives(1, save(), &[span(1, 100, 200)]);
+        given.arrives(1, save(), &[span(2, 100, 200)]);
+        // Held by a hole in the other mailbox, on one connection.
+        given.arrives(2, flags(), &[span(2, 300, 400)]);
+        given.arrives(2, flags(), &[span(1, 200, 300)]);
+        let arrival = Arrival { connection: 3, user: "jane".into(), change: None };
+        let mut released = Vec::new();
+        let Given { order, spans, holes, now_ms, .. } = &mut given;
+        order.arrive(arrival, vec![span(1, 300, 400)], *now_ms, spans, &mut released, holes);
+        assert!(released.iter().all(|release| release.spans.is_empty()), "{released:?}");
+        let mut released = Vec::new();
+        let arrival = Arrival { connection: 3, user: "jane".into(), change: None };
+        order.arrive(arrival, vec![span(2, 200, 300)], *now_ms, spans, &mut released, holes);
+        let last = released
+            .iter()
+            .flat_map(|release| &release.spans)
+            .map(|span| (span.mailbox_guid[0], span.end))
+            .max_by_key(|(m, end)| (*m == 1, *end));
+        assert_eq!(last, Some((1, 400)));
+    }
+
+    #[test]
+    fn records_that_wait_for_each_other_leave() {
+        let mut given = Given::default();
+        let jane: Arc<str> = "jane".into();
+        given.arrives(1, save(), &[span(1, 100, 200)]);
+        given.arrives(1, save(), &[span(2, 100, 200)]);
+        given.order.look_begins(&jane);
+        given.arrives(1, flags(), &[span(2, 210, 220)]);
+        given.arrives(1, expunge(), &[span(1, 200, 210), span(1, 220, 230)]);
+        given.arrives(2, save(), &[span(1, 210, 220)]);
+        given.arrives(2, flags(), &[span(2, 200, 210)]);
+        let mut released = Vec::new();
+        given.order.look_ends(&jane, given.now_ms, &given.spans, &mut released);
+        assert_eq!(names(released), [3, 4, 5, 6]);
+        assert_eq!(given.order.bytes, 0);
     }
 
     #[test]

@@ -17,6 +17,9 @@ const AHEAD_MAX: usize = 1_024;
 /// the storage writes with the file itself (72 bytes for sdbox) belong to no commit.
 const FILE_BEGIN_MAX: u64 = 256;
 
+/// The end of a log of which nothing is known.
+const UNHEARD: Place = (0, 0);
+
 /// Names one transaction log.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct LogId {
@@ -41,6 +44,8 @@ pub type Place = (u32, u64);
 pub struct Need {
     pub log: Arc<LogId>,
     pub place: Place,
+    /// What was written there changed messages.
+    pub touches: bool,
 }
 
 impl Need {
@@ -51,7 +56,7 @@ impl Need {
             private_user: span.private_user.clone(),
             index_id: span.index_id,
         };
-        Need { log: Arc::new(log), place: (span.log_seq, span.begin) }
+        Need { log: Arc::new(log), place: (span.log_seq, span.begin), touches: span.touches }
     }
 }
 
@@ -124,13 +129,12 @@ impl Default for Spans {
 impl Spans {
     /// Takes a span; its own [`Need`] is given along. The number of holes that were given up, for want of memory.
     pub fn insert(&mut self, span: &Span, need: &Need) -> u64 {
-        let Some(log) = self.get(&need.log) else {
-            self.young.insert(
-                need.log.clone(),
-                Log { end: (span.log_seq, span.end), ahead: BTreeMap::new(), healed: None, is_lost: false },
-            );
-            return 0;
-        };
+        if !self.knows(need) {
+            // Somebody else may have written to a new mailbox before.
+            let begins = span.begin <= FILE_BEGIN_MAX || !span.private_user.is_empty();
+            self.recall(need, if begins { need.place } else { UNHEARD }, None);
+        }
+        let Some(log) = self.get(&need.log) else { return 0 };
         log.insert(span);
         if log.ahead.len() <= AHEAD_MAX {
             return 0;
@@ -205,6 +209,12 @@ impl Spans {
         log.is_none_or(|log| !log.is_lost && log.end >= need.place)
     }
 
+    /// Whether nothing was ever known of the log.
+    pub fn is_unheard(&self, need: &Need) -> bool {
+        let log = self.young.get(&need.log).or_else(|| self.old.get(&need.log));
+        log.is_some_and(|log| log.end == UNHEARD && !log.is_lost)
+    }
+
     /// Gives up what is missing before the needed place. True if something was.
     pub fn give_up(&mut self, need: &Need) -> bool {
         if self.has(need) {
@@ -248,7 +258,7 @@ mod tests {
     #[test]
     fn spans_follow_each_other_across_files() {
         let mut spans = Spans::default();
-        assert!(insert(&mut spans, &span(2, 500, 600)), "nothing is known of the log before its first span");
+        assert!(insert(&mut spans, &span(2, 112, 600)), "a file's begin");
         assert!(insert(&mut spans, &span(2, 600, 700)));
         assert!(insert(&mut spans, &rotated(3, 40, 90, 700)));
         assert!(insert(&mut spans, &span(3, 90, 95)));
@@ -259,7 +269,7 @@ mod tests {
     #[test]
     fn a_hole_is_noticed_and_filled_by_its_straggler() {
         let mut spans = Spans::default();
-        insert(&mut spans, &span(2, 500, 600));
+        insert(&mut spans, &span(2, 112, 600));
         let late = span(2, 700, 800);
         assert!(!insert(&mut spans, &late));
         assert!(insert(&mut spans, &span(2, 600, 700)));
@@ -274,7 +284,7 @@ mod tests {
     #[test]
     fn a_hole_that_is_given_up_holds_up_nothing_behind_it() {
         let mut spans = Spans::default();
-        insert(&mut spans, &span(2, 500, 600));
+        insert(&mut spans, &span(2, 112, 600));
         insert(&mut spans, &span(2, 700, 800));
         insert(&mut spans, &span(2, 800, 900));
         assert!(spans.give_up(&Need::of(&span(2, 700, 800))));
@@ -284,19 +294,32 @@ mod tests {
     #[test]
     fn private_indexes_and_other_users_are_logs_of_their_own() {
         let mut spans = Spans::default();
-        insert(&mut spans, &span(2, 500, 600));
+        insert(&mut spans, &span(2, 112, 600));
         assert!(insert(&mut spans, &Span { private_user: "joe".into(), ..span(2, 900, 901) }));
-        assert!(insert(&mut spans, &Span { user: "joe".into(), ..span(2, 900, 901) }));
-        assert!(insert(&mut spans, &Span { index_id: 6, ..span(2, 900, 901) }));
+        assert!(insert(&mut spans, &Span { user: "joe".into(), ..span(2, 40, 901) }));
+        assert!(insert(&mut spans, &Span { index_id: 6, ..span(2, 40, 901) }));
         assert!(!insert(&mut spans, &span(2, 900, 901)));
+    }
+
+    #[test]
+    fn what_is_first_heard_of_a_log_may_have_something_before_it() {
+        let mut spans = Spans::default();
+        let second = span(2, 500, 600);
+        assert!(!insert(&mut spans, &second) && spans.is_unheard(&Need::of(&second)));
+        assert!(insert(&mut spans, &span(2, 112, 500)));
+        assert!(spans.has(&Need::of(&second)) && !spans.is_unheard(&Need::of(&second)));
+        let other = Span { user: "joe".into(), ..second };
+        assert!(!insert(&mut spans, &other));
+        spans.give_up(&Need::of(&other));
+        assert!(spans.has(&Need::of(&other)));
     }
 
     #[test]
     fn memory_is_bounded() {
         let mut spans = Spans { logs_max: 100, ..Default::default() };
         for n in 0..1000 {
-            insert(&mut spans, &Span { user: format!("user{n}"), ..span(2, 500, 600) });
-            insert(&mut spans, &span(2, 500, 600));
+            insert(&mut spans, &Span { user: format!("user{n}"), ..span(2, 112, 600) });
+            insert(&mut spans, &span(2, 112, 600));
         }
         assert!(spans.young.len() + spans.old.len() <= 101);
         assert!(!insert(&mut spans, &span(2, 601, 602)), "what is used is not forgotten");
