@@ -103,6 +103,33 @@ fn mailboxes_that_came_went_and_were_renamed_without_the_plugin() {
 }
 
 #[test]
+fn subscriptions_that_nobody_told_of_are_found_whether_there_is_a_mailbox_or_not() {
+    in_all_formats("subscriptions", |t| {
+        let mut imap = t.a().imap(&t.user);
+        for mailbox in ["Was", "Comes", "Goes", "Gone"] {
+            imap.ok(&format!("CREATE {mailbox}"));
+        }
+        imap.ok("SUBSCRIBE Goes");
+        imap.ok("SUBSCRIBE Gone");
+        imap.ok("DELETE Gone");
+        drop(imap);
+        t.settled();
+        let change = |verb, mailbox| drop(untold(t.a(), &["mailbox", verb, "-u", &t.user, mailbox]));
+        change("subscribe", "Was");
+        change("subscribe", "Comes");
+        change("unsubscribe", "Goes");
+        change("unsubscribe", "Gone");
+        untold(t.a(), &["mailbox", "rename", "-u", &t.user, "Was", "Is"]);
+        restart_relay(t.a());
+        t.settled();
+        let answer = t.b().imap(&t.user).ok("LSUB \"\" *");
+        let has = |mailbox: &str| answer.lines().iter().any(|line| line.ends_with(&format!(" {mailbox}")));
+        let found = ["Was", "Comes", "Goes", "Gone"].map(|mailbox| (mailbox, has(mailbox)));
+        assert_eq!(found, [("Was", true), ("Comes", true), ("Goes", false), ("Gone", false)], "{:?}", answer.lines());
+    });
+}
+
+#[test]
 fn a_resync_changes_nothing_on_the_peer() {
     in_all_formats("resync", |t| {
         t.a().doveadm(&["force-resync", "-u", &t.user, "INBOX"]);

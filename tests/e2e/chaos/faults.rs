@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::plan::{Event, Fault};
 use crate::cluster::server::signal;
-use crate::cluster::Server;
+use crate::cluster::{Cluster, Line, Server};
 
 /// What is paused or stopped goes on when no client has got an answer for so long: they may all wait for its locks.
 const STALL: Duration = Duration::from_secs(5);
@@ -67,13 +67,14 @@ impl Progress {
 
 pub struct Faults<'a> {
     servers: &'a [Server],
+    line: &'a Line,
     paused: BTreeMap<(usize, &'static str), Vec<u32>>,
     stopped: [bool; 2],
 }
 
 impl<'a> Faults<'a> {
-    pub fn on(servers: &'a [Server]) -> Faults<'a> {
-        Faults { servers, paused: BTreeMap::new(), stopped: [false; 2] }
+    pub fn on(cluster: &'a Cluster) -> Faults<'a> {
+        Faults { servers: cluster.servers(), line: &cluster.lines[0], paused: BTreeMap::new(), stopped: [false; 2] }
     }
 
     pub fn play(&mut self, events: &[Event], progress: &Progress) {
@@ -112,6 +113,9 @@ impl<'a> Faults<'a> {
                     self.servers[*side].start();
                 }
             }
+            Fault::Cut => self.line.cut(),
+            Fault::Hang { hangs } => self.line.hang(*hangs),
+            Fault::Slow { millis } => self.line.delay(Duration::from_millis(*millis)),
             Fault::Reload { side } => {
                 if !self.stopped[*side] {
                     self.servers[*side].try_doveadm(&["reload"]);
@@ -136,6 +140,8 @@ impl<'a> Faults<'a> {
 impl Drop for Faults<'_> {
     /// Everything runs again.
     fn drop(&mut self) {
+        self.line.hang(false);
+        self.line.delay(Duration::ZERO);
         for ((side, service), _) in self.paused.clone() {
             self.resume(side, service);
         }

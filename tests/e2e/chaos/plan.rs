@@ -82,6 +82,16 @@ pub enum Fault {
     Reload {
         side: usize,
     },
+    /// The line between the relays breaks in the middle of a frame.
+    Cut,
+    /// Nothing passes, and nobody is told.
+    Hang {
+        hangs: bool,
+    },
+    /// Each chunk takes so much longer.
+    Slow {
+        millis: u64,
+    },
 }
 
 impl Plan {
@@ -166,7 +176,7 @@ impl Fault {
         let peer = 1 - writer;
         let mut push = |after, fault| events.push(Event { after, fault });
         let one = if dice.percent(70) { Some(dice.roll()) } else { None };
-        match dice.between(0, 99) {
+        match dice.between(0, 119) {
             0..=17 => push(after, Fault::Kill { side: writer, service: "imap", one }),
             18..=27 => push(after, Fault::Kill { side: writer, service: "lmtp", one }),
             28..=42 => push(after, Fault::Kill { side, service: "dovetail-worker", one }),
@@ -186,7 +196,16 @@ impl Fault {
                 push(after, Fault::Stop { side: peer });
                 push(until, Fault::Start { side: peer });
             }
-            _ => push(after, Fault::Reload { side }),
+            92..=99 => push(after, Fault::Reload { side }),
+            100..=107 => push(after, Fault::Cut),
+            108..=113 => {
+                push(after, Fault::Hang { hangs: true });
+                push(until, Fault::Hang { hangs: false });
+            }
+            _ => {
+                push(after, Fault::Slow { millis: dice.between(1, 50) as u64 });
+                push(until, Fault::Slow { millis: 0 });
+            }
         }
     }
 }
@@ -204,6 +223,9 @@ impl Display for Fault {
             Fault::Resume { side, service } => write!(f, "SIGCONT to {service} on {}", side_name(*side)),
             Fault::Stop { side } => write!(f, "stop {}", side_name(*side)),
             Fault::Start { side } => write!(f, "start {}", side_name(*side)),
+            Fault::Cut => write!(f, "the line is cut"),
+            Fault::Hang { hangs } => write!(f, "the line {}", if *hangs { "hangs" } else { "works again" }),
+            Fault::Slow { millis } => write!(f, "the line takes {millis} ms longer"),
             Fault::Reload { side } => write!(f, "doveadm reload on {}", side_name(*side)),
         }
     }

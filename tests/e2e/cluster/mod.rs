@@ -10,6 +10,7 @@
 pub mod config;
 pub mod imap;
 pub mod janitor;
+pub mod line;
 pub mod lmtp;
 pub mod pop3;
 pub mod ports;
@@ -22,6 +23,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use self::line::Line;
 pub use self::server::Server;
 pub use self::snapshot::Snapshot;
 pub use self::wait::{holds_within, holds_within_slowly, wait_until};
@@ -59,6 +61,8 @@ pub struct Setup {
     pub files: Vec<(String, String)>,
     /// Instead of the right value of `dovetail_peers`.
     pub peers: Option<String>,
+    /// Others reach its relay over a line that can be cut.
+    pub line: bool,
 }
 
 impl Setup {
@@ -71,6 +75,7 @@ impl Setup {
             extra_24: String::new(),
             files: Vec::new(),
             peers: None,
+            line: false,
         }
     }
 
@@ -81,6 +86,11 @@ impl Setup {
 
     pub fn peers(mut self, value: &str) -> Setup {
         self.peers = Some(value.into());
+        self
+    }
+
+    pub fn over_a_line(mut self) -> Setup {
+        self.line = true;
         self
     }
 
@@ -99,6 +109,8 @@ impl Setup {
 
 pub struct Cluster {
     servers: Vec<Server>,
+    /// To the relays whose setup wants one.
+    pub lines: Vec<Line>,
     // Dropped after the servers: removes what they leave.
     janitor: Arc<janitor::Janitor>,
 }
@@ -119,7 +131,15 @@ impl Cluster {
             .zip(roots)
             .map(|(setup, root)| Server::prepare(setup, root, &format!("/tmp/{id}"), janitor.clone()))
             .collect();
-        let relays: Vec<(String, u16)> = prepared.iter().map(|s| (s.name().to_owned(), s.ports.relay)).collect();
+        let mut lines = Vec::new();
+        let mut port = |server: &Server| {
+            if !server.setup().line {
+                return server.ports.relay;
+            }
+            lines.push(Line::to(server.ports.relay));
+            lines[lines.len() - 1].port
+        };
+        let relays: Vec<(String, u16)> = prepared.iter().map(|s| (s.name().to_owned(), port(s))).collect();
         for server in &mut prepared {
             let peers: Vec<_> = relays.iter().filter(|(name, _)| name != server.name()).cloned().collect();
             server.configure(&peers);
@@ -127,7 +147,7 @@ impl Cluster {
         for server in &prepared {
             server.start();
         }
-        Cluster { servers: prepared, janitor }
+        Cluster { servers: prepared, lines, janitor }
     }
 
     pub fn pair(format_a: Format, format_b: Format) -> Cluster {

@@ -198,6 +198,10 @@ impl Server {
         self.janitor.remove_master(child.id());
     }
 
+    pub fn setup(&self) -> &Setup {
+        &self.setup
+    }
+
     pub fn name(&self) -> &str {
         &self.setup.name
     }

@@ -1,0 +1,103 @@
+//! The line between two relays, as a network: it can be slow, hang, and be cut in the middle of a frame.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use super::ports::LOOPBACK;
+
+/// Bytes that are passed on at once.
+const CHUNK: usize = 4096;
+
+#[derive(Default)]
+struct State {
+    hangs: bool,
+    delay: Duration,
+    /// A connection that is older than the last one passes on half a chunk, and ends.
+    cuts: u64,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.state());
+        self.changed.notify_all();
+    }
+}
+
+/// Who connects to `port` is connected to the relay behind it, for as long as the test process lives.
+pub struct Line {
+    pub port: u16,
+    shared: Arc<Shared>,
+}
+
+impl Line {
+    pub fn to(relay_port: u16) -> Line {
+        let listener = TcpListener::bind((LOOPBACK, 0)).expect("a port");
+        let port = listener.local_addr().expect("its address").port();
+        let shared = Arc::new(Shared::default());
+        let line = Line { port, shared: shared.clone() };
+        std::thread::spawn(move || {
+            for near in listener.incoming().flatten() {
+                // While the relay is away, so is the connection.
+                let Ok(far) = TcpStream::connect((LOOPBACK, relay_port)) else { continue };
+                for stream in [&near, &far] {
+                    stream.set_nodelay(true).expect("an option");
+                }
+                let back = (far.try_clone().expect("a clone"), near.try_clone().expect("a clone"));
+                for (from, to) in [(near, far), back] {
+                    let shared = shared.clone();
+                    std::thread::spawn(move || pump(from, to, &shared));
+                }
+            }
+        });
+        line
+    }
+
+    /// Nothing passes any more, and nobody is told.
+    pub fn hang(&self, hangs: bool) {
+        self.shared.change(|state| state.hangs = hangs);
+    }
+
+    /// Each chunk takes so much longer.
+    pub fn delay(&self, delay: Duration) {
+        self.shared.change(|state| state.delay = delay);
+    }
+
+    /// The connections end with whatever comes next, in the middle of it.
+    pub fn cut(&self) {
+        self.shared.change(|state| state.cuts += 1);
+    }
+}
+
+fn pump(mut from: TcpStream, mut to: TcpStream, shared: &Shared) {
+    let cuts = shared.state().cuts;
+    let mut chunk = [0; CHUNK];
+    while let Ok(length @ 1..) = from.read(&mut chunk) {
+        let mut state = shared.state();
+        let delay = state.delay;
+        if !delay.is_zero() {
+            let is_as_slow = |state: &mut State| state.delay == delay;
+            state = shared.changed.wait_timeout_while(state, delay, is_as_slow).unwrap_or_else(|e| e.into_inner()).0;
+        }
+        state = shared.changed.wait_while(state, |state| state.hangs).unwrap_or_else(|e| e.into_inner());
+        let is_cut = state.cuts != cuts;
+        drop(state);
+        let passed = if is_cut { length / 2 } else { length };
+        if to.write_all(&chunk[..passed]).is_err() || is_cut {
+            break;
+        }
+    }
+    let _ = from.shutdown(Shutdown::Both);
+    let _ = to.shutdown(Shutdown::Both);
+}
