@@ -56,8 +56,8 @@ test: stage ## All tests, end-to-end tests against this machine's Dovecot includ
 	DOVETAIL_TEST_STAGE=$(STAGE) $(CARGO) test $(CARGO_FLAGS) --locked --no-default-features
 
 .PHONY: chaos
-chaos: stage ## Random schedules of writing and killing: seeds 1 to 12 (SEEDS=200: so many; SEED=17: that one, with its output)
-	DOVETAIL_TEST_STAGE=$(STAGE) DOVETAIL_CHAOS_FIRST=$(or $(SEED),$(FIRST),1) DOVETAIL_CHAOS_SEEDS=$(if $(SEED),1,$(or $(SEEDS),12)) \
+chaos: stage ## Random schedules of writing and killing: seeds 1 to 12 (SEEDS=200 JOBS=8; SEED=17: that one, with its output)
+	DOVETAIL_TEST_STAGE=$(STAGE) DOVETAIL_CHAOS_FIRST=$(or $(SEED),$(FIRST),1) DOVETAIL_CHAOS_SEEDS=$(if $(SEED),1,$(or $(SEEDS),12)) DOVETAIL_CHAOS_JOBS=$(or $(JOBS),2) \
 	$(CARGO) test $(CARGO_FLAGS) --locked --no-default-features --test chaos -- $(if $(SEED),--nocapture)
 
 .PHONY: bench
