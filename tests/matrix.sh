@@ -102,12 +102,16 @@ test_alone() {
     in_root "$1" "make test CARGO_FLAGS=--offline"
 }
 
+# test_pair RELEASE [ARGUMENTS]: as a pair; other arguments of cargo test than the matrix's.
 test_pair() {
+    local release=$1 arguments=(--test e2e -- "${mixed_tests[@]}")
+    shift
+    if [ $# -gt 0 ]; then arguments=("$@"); fi
     (
-        export DOVETAIL_ROOT=$top/target/roots/$1 DOVETAIL_TOP=$top DOVETAIL_CARGO_HOME=${CARGO_HOME:-$HOME/.cargo} DOVETAIL_TOOLCHAIN=/usr
+        export DOVETAIL_ROOT=$top/target/roots/$release DOVETAIL_TOP=$top DOVETAIL_CARGO_HOME=${CARGO_HOME:-$HOME/.cargo} DOVETAIL_TOOLCHAIN=/usr
         mount_root
-        DOVETAIL_TEST_STAGE_A=$top/target/stage DOVETAIL_TEST_ROOT_B=$DOVETAIL_ROOT DOVETAIL_TEST_STAGE_B=$top/target/$1/stage \
-            cargo test ${CARGO_FLAGS-} --locked --no-default-features --test e2e -- "${mixed_tests[@]}"
+        DOVETAIL_TEST_STAGE_A=$top/target/stage DOVETAIL_TEST_ROOT_B=$DOVETAIL_ROOT DOVETAIL_TEST_STAGE_B=$top/target/$release/stage \
+            cargo test ${CARGO_FLAGS-} --locked --no-default-features "${arguments[@]}"
     )
 }
 
@@ -118,9 +122,11 @@ if [ "${1-}" = --in ]; then
     exit
 fi
 
-# matrix.sh --pair RELEASE: only this machine's Dovecot with that one's, as they were built last.
+# matrix.sh --pair RELEASE [ARGUMENTS]: only this machine's Dovecot with that one's, as they were built last; the arguments
+# are cargo test's, such as `--test chaos`.
 if [ "${1-}" = --pair ]; then
-    test_pair "$2"
+    shift
+    test_pair "$@"
     exit
 fi
 

@@ -89,9 +89,15 @@ fn play(seed: u64) {
     );
     let _story = Story(&plan, &scene);
     // Dovecot's own words about killed processes and what they left. A panic is one of ours, or of Dovecot's.
-    ["killed with signal 9", "Error:", "Error reading configuration"]
-        .iter()
-        .for_each(|text| scene.expects_in_log(text));
+    [
+        "killed with signal 9",
+        "Error:",
+        "Error reading configuration",
+        "Failed to read configuration",
+        "run/config) failed",
+    ]
+    .iter()
+    .for_each(|text| scene.expects_in_log(text));
     let ledger = Mutex::new(Ledger::default());
     for phase in &plan.phases {
         play_phase(&scene, phase, &users, &ledger);
