@@ -341,6 +341,7 @@ impl Engine {
         match verdict.map_err(|error| Close::Malformed(error.to_string()))? {
             Verdict::Ignore => return Ok(()),
             Verdict::Acknowledge => {
+                self.forget_coming(index, &change.user, seq, &change);
                 self.acknowledge(index, epoch, seq);
                 return Ok(());
             }

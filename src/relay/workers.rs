@@ -232,9 +232,10 @@ impl Engine {
         // Sent twice, when the connection broke while the first one was being applied.
         let (again, received): (Vec<_>, Vec<_>) =
             received.into_iter().partition(|r| self.peers[peer].inbox.is_applied(r.epoch, r.seq));
-        for Received { epoch, seq, bytes, .. } in again {
-            self.peers[peer].inbox.finish(bytes);
-            self.acknowledge(peer, epoch, seq);
+        for again in again {
+            self.peers[peer].inbox.finish(again.bytes);
+            self.forget_coming(peer, &user, again.seq, &again.change);
+            self.acknowledge(peer, again.epoch, again.seq);
         }
         if received.is_empty() {
             return self.work.finish(&user);
@@ -267,10 +268,10 @@ impl Engine {
         Ok(())
     }
 
-    /// The item is applied, or never will be.
-    fn forget_coming(&mut self, peer: usize, user: &str, item: &Item) {
-        if item.of_list.is_some() {
-            if let Err(error) = self.journal.forget_coming(user, &self.peers[peer].name, item.seq) {
+    /// The change is applied, or never will be.
+    pub fn forget_coming(&mut self, peer: usize, user: &str, seq: u64, change: &Change) {
+        if change::is_of_list(change) {
+            if let Err(error) = self.journal.forget_coming(user, &self.peers[peer].name, seq) {
                 self.fail(error);
             }
         }
@@ -319,7 +320,7 @@ impl Engine {
             self.acknowledge(job.peer, item.epoch, item.seq);
             if let Some(change) = &item.of_list {
                 self.note_list(change);
-                self.forget_coming(job.peer, &job.user, item);
+                self.forget_coming(job.peer, &job.user, item.seq, change);
             }
         }
         let newly = job.done..done;
@@ -389,7 +390,9 @@ impl Engine {
         self.poison.remove(&change);
         self.set_aside(&job, error);
         let done = job.items.remove(job.done);
-        self.forget_coming(job.peer, &job.user, &done);
+        if let Some(change) = &done.of_list {
+            self.forget_coming(job.peer, &job.user, done.seq, change);
+        }
         let inbox = &mut self.peers[job.peer].inbox;
         inbox.apply(done.epoch, done.seq);
         inbox.finish(done.bytes);
