@@ -74,7 +74,7 @@ fn memory(folder: &Path, report: &mut Report) {
         server: "a".into(),
         peers: vec![Peer { name: "b".into(), address: "127.0.0.1:9".into() }],
         worker_socket: PathBuf::from("/nonexistent"),
-        workers: 1,
+        workers: 2,
         queue_bytes_max: 64 << 20,
         journal: folder.into(),
         journal_bytes_max: 1 << 30,

@@ -1,7 +1,7 @@
 //! What must outlive this process: each change with its number and its place in the log, what of others is applied.
 //!
-//! Guarantees that a change is in the journal before a peer hears of it (until then nothing is written to peers), and that a log counts as known up to a place only
-//! together with the changes before it.
+//! Guarantees that a change is in the journal before a peer hears of it (until then nothing is written to peers), and that
+//! a log counts as known up to a place only together with the changes before it.
 
 use std::sync::Arc;
 use std::time::Duration;

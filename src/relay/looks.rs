@@ -34,7 +34,7 @@ pub struct LookJob {
 impl Engine {
     /// Gives looks to idle workers, but never to all of them, so that changes of the peers go on.
     pub fn dispatch_looks(&mut self) {
-        let most = (self.config.workers - 1).max(1);
+        let most = self.config.workers - 1;
         while self.heals.running() < most {
             let Some(index) = self.workers.iter().position(Worker::may_work) else { return };
             self.sweep();

@@ -204,8 +204,8 @@ fn check(config: &Config) -> Result<(), String> {
             return Err(format!("dovetail_peers: '{}' is there twice", peer.name));
         }
     }
-    if config.workers == 0 {
-        return Err("dovetail_workers: there must be at least 1".into());
+    if config.workers < 2 {
+        return Err("dovetail_workers: there must be at least 2".into());
     }
     Ok(())
 }

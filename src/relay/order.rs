@@ -52,7 +52,9 @@ pub struct Release {
 
 struct Held {
     arrival: Arrival,
+    /// Its own, and behind those what it took over from others.
     spans: Vec<Span>,
+    /// Of its own spans.
     needs: Vec<Need>,
     has_saves: bool,
     is_destructive: bool,
@@ -109,14 +111,24 @@ impl Held {
                 let mut needs = held.needs.iter();
                 held.arrival.change.is_some() && needs.any(|n| n.log == need.log && n.place < need.place)
             };
-            match rest.iter_mut().rfind(is_behind) {
-                Some(held) => {
-                    held.spans.push(span.clone());
-                    false
-                }
-                None => true,
+            let behind = rest.iter_mut().rfind(is_behind);
+            let is_free = behind.is_none();
+            if let Some(held) = behind {
+                held.take_over(span, &need);
             }
+            is_free
         });
+    }
+
+    /// Of each log the furthest place is enough.
+    fn take_over(&mut self, span: &Span, need: &Need) {
+        let own = self.needs.len();
+        let taken = self.spans[own..].iter_mut().find(|taken| Need::of(taken).log == need.log);
+        match taken {
+            Some(taken) if (taken.log_seq, taken.end) < (span.log_seq, span.end) => *taken = span.clone(),
+            Some(_) => {}
+            None => self.spans.push(span.clone()),
+        }
     }
 }
 
@@ -281,28 +293,23 @@ impl Order {
 }
 
 fn may_leave(held: &[Held], at: usize, spans: &Spans) -> bool {
-    is_complete(held, at, spans)
-        && (0..held.len()).all(|other| other == at || !held[other].goes_before(&held[at], other < at))
-        && !overtakes_saves(held, at)
+    is_complete(held, at, spans) && !(0..held.len()).any(|other| waits_for(held, at, other))
 }
 
 fn is_complete(held: &[Held], at: usize, spans: &Spans) -> bool {
     held[at].needs.iter().all(|need| spans.has(need))
 }
 
-/// The order of arrival says less than that of the logs: a save that itself has to wait for this one does not hold it.
-fn overtakes_saves(held: &[Held], at: usize) -> bool {
-    held[at].is_destructive && (0..at).any(|other| held[other].has_saves && !follows(held, at, other))
+/// What is before it, and, if it takes something away, saves that came before it. The order of arrival says less than that
+/// of the logs: a save that itself has to wait for this one does not hold it.
+fn waits_for(held: &[Held], at: usize, other: usize) -> bool {
+    let is_save_before = || held[at].is_destructive && other < at && held[other].has_saves;
+    other != at && (held[other].goes_before(&held[at], other < at) || is_save_before() && !follows(held, at, other))
 }
 
 /// The first to come of some that wait only for each other: a record can hold several places of a log, and so come both
 /// before and after another. One that takes nothing away is preferred.
 fn in_circle(held: &[Held], spans: &Spans) -> Option<usize> {
-    let waits_for = |at: usize, other: usize| {
-        other != at
-            && (held[other].goes_before(&held[at], other < at)
-                || held[at].is_destructive && other < at && held[other].has_saves && !follows(held, at, other))
-    };
     let stuck = |at: &usize| {
         let mut reached = vec![false; held.len()];
         let mut to_visit = vec![*at];
@@ -310,7 +317,8 @@ fn in_circle(held: &[Held], spans: &Spans) -> Option<usize> {
             if !is_complete(held, next, spans) {
                 return false;
             }
-            let new: Vec<usize> = (0..held.len()).filter(|other| !reached[*other] && waits_for(next, *other)).collect();
+            let new: Vec<usize> =
+                (0..held.len()).filter(|other| !reached[*other] && waits_for(held, next, *other)).collect();
             new.iter().for_each(|other| reached[*other] = true);
             to_visit.extend(new);
         }
@@ -619,6 +627,21 @@ mod tests {
             .map(|span| (span.mailbox_guid[0], span.end))
             .max_by_key(|(m, end)| (*m == 1, *end));
         assert_eq!(last, Some((1, 400)));
+    }
+
+    #[test]
+    fn what_a_held_change_takes_over_is_bounded() {
+        let mut given = Given::default();
+        given.arrives(1, save(), &[span(1, 100, 200)]);
+        given.arrives(1, save(), &[span(2, 100, 200)]);
+        given.arrives(2, flags(), &[span(2, 300, 400)]);
+        given.arrives(2, flags(), &[span(1, 200, 300)]);
+        for n in 0..10_000 {
+            given.take(3, None, &[span(1, 300 + n, 301 + n)]);
+        }
+        let held = given.order.users.values().flatten();
+        assert_eq!(held.map(|held| held.spans.len()).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(given.take(3, None, &[span(2, 200, 300)]), [3, 4]);
     }
 
     #[test]
