@@ -149,10 +149,6 @@ struct dt_span {
   uint32_t prev_log_seq;
   uint64_t prev_log_end;
   /*
-   HIGHESTMODSEQ as of `end`; 0 if not known.
-   */
-  uint64_t highest_modseq;
-  /*
    DT_SPAN_APPENDS and so on: what it did to messages.
    */
   uint32_t touched;
@@ -170,6 +166,11 @@ struct dt_span {
    */
   void *mailbox;
 };
+
+/*
+ GUID of a message in an open mailbox, or NULL; valid until the next call.
+ */
+typedef const char *(*DtGuidOf)(const uint8_t *mailbox_guid, uint32_t uid);
 
 /*
  A row of `doveadm dovetail status`.
@@ -314,20 +315,16 @@ void *dt_rs_transaction_begin(const struct dt_mailbox *mailbox);
 
 void dt_rs_save(void *txn, const struct dt_save *save);
 
-void dt_rs_flags(void *txn, uint32_t uid, const char *guid, uint32_t add, uint32_t remove);
+void dt_rs_flags(void *txn, uint32_t uid, uint32_t add, uint32_t remove);
 
-void dt_rs_keywords(void *txn,
-                    uint32_t uid,
-                    const char *guid,
-                    const char *const *old,
-                    const char *const *new_);
+void dt_rs_keywords(void *txn, uint32_t uid, const char *const *old, const char *const *new_);
 
 void dt_rs_expunge(void *txn, uint32_t uid, const char *guid);
 
 /*
- True: dt_rs_flush() is to be called soon.
+ Called inside of a commit: only notes. dt_rs_flush() is to be called soon.
  */
-bool dt_rs_commit(void *txn,
+void dt_rs_commit(void *txn,
                   const struct dt_mailbox *mailbox,
                   const struct dt_saved *saved,
                   uintptr_t saved_count);
@@ -345,9 +342,20 @@ void dt_rs_mailbox_op(int op,
 void dt_rs_intend(const struct dt_mailbox *mailbox);
 
 /*
- Called inside of a commit: only copies. True: dt_rs_flush() is to be called soon.
+ Called inside of a commit: only notes. dt_rs_flush() is to be called soon.
  */
-bool dt_rs_span(const struct dt_span *span);
+void dt_rs_span(const struct dt_span *span);
+
+/*
+ So much waits that dt_rs_flush() is to be called now.
+ */
+bool dt_rs_is_full(void);
+
+/*
+ Asks for the GUIDs of messages whose flags were changed, before it is told. They are not looked up while the client
+ waits: dbox may have to open a file for each.
+ */
+void dt_rs_name(DtGuidOf guid_of);
 
 /*
  The client has its answer: what could wait until then is sent.

@@ -14,6 +14,8 @@ const SPEED_CLIENTS: usize = 4;
 /// How long the peers may take to catch up before the next variant has its turn.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 const MAILS_FOR_STORE: usize = 50;
+/// A STORE takes a twentieth of the others' time: a turn of it has more.
+const STORES_PER_OPERATION: usize = 4;
 /// Operations at the begin of a turn that do not count: what ran before it has taken the caches.
 const WARM_UP: usize = 5;
 
@@ -38,7 +40,8 @@ pub fn measure(clusters: &[(Variant, Running)], plan: &Plan, report: &mut Report
                 order.reverse();
             }
             for index in order {
-                turns[index].take(plan.cost_operations_per_round);
+                let factor = if operation == "STORE" { STORES_PER_OPERATION } else { 1 };
+                turns[index].take(plan.cost_operations_per_round * factor);
             }
         }
         for turn in &turns {

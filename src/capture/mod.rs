@@ -1,175 +1,226 @@
 //! From a mailbox transaction in a mail process to a record on its way to the relay.
 //!
-//! [`transaction`] collects what a transaction does, [`Capture`] is the process's own end: it keeps the spans until
-//! their change is known and hands records to [`link`]'s thread through a bounded queue. Nothing here waits: what does
-//! not fit is dropped and counted, and the spans' gap tells the relay where.
+//! While a client waits for its answer, [`Capture`] only notes what happened. When it has its answer, [`records`] makes
+//! records of the notes (it keeps the spans until their change is known) and [`link`] sends them. Nothing here waits: what
+//! does not fit is dropped and counted, and the spans' gap tells the relay where.
 
 mod link;
+mod records;
 pub mod transaction;
 
 pub use link::{Link, LinkConfig};
 pub use transaction::{mailbox_change, Saved, Transaction};
 
 use crate::wire::proto;
-use prost::Message as _;
-use std::collections::{HashMap, HashSet};
+use records::Records;
+use std::collections::HashSet;
+use std::rc::Rc;
 
-/// Most spans that wait for their change: a transaction that writes more is told in pieces.
-const PENDING_SPANS_MAX: usize = 256;
-
-/// Records that wait for the client's answer, at most, and their encoded bytes.
-const WAITING_MAX: usize = 64;
-const WAITING_BYTES_MAX: usize = 1 << 20;
+/// Notes that wait for the client's answer, at most, and what they take as records.
+const NOTES_MAX: usize = 256;
+const NOTES_BYTES_MAX: usize = 1 << 20;
 
 /// Mailboxes that the relay was told of, at most: then they are told again.
 const INTENTS_MAX: usize = 10_000;
+
+/// Bytes of a log that a span carries to be recognized by, at most.
+pub const TAIL_MAX: usize = 64;
+
+/// A GUID, all zero if it is not known.
+pub type Guid = [u8; 16];
+
+/// A mailbox, as it was called when a transaction on it began.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The mailbox's owner.
+    pub user: String,
+    /// The mailbox's.
+    pub guid: Guid,
+    /// Parts of its name.
+    pub path: Vec<String>,
+}
+
+impl Place {
+    /// As it stands in records, without its state.
+    pub fn mailbox(&self) -> proto::Mailbox {
+        proto::Mailbox { guid: known(self.guid), path: self.path.clone(), ..Default::default() }
+    }
+}
+
+fn known(guid: Guid) -> Vec<u8> {
+    if guid == Guid::default() {
+        Vec::new()
+    } else {
+        guid.to_vec()
+    }
+}
+
+/// How a transaction ended.
+#[derive(Debug, Clone, Default)]
+pub struct Commit {
+    /// The mailbox's GUID and state behind it; 0: not known.
+    pub guid: Guid,
+    pub uid_validity: u32,
+    pub uid_next: u32,
+    pub highest_modseq: u64,
+    /// UIDs (and GUIDs) in the order of the saves.
+    pub saved: Vec<Saved>,
+    /// Microseconds since 1970.
+    pub clock: u64,
+}
+
+/// What a commit wrote to an index's log: [`proto::Span`], as it is noted. None of it is allocated.
+#[derive(Debug, Clone)]
+pub struct Written {
+    pub user: Rc<str>,
+    pub private_user: Option<Rc<str>>,
+    pub mailbox_guid: Guid,
+    pub old_mailbox_guid: Guid,
+    pub index_id: u32,
+    pub log_seq: u32,
+    pub begin: u64,
+    pub end: u64,
+    pub prev_log_seq: u32,
+    pub prev_log_end: u64,
+    pub tail: [u8; TAIL_MAX],
+    pub tail_size: usize,
+    /// It added messages or changed flags.
+    pub adds_or_changes: bool,
+    /// It expunged messages that nobody spoke of.
+    pub expunges: bool,
+}
+
+/// What happened, in its order.
+enum Note {
+    Begin(Guid),
+    Commit(Rc<Place>, Transaction, Commit),
+    Rollback(Guid),
+    Mailbox(proto::Change),
+    Written(Written),
+}
+
+/// Notes in their order.
+pub struct Notes(Vec<Note>);
+
+impl Notes {
+    /// Asks for the GUIDs of messages whose flags were changed: mailbox and UID.
+    pub fn name(&mut self, mut guid_of: impl FnMut(&Guid, u32) -> Option<String>) {
+        for note in &mut self.0 {
+            if let Note::Commit(place, transaction, _) = note {
+                transaction.name(|uid| guid_of(&place.guid, uid));
+            }
+        }
+    }
+}
 
 /// The transactions and spans of one mail process.
 pub struct Capture {
     link: Link,
     /// (user, mailbox GUID) that the relay knows we write to.
-    intents: HashSet<(String, Vec<u8>)>,
-    /// Per mailbox: open transactions that have something to tell, and the spans that belong to their changes.
-    open: HashMap<Vec<u8>, OpenMailbox>,
-    /// What leaves when the client has its answer.
-    waiting: Vec<proto::Record>,
-    /// Encoded bytes of the changes in it.
-    waiting_bytes: usize,
-}
-
-#[derive(Default)]
-struct OpenMailbox {
-    transactions: usize,
-    spans: Vec<proto::Span>,
+    intents: HashSet<(String, Guid)>,
+    /// The last of them.
+    intended: Option<Rc<Place>>,
+    /// What is told when the client has its answer.
+    notes: Vec<Note>,
+    notes_bytes: usize,
+    records: Records,
 }
 
 impl Capture {
-    /// Nothing is connected before the first write.
-    pub fn new(config: LinkConfig) -> Capture {
+    /// Nothing is connected before the first write. `birth_guid` makes 16 bytes of a message's GUID.
+    pub fn new(config: LinkConfig, birth_guid: fn(&str) -> Vec<u8>) -> Capture {
         Capture {
             link: Link::new(config),
             intents: HashSet::new(),
-            open: HashMap::new(),
-            waiting: Vec::new(),
-            waiting_bytes: 0,
+            intended: None,
+            notes: Vec::new(),
+            notes_bytes: 0,
+            records: Records::new(birth_guid),
         }
     }
 
     /// A transaction on this mailbox is about to write. The first one tells the relay, before anything is committed.
-    pub fn begin(&mut self, user: &str, mailbox: &proto::Mailbox) {
-        self.intend(user, mailbox);
-        self.open.entry(mailbox.guid.clone()).or_default().transactions += 1;
+    pub fn begin(&mut self, place: &Rc<Place>) {
+        if !self.intended.as_ref().is_some_and(|intended| Rc::ptr_eq(intended, place)) {
+            self.intend(place);
+            self.intended = Some(Rc::clone(place));
+        }
+        self.notes.push(Note::Begin(place.guid));
     }
 
     /// Says that this process may write to this mailbox, once.
-    pub fn intend(&mut self, user: &str, mailbox: &proto::Mailbox) {
+    pub fn intend(&mut self, place: &Place) {
         if self.intents.len() >= INTENTS_MAX {
             self.intents.clear();
         }
-        if self.intents.insert((user.to_owned(), mailbox.guid.clone())) {
-            self.link.intent(proto::Intent { user: user.to_owned(), mailbox: Some(mailbox.clone()) });
+        if self.intents.insert((place.user.clone(), place.guid)) {
+            self.link.intent(proto::Intent { user: place.user.clone(), mailbox: Some(place.mailbox()) });
         }
     }
 
-    /// The transaction that `begin` announced was committed as these changes. True: the caller is to call
-    /// [`Capture::flush`] as soon as its client has its answer.
-    pub fn commit(&mut self, mailbox_guid: &[u8], changes: Vec<proto::Change>) -> bool {
-        let mut spans = self.end(mailbox_guid);
-        let count = changes.len();
-        for (i, change) in changes.into_iter().enumerate() {
-            // The last part completes what the spans cover.
-            let spans = if i + 1 == count { std::mem::take(&mut spans) } else { Vec::new() };
-            self.waiting_bytes += change.encoded_len();
-            self.waiting.push(proto::Record { change: Some(change), spans, dropped: 0 });
-        }
-        self.keep_spans(spans);
-        self.is_to_flush()
-    }
-
-    /// The transaction that `begin` announced was committed, but cannot be told: it is to be read from the log.
-    pub fn lose(&mut self, mailbox_guid: &[u8]) {
-        let mut spans = self.end(mailbox_guid);
-        spans.iter_mut().for_each(|span| span.untold = true);
-        self.keep_spans(spans);
-        self.flush();
+    /// The transaction that `begin` announced was committed.
+    ///
+    /// Of this and of what follows nothing is sent before [`Capture::flush`], which the caller is to call as soon as its
+    /// client has its answer, or when it [is full](Capture::is_full).
+    pub fn commit(&mut self, place: Rc<Place>, transaction: Transaction, commit: Commit) {
+        self.notes_bytes += transaction.size();
+        self.notes.push(Note::Commit(place, transaction, commit));
     }
 
     /// The transaction that `begin` announced did not happen.
-    pub fn rollback(&mut self, mailbox_guid: &[u8]) {
-        let spans = self.end(mailbox_guid);
-        self.keep_spans(spans);
-        self.flush();
+    pub fn rollback(&mut self, place: &Place) {
+        self.notes.push(Note::Rollback(place.guid));
     }
 
     /// A change without a transaction: of a mailbox itself.
     pub fn mailbox(&mut self, change: proto::Change) {
-        self.waiting.push(proto::Record { change: Some(change), spans: Vec::new(), dropped: 0 });
-        self.flush();
+        self.notes.push(Note::Mailbox(change));
     }
 
-    /// A commit wrote this, which added messages or changed flags, or expunged messages that nobody spoke of. It belongs to
-    /// the mailbox's open transactions; without any, nobody will tell what it did. True: the caller is to call
-    /// [`Capture::flush`] as soon as its client has its answer.
-    pub fn span(&mut self, mut span: proto::Span, touches: bool, expunges: bool) -> bool {
-        match self.open.get_mut(&span.mailbox_guid) {
-            Some(open) if open.spans.len() < PENDING_SPANS_MAX => {
-                span.untold = expunges;
-                open.spans.push(span);
-                return false;
-            }
-            Some(_) => span.untold = expunges,
-            None => span.untold = touches || expunges,
-        }
-        self.keep_spans(vec![span]);
-        self.is_to_flush()
+    /// A commit wrote this. It belongs to the mailbox's open transactions; without any, nobody will tell what it did.
+    pub fn written(&mut self, written: Written) {
+        self.notes.push(Note::Written(written));
     }
 
-    /// Sends at once what is too much to wait. True: something waits.
-    fn is_to_flush(&mut self) -> bool {
-        if self.waiting.len() >= WAITING_MAX || self.waiting_bytes >= WAITING_BYTES_MAX {
-            self.flush();
-        }
-        !self.waiting.is_empty()
+    /// It is time to flush.
+    pub fn is_full(&self) -> bool {
+        self.notes.len() >= NOTES_MAX || self.notes_bytes >= NOTES_BYTES_MAX
+    }
+
+    /// What waits, to be named by [`Notes::name`] and given back.
+    pub fn take_notes(&mut self) -> Notes {
+        Notes(std::mem::take(&mut self.notes))
+    }
+
+    /// In front of what was noted since.
+    pub fn give_back(&mut self, notes: Notes) {
+        let since = std::mem::replace(&mut self.notes, notes.0);
+        self.notes.extend(since);
     }
 
     /// Sends what could wait.
     pub fn flush(&mut self) {
-        self.waiting_bytes = 0;
-        if !self.waiting.is_empty() {
-            self.link.send(std::mem::take(&mut self.waiting));
+        self.notes_bytes = 0;
+        for note in self.notes.drain(..) {
+            match note {
+                Note::Begin(guid) => self.records.begin(guid),
+                Note::Commit(place, transaction, commit) => self.records.commit(&place, transaction, &commit),
+                Note::Rollback(guid) => self.records.rollback(guid),
+                Note::Mailbox(change) => self.records.mailbox(change),
+                Note::Written(written) => self.records.written(&written),
+            }
+        }
+        let records = self.records.take();
+        if !records.is_empty() {
+            self.link.send(records);
         }
     }
 
     /// Sends what is left within the link's deadline, says goodbye and ends the thread.
     pub fn finish(mut self) {
-        let spans: Vec<_> = self.open.drain().flat_map(|(_, open)| open.spans).collect();
-        self.keep_spans(spans);
+        self.flush();
+        self.records.give_up_waiting();
         self.flush();
         self.link.finish();
-    }
-
-    /// Spans of the mailbox, if no other transaction is open that may claim the later ones.
-    fn end(&mut self, mailbox_guid: &[u8]) -> Vec<proto::Span> {
-        let Some(open) = self.open.get_mut(mailbox_guid) else { return Vec::new() };
-        open.transactions = open.transactions.saturating_sub(1);
-        let spans = std::mem::take(&mut open.spans);
-        if open.transactions == 0 {
-            self.open.remove(mailbox_guid);
-        }
-        spans
-    }
-
-    /// Spans without a change wait, one record for each user's in a row.
-    fn keep_spans(&mut self, spans: Vec<proto::Span>) {
-        for span in spans {
-            match self.waiting.last_mut() {
-                Some(proto::Record { change: None, spans, .. })
-                    if spans.len() < PENDING_SPANS_MAX && spans.last().is_some_and(|last| last.user == span.user) =>
-                {
-                    spans.push(span);
-                }
-                _ => self.waiting.push(proto::Record { change: None, spans: vec![span], dropped: 0 }),
-            }
-        }
     }
 }

@@ -13,11 +13,16 @@ const RANGE_BYTES: usize = 16;
 /// Most messages that one flag change names: their ranges must fit into a frame.
 const RANGES_PER_OP_MAX: usize = 512;
 
+/// Flag updates of one transaction that may name the message by its GUID, too: worth opening some files, but not thousands.
+const NAMED_UPDATES_MAX: usize = 100;
+
 /// What one mailbox transaction has done so far.
 #[derive(Debug, Default)]
 pub struct Transaction {
     saves: Vec<proto::Save>,
     flags: Vec<proto::FlagUpdate>,
+    /// Messages in them.
+    updates: usize,
     expunges: Vec<proto::MessageRange>,
     bytes: usize,
     body_bytes: usize,
@@ -47,6 +52,11 @@ impl Transaction {
     /// It may take up to `bytes_max` as it would be sent, a quarter of it for bodies.
     pub fn new(bytes_max: usize) -> Transaction {
         Transaction { bytes_max, ..Default::default() }
+    }
+
+    /// Bytes that it takes as records, about.
+    pub fn size(&self) -> usize {
+        self.bytes + self.body_bytes
     }
 
     /// A message was saved or copied; its UID comes with the commit.
@@ -80,25 +90,43 @@ impl Transaction {
     }
 
     /// Flags and keywords of one message changed.
-    pub fn flags(&mut self, uid: u32, guid: Option<String>, delta: proto::FlagUpdate) {
-        if !self.take(guid.as_ref().map_or(0, String::len) + RANGE_BYTES) {
+    pub fn flags(&mut self, uid: u32, delta: proto::FlagUpdate) {
+        if !self.take(RANGE_BYTES) {
             return;
         }
-        if let Some(last) = self.flags.last_mut() {
-            if same_delta(last, &delta) && last.messages.len() < RANGES_PER_OP_MAX {
-                push_message(&mut last.messages, uid, guid);
-                return;
+        self.updates += 1;
+        // The first ones stand for themselves: they may get a GUID.
+        let apart = self.updates <= NAMED_UPDATES_MAX + 1;
+        match self.flags.last_mut() {
+            Some(last) if same_delta(last, &delta) && last.messages.len() < RANGES_PER_OP_MAX => {
+                push_message(&mut last.messages, uid, apart);
+            }
+            _ => {
+                let mut update = delta;
+                push_message(&mut update.messages, uid, true);
+                self.flags.push(update);
             }
         }
-        let mut update = delta;
-        push_message(&mut update.messages, uid, guid);
-        self.flags.push(update);
+    }
+
+    /// Asks for the GUIDs of messages whose flags were changed, so that the peer finds them even if it gave them another UID.
+    pub fn name(&mut self, mut guid_of: impl FnMut(u32) -> Option<String>) {
+        let messages = self.flags.iter_mut().flat_map(|update| &mut update.messages);
+        for message in messages.take(NAMED_UPDATES_MAX) {
+            if message.guid.is_empty() {
+                message.guid = guid_of(message.first_uid).unwrap_or_default();
+                self.bytes += message.guid.len();
+            }
+        }
     }
 
     /// One message was expunged.
     pub fn expunge(&mut self, uid: u32, guid: Option<String>) {
         if self.take(guid.as_ref().map_or(0, String::len) + RANGE_BYTES) {
-            push_message(&mut self.expunges, uid, guid);
+            match guid {
+                None => push_message(&mut self.expunges, uid, false),
+                Some(guid) => self.expunges.push(proto::MessageRange { first_uid: uid, last_uid: uid, guid }),
+            }
         }
     }
 
@@ -156,16 +184,12 @@ fn same_delta(a: &proto::FlagUpdate, b: &proto::FlagUpdate) -> bool {
     a.add == b.add && a.remove == b.remove && a.add_keywords == b.add_keywords && a.remove_keywords == b.remove_keywords
 }
 
-/// A message with a GUID stands for itself, so that the peer finds it even if it gave it another UID; the others become
-/// ranges.
-fn push_message(messages: &mut Vec<proto::MessageRange>, uid: u32, guid: Option<String>) {
-    if let (None, Some(last)) = (&guid, messages.last_mut()) {
-        if last.guid.is_empty() && last.last_uid != 0 && last.last_uid == uid.wrapping_sub(1) {
-            last.last_uid = uid;
-            return;
-        }
+/// Continues the last range, unless the message is to stand apart.
+fn push_message(messages: &mut Vec<proto::MessageRange>, uid: u32, apart: bool) {
+    match messages.last_mut() {
+        Some(last) if !apart && last.guid.is_empty() && last.last_uid == uid.wrapping_sub(1) => last.last_uid = uid,
+        _ => messages.push(proto::MessageRange { first_uid: uid, last_uid: uid, guid: String::new() }),
     }
-    messages.push(proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.unwrap_or_default() });
 }
 
 #[cfg(test)]
@@ -189,15 +213,20 @@ mod tests {
     }
 
     #[test]
-    fn the_same_flag_on_a_run_of_messages_is_one_range() {
+    fn the_same_flag_on_a_run_of_messages_is_one_range_behind_the_first_hundred() {
         let mut transaction = Transaction::new(64 << 20);
         for uid in 1..=100_000 {
-            transaction.flags(uid, None, delta(2));
+            transaction.flags(uid, delta(2));
         }
+        transaction.name(|uid| (uid != 7).then(|| format!("guid {uid}")));
         let changes = changes(transaction, &[]);
         assert_eq!(changes.len(), 1);
         let Some(proto::op::What::Flags(flags)) = &changes[0].ops[0].what else { panic!() };
-        assert_eq!(flags.messages, [proto::MessageRange { first_uid: 1, last_uid: 100_000, guid: String::new() }]);
+        let range = |first_uid, last_uid, guid: &str| proto::MessageRange { first_uid, last_uid, guid: guid.into() };
+        let mut expected: Vec<_> = (1..=100).map(|uid| range(uid, uid, &format!("guid {uid}"))).collect();
+        expected[6].guid.clear();
+        expected.push(range(101, 100_000, ""));
+        assert_eq!(flags.messages, expected);
     }
 
     #[test]
@@ -269,7 +298,7 @@ mod tests {
             saved.push(Saved { uid, guid: None });
         }
         for uid in (1..200_000).step_by(2) {
-            transaction.flags(uid, Some("0123456789abcdef0123456789abcdef".into()), delta(1));
+            transaction.flags(uid, delta(1));
         }
         let changes = changes(transaction, &saved);
         assert!(changes.iter().all(|change| change.encoded_len() < 60 << 10));

@@ -2,10 +2,11 @@
 
 use super::settings::{read, text};
 use super::{ffi, guard::guard};
-use crate::capture::{mailbox_change, Capture, LinkConfig, Saved, Transaction};
+use crate::capture::{mailbox_change, Capture, Commit, LinkConfig, Place, Saved, Transaction};
 use crate::wire::proto;
 use std::cell::RefCell;
 use std::ffi::{c_char, c_int, c_void, CStr};
+use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Waiting longer for the relay would hold up the end of the process.
@@ -16,6 +17,15 @@ struct Process {
     capture: Capture,
     inline_body_size: u64,
     process_queue_size: u64,
+    last: Last,
+}
+
+/// The names that came last: most often the next ones are the same.
+#[derive(Default)]
+struct Last {
+    user: Option<Rc<str>>,
+    /// With the name and the separator that it was made of.
+    place: Option<(Rc<Place>, Vec<u8>, c_char)>,
 }
 
 thread_local! {
@@ -24,13 +34,46 @@ thread_local! {
 
 /// An open transaction, owned by C as a pointer.
 struct OpenTransaction {
-    user: String,
-    mailbox_guid: Vec<u8>,
+    place: Rc<Place>,
     transaction: Transaction,
 }
 
+impl Last {
+    /// # Safety
+    ///
+    /// NUL-terminated or null.
+    unsafe fn user(&mut self, user: *const c_char) -> Rc<str> {
+        // SAFETY: see above.
+        let bytes = unsafe { bytes(user) };
+        match &self.user {
+            Some(last) if last.as_bytes() == bytes => Rc::clone(last),
+            _ => Rc::clone(self.user.insert(text(user).into())),
+        }
+    }
+
+    /// # Safety
+    ///
+    /// The strings are NUL-terminated.
+    unsafe fn place(&mut self, mailbox: &ffi::DtMailbox) -> Rc<Place> {
+        // SAFETY: see above.
+        let (user, name) = unsafe { (bytes(mailbox.user), bytes(mailbox.name)) };
+        if let Some((place, last_name, separator)) = &self.place {
+            let same = place.guid == mailbox.guid && *separator == mailbox.separator;
+            if same && last_name == name && place.user.as_bytes() == user {
+                return Rc::clone(place);
+            }
+        }
+        let place = Rc::new(Place {
+            user: text(mailbox.user),
+            guid: mailbox.guid,
+            path: path(&text(mailbox.name), mailbox.separator),
+        });
+        self.place = Some((Rc::clone(&place), name.to_vec(), mailbox.separator));
+        place
+    }
+}
+
 fn with_process<T>(f: impl FnOnce(&mut Process) -> T) -> Option<T> {
-    super::log::drain();
     PROCESS.with(|process| process.try_borrow_mut().ok()?.as_mut().map(f))
 }
 
@@ -62,9 +105,10 @@ extern "C" fn dt_rs_capture_init(user: *mut c_void, process: *const c_char) {
             spawn: super::thread::spawn_with_signals_blocked,
         };
         let process = Process {
-            capture: Capture::new(config),
+            capture: Capture::new(config, birth_guid),
             inline_body_size: settings.inline_body_size,
             process_queue_size: settings.process_queue_size,
+            last: Last::default(),
         };
         PROCESS.with(|slot| *slot.borrow_mut() = Some(process));
     });
@@ -88,16 +132,14 @@ extern "C" fn dt_rs_inline_body_size() -> u64 {
 #[no_mangle]
 extern "C" fn dt_rs_transaction_begin(mailbox: *const ffi::DtMailbox) -> *mut c_void {
     guard("transaction_begin", std::ptr::null_mut(), || {
-        // SAFETY: the shim passes a valid struct for the duration of the call.
-        let (user, mailbox) = unsafe { owned_mailbox(&*mailbox) };
-        let began = with_process(|process| process.capture.begin(&user, &mailbox));
-        if began.is_none() {
-            return std::ptr::null_mut();
-        }
-        let limit = with_process(|process| process.process_queue_size).unwrap_or(0);
-        let transaction = Transaction::new(usize::try_from(limit).unwrap_or(usize::MAX));
-        let open = OpenTransaction { user, mailbox_guid: mailbox.guid, transaction };
-        Box::into_raw(Box::new(open)).cast()
+        let open = with_process(|process| {
+            // SAFETY: the shim passes a valid struct for the duration of the call.
+            let place = unsafe { process.last.place(&*mailbox) };
+            process.capture.begin(&place);
+            let limit = usize::try_from(process.process_queue_size).unwrap_or(usize::MAX);
+            OpenTransaction { place, transaction: Transaction::new(limit) }
+        });
+        open.map_or(std::ptr::null_mut(), |open| Box::into_raw(Box::new(open)).cast())
     })
 }
 
@@ -122,23 +164,17 @@ extern "C" fn dt_rs_save(txn: *mut c_void, save: *const ffi::DtSave) {
 }
 
 #[no_mangle]
-extern "C" fn dt_rs_flags(txn: *mut c_void, uid: u32, guid: *const c_char, add: u32, remove: u32) {
+extern "C" fn dt_rs_flags(txn: *mut c_void, uid: u32, add: u32, remove: u32) {
     guard("flags", (), || {
         // SAFETY: the shim passes an open transaction.
         let Some(open) = (unsafe { open_transaction(txn) }) else { return };
         let delta = proto::FlagUpdate { add, remove, ..Default::default() };
-        open.transaction.flags(uid, optional_text(guid), delta);
+        open.transaction.flags(uid, delta);
     });
 }
 
 #[no_mangle]
-extern "C" fn dt_rs_keywords(
-    txn: *mut c_void,
-    uid: u32,
-    guid: *const c_char,
-    old: *const *const c_char,
-    new: *const *const c_char,
-) {
+extern "C" fn dt_rs_keywords(txn: *mut c_void, uid: u32, old: *const *const c_char, new: *const *const c_char) {
     guard("keywords", (), || {
         // SAFETY: the shim passes an open transaction and NULL-terminated lists.
         let (Some(open), old, new) = (unsafe { open_transaction(txn) }, unsafe { list(old) }, unsafe { list(new) })
@@ -153,7 +189,7 @@ extern "C" fn dt_rs_keywords(
             return;
         }
         let delta = proto::FlagUpdate { add_keywords, remove_keywords, ..Default::default() };
-        open.transaction.flags(uid, optional_text(guid), delta);
+        open.transaction.flags(uid, delta);
     });
 }
 
@@ -167,22 +203,22 @@ extern "C" fn dt_rs_expunge(txn: *mut c_void, uid: u32, guid: *const c_char) {
     });
 }
 
-/// True: dt_rs_flush() is to be called soon.
+/// Called inside of a commit: only notes. dt_rs_flush() is to be called soon.
 #[no_mangle]
 extern "C" fn dt_rs_commit(
     txn: *mut c_void,
     mailbox: *const ffi::DtMailbox,
     saved: *const ffi::DtSaved,
     saved_count: usize,
-) -> bool {
-    guard("commit", false, || {
+) {
+    guard("commit", (), || {
         if txn.is_null() {
-            return false;
+            return;
         }
         // SAFETY: from dt_rs_transaction_begin(); C forgets it now.
         let open = unsafe { Box::from_raw(txn.cast::<OpenTransaction>()) };
         // SAFETY: valid during the call.
-        let (_, mailbox) = unsafe { owned_mailbox(&*mailbox) };
+        let mailbox = unsafe { &*mailbox };
         let saved: Vec<Saved> = if saved_count == 0 {
             Vec::new()
         } else {
@@ -190,22 +226,16 @@ extern "C" fn dt_rs_commit(
             let saved = unsafe { std::slice::from_raw_parts(saved, saved_count) };
             saved.iter().map(|s| Saved { uid: s.uid, guid: optional_text(s.guid) }).collect()
         };
-        let told = open.transaction.into_changes(&open.user, &mailbox, &saved, now_usecs(), birth_guid);
-        with_process(|process| match told {
-            Ok(changes) => process.capture.commit(&open.mailbox_guid, changes),
-            Err(error) => {
-                let path = mailbox.path.join("/");
-                log::warn!(
-                    "user {}: mailbox {path}: a transaction can't be told to the peers: {error} - \
-                     what it did is read from the mailbox's log",
-                    open.user
-                );
-                process.capture.lose(&open.mailbox_guid);
-                false
-            }
-        })
-        .unwrap_or(false)
-    })
+        let commit = Commit {
+            guid: mailbox.guid,
+            uid_validity: mailbox.uid_validity,
+            uid_next: mailbox.uid_next,
+            highest_modseq: mailbox.highest_modseq,
+            saved,
+            clock: now_usecs(),
+        };
+        with_process(|process| process.capture.commit(open.place, open.transaction, commit));
+    });
 }
 
 #[no_mangle]
@@ -216,7 +246,7 @@ extern "C" fn dt_rs_rollback(txn: *mut c_void) {
         }
         // SAFETY: from dt_rs_transaction_begin(); C forgets it now.
         let open = unsafe { Box::from_raw(txn.cast::<OpenTransaction>()) };
-        with_process(|process| process.capture.rollback(&open.mailbox_guid));
+        with_process(|process| process.capture.rollback(&open.place));
     });
 }
 
@@ -245,32 +275,67 @@ extern "C" fn dt_rs_mailbox_op(op: c_int, mailbox: *const ffi::DtMailbox, new_na
 #[no_mangle]
 extern "C" fn dt_rs_intend(mailbox: *const ffi::DtMailbox) {
     guard("intend", (), || {
-        // SAFETY: valid during the call.
-        let (user, mailbox) = unsafe { owned_mailbox(&*mailbox) };
-        with_process(|process| process.capture.intend(&user, &mailbox));
+        with_process(|process| {
+            // SAFETY: valid during the call.
+            let place = unsafe { process.last.place(&*mailbox) };
+            process.capture.intend(&place);
+        });
     });
 }
 
-/// Called inside of a commit: only copies. True: dt_rs_flush() is to be called soon.
+/// Called inside of a commit: only notes. dt_rs_flush() is to be called soon.
 #[no_mangle]
-extern "C" fn dt_rs_span(span: *const ffi::DtSpan) -> bool {
-    guard("span", false, || {
+extern "C" fn dt_rs_span(span: *const ffi::DtSpan) {
+    guard("span", (), || {
         // SAFETY: valid during the call.
         let span = unsafe { &*span };
-        let expunges = span.touched & ffi::DT_SPAN_EXPUNGES != 0;
-        let others = span.touched & (ffi::DT_SPAN_APPENDS | ffi::DT_SPAN_FLAGS) != 0;
-        // SAFETY: as above.
-        let span = unsafe { span.to_record() };
-        with_process(|process| process.capture.span(span, others, expunges)).unwrap_or(false)
-    })
+        with_process(|process| {
+            // SAFETY: as above.
+            let written = unsafe { span.written(process.last.user(span.user)) };
+            process.capture.written(written);
+        });
+    });
+}
+
+/// So much waits that dt_rs_flush() is to be called now.
+#[no_mangle]
+extern "C" fn dt_rs_is_full() -> bool {
+    guard("is_full", false, || with_process(|process| process.capture.is_full()).unwrap_or(false))
+}
+
+/// GUID of a message in an open mailbox, or NULL; valid until the next call.
+pub type DtGuidOf = extern "C" fn(mailbox_guid: *const u8, uid: u32) -> *const c_char;
+
+/// Asks for the GUIDs of messages whose flags were changed, before it is told. They are not looked up while the client
+/// waits: dbox may have to open a file for each.
+#[no_mangle]
+extern "C" fn dt_rs_name(guid_of: DtGuidOf) {
+    guard("name", (), || {
+        let Some(mut notes) = with_process(|process| process.capture.take_notes()) else { return };
+        // Dovecot may commit meanwhile, which is noted as well.
+        notes.name(|mailbox, uid| optional_text(guid_of(mailbox.as_ptr(), uid)));
+        with_process(|process| process.capture.give_back(notes));
+    });
 }
 
 /// The client has its answer: what could wait until then is sent.
 #[no_mangle]
 extern "C" fn dt_rs_flush() {
     guard("flush", (), || {
+        super::log::drain();
         with_process(|process| process.capture.flush());
     });
+}
+
+/// # Safety
+///
+/// NUL-terminated and valid as long as it is used, or null.
+unsafe fn bytes<'a>(string: *const c_char) -> &'a [u8] {
+    if string.is_null() {
+        return &[];
+    }
+    // SAFETY: see above.
+    unsafe { CStr::from_ptr(string) }.to_bytes()
 }
 
 /// # Safety

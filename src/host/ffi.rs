@@ -1,9 +1,10 @@
 //! What crosses the boundary: the structs (include/dovetail.h is made of them) and the shim's functions.
 
 use std::ffi::{c_char, c_int, c_void};
+use std::rc::Rc;
 
 use super::settings::text;
-use crate::wire::proto::Span;
+use crate::capture::{Written, TAIL_MAX};
 
 /// A mailbox, as the relay knows it.
 ///
@@ -71,8 +72,6 @@ pub struct DtSpan {
     /// open mailbox; otherwise (and if there is no file before) 0.
     pub prev_log_seq: u32,
     pub prev_log_end: u64,
-    /// HIGHESTMODSEQ as of `end`; 0 if not known.
-    pub highest_modseq: u64,
     /// DT_SPAN_APPENDS and so on: what it did to messages.
     pub touched: u32,
     /// The last bytes of the log before `end`.
@@ -85,31 +84,27 @@ pub struct DtSpan {
 }
 
 impl DtSpan {
-    /// As a record of the protocol. Not yet decided: whether a change tells of it.
+    /// As it is noted.
     ///
     /// # Safety
     ///
     /// The strings are NUL-terminated or null.
-    pub unsafe fn to_record(&self) -> Span {
-        Span {
-            user: text(self.user),
-            mailbox_guid: self.mailbox_guid.to_vec(),
-            private_user: text(self.private_user),
+    pub unsafe fn written(&self, user: Rc<str>) -> Written {
+        Written {
+            user,
+            private_user: (!self.private_user.is_null()).then(|| text(self.private_user).into()),
+            mailbox_guid: self.mailbox_guid,
+            old_mailbox_guid: self.old_mailbox_guid,
             index_id: self.index_id,
             log_seq: self.log_seq,
             begin: self.begin,
             end: self.end,
             prev_log_seq: self.prev_log_seq,
             prev_log_end: self.prev_log_end,
-            applied: Vec::new(),
-            tail: self.tail[..self.tail_size.min(DT_SPAN_TAIL_SIZE)].to_vec(),
-            untold: false,
-            touches: self.touched != 0,
-            old_mailbox_guid: if self.old_mailbox_guid == [0; 16] {
-                Vec::new()
-            } else {
-                self.old_mailbox_guid.to_vec()
-            },
+            tail: self.tail,
+            tail_size: self.tail_size,
+            adds_or_changes: self.touched & (DT_SPAN_APPENDS | DT_SPAN_FLAGS) != 0,
+            expunges: self.touched & DT_SPAN_EXPUNGES != 0,
         }
     }
 }
@@ -144,6 +139,7 @@ pub struct DtFailedRow {
 
 /// Bytes of `dt_span.tail`.
 pub const DT_SPAN_TAIL_SIZE: usize = 64;
+const _: () = assert!(DT_SPAN_TAIL_SIZE == TAIL_MAX);
 /// Messages were added.
 pub const DT_SPAN_APPENDS: u32 = 1;
 /// Flags or keywords were changed.

@@ -283,7 +283,7 @@ unsafe extern "C" fn dt_rs_worker_span(span: *const ffi::DtSpan) {
         // SAFETY: the caller's.
         let span = unsafe { &*span };
         // SAFETY: as above.
-        let record = unsafe { span.to_record() };
+        let record = unsafe { span.written(text(span.user).into()) }.to_span();
         SPANS.with_borrow_mut(|spans| {
             let untold = span.touched != 0;
             // What was found in the mailbox is not what we apply.

@@ -8,7 +8,10 @@
 #include "array.h"
 #include "guid.h"
 #include "hash.h"
+#include "hash-method.h"
 #include "istream.h"
+#include "ostream.h"
+#include "ostream-hash.h"
 #include "mail-user.h"
 #include "mail-namespace.h"
 #include "mail-storage-private.h"
@@ -28,11 +31,8 @@
 #include "shim.h"
 #include "capture.h"
 
-/* Flag updates in one transaction that name the mail by its GUID, too; further ones name it by its UID only. */
-#define CAPTURE_NAMED_UPDATES_MAX 100
-
 /* Between two sendings to the relay: changes that follow each other share one. */
-#define CAPTURE_FLUSH_MSECS 1
+#define CAPTURE_FLUSH_MSECS 5
 
 #define CAPTURE_CONTEXT(obj) MODULE_CONTEXT(obj, capture_storage_module)
 
@@ -42,6 +42,12 @@ struct capture_box {
 	char *save_guid;
 	/* and its save date */
 	time_t save_date;
+	/* Where it is written to; what it writes passes through ours. */
+	struct ostream *output;
+	/* What passed, unless it is more than the inline size. */
+	buffer_t *body;
+	uoff_t body_size;
+	bool body_known;
 	/* create_box() was asked for a directory only */
 	bool directory;
 	/* between delete_begin and its end: the expunges of all mails are part of the deletion */
@@ -51,7 +57,6 @@ struct capture_box {
 struct capture_txn {
 	struct mailbox *box;
 	void *rs;			/* NULL until there is something to tell */
-	unsigned int updated;		/* updates that were told with their GUID */
 	bool ignored;
 };
 
@@ -62,6 +67,73 @@ static struct timeout *capture_to_flush = NULL;
 static struct timeval capture_flushed;
 /* A doveadm command returns to the ioloop only at its end. */
 static bool capture_answers_clients;
+/* Flags may have been changed of mails whose GUID is not known yet. */
+static bool capture_unnamed;
+/* The mailbox in which GUIDs are being looked up. */
+static struct mailbox *capture_naming_box;
+static struct mailbox_transaction_context *capture_naming_trans;
+static struct mail *capture_naming_mail;
+
+/* ---- GUIDs of mails whose flags were changed ---- */
+
+/* GUID of an existing mail. sdbox may have to open its file for it. */
+static const char *capture_mail_guid(struct mail *mail)
+{
+	enum mail_lookup_abort old_abort = mail->lookup_abort;
+	const char *guid = NULL;
+	int ret;
+
+	mail_storage_last_error_push(mail->box->storage);
+	mail->lookup_abort = MAIL_LOOKUP_ABORT_NEVER;
+	ret = mail_get_special(mail, MAIL_FETCH_GUID, &guid);
+	mail->lookup_abort = old_abort;
+	mail_storage_last_error_pop(mail->box->storage);
+	return ret < 0 || guid == NULL || *guid == '\0' ? NULL : guid;
+}
+
+static void capture_naming_begin(struct mailbox *box)
+{
+	mail_storage_last_error_push(box->storage);
+	capture_naming_box = box;
+	capture_naming_trans = mailbox_transaction_begin(box, MAILBOX_TRANSACTION_FLAG_NO_NOTIFY |
+							 MAILBOX_TRANSACTION_FLAG_NO_CACHE_DEC, "dovetail");
+	capture_naming_mail = mail_alloc(capture_naming_trans, 0, NULL);
+}
+
+static void capture_naming_end(void)
+{
+	if (capture_naming_box == NULL)
+		return;
+	mail_free(&capture_naming_mail);
+	/* What had to be read from the mails' files is cached. */
+	(void)mailbox_transaction_commit(&capture_naming_trans);
+	mail_storage_last_error_pop(capture_naming_box->storage);
+	capture_naming_box = NULL;
+}
+
+static const char *capture_name(const unsigned char mailbox_guid[16], uint32_t uid)
+{
+	struct mailbox *box = dt_spans_find_open(mailbox_guid);
+
+	if (box != capture_naming_box) {
+		capture_naming_end();
+		if (box != NULL)
+			capture_naming_begin(box);
+	}
+	return box == NULL || !mail_set_uid(capture_naming_mail, uid) ? NULL : capture_mail_guid(capture_naming_mail);
+}
+
+/* Must not be called inside of a commit. */
+static void capture_name_all(void)
+{
+	if (!capture_unnamed)
+		return;
+	capture_unnamed = FALSE;
+	T_BEGIN {
+		dt_rs_name(capture_name);
+		capture_naming_end();
+	} T_END;
+}
 
 /* ---- sending ---- */
 
@@ -69,6 +141,7 @@ static void capture_flush(void *context ATTR_UNUSED)
 {
 	timeout_remove(&capture_to_flush);
 	capture_flushed = ioloop_timeval;
+	capture_name_all();
 	dt_rs_flush();
 }
 
@@ -80,12 +153,21 @@ static void capture_flush_soon(void)
 
 	if (capture_to_flush != NULL)
 		return;
-	if (!capture_answers_clients || current_ioloop == NULL) {
-		dt_rs_flush();
-		return;
-	}
 	msecs = timeval_diff_msecs(&ioloop_timeval, &capture_flushed) >= CAPTURE_FLUSH_MSECS ? 0 : CAPTURE_FLUSH_MSECS;
 	capture_to_flush = timeout_add_short_to(io_loop_get_root(), msecs, capture_flush, (void *)NULL);
+}
+
+static bool capture_may_wait(void)
+{
+	return capture_answers_clients && current_ioloop != NULL && !dt_rs_is_full();
+}
+
+static void capture_noted(void)
+{
+	if (capture_may_wait())
+		capture_flush_soon();
+	else
+		capture_flush(NULL);
 }
 
 /* ---- names ---- */
@@ -180,29 +262,21 @@ static void *capture_txn_rs(struct capture_txn *txn)
 	return txn->rs;
 }
 
-/* GUID of an existing mail. sdbox may have to open its file for it. */
-static const char *capture_mail_guid(struct mail *mail, enum mail_lookup_abort abort)
-{
-	enum mail_lookup_abort old_abort = mail->lookup_abort;
-	const char *guid = NULL;
-	int ret;
-
-	mail_storage_last_error_push(mail->box->storage);
-	mail->lookup_abort = abort;
-	ret = mail_get_special(mail, MAIL_FETCH_GUID, &guid);
-	mail->lookup_abort = old_abort;
-	mail_storage_last_error_pop(mail->box->storage);
-	return ret < 0 || guid == NULL || *guid == '\0' ? NULL : guid;
-}
-
 static void capture_read_body(struct mail *mail, struct dt_save *save)
 {
+	struct capture_box *cbox = CAPTURE_CONTEXT(mail->box);
 	struct istream *input;
 	const unsigned char *data;
 	unsigned char *body;
 	size_t size, pos = 0;
 	uoff_t old_offset, mail_size, limit = dt_rs_inline_body_size();
 
+	if (cbox->body_known) {
+		save->size = cbox->body_size;
+		if (cbox->body_size <= limit)
+			save->body = cbox->body->data;
+		return;
+	}
 	if (mail_get_physical_size(mail, &mail_size) < 0)
 		return;
 	save->size = mail_size;
@@ -306,18 +380,8 @@ static void capture_mail_expunge(void *_txn, struct mail *mail)
 		return;
 	T_BEGIN {
 		/* Worth opening the file, which is to go anyway: on the peer no other mail may go instead. */
-		dt_rs_expunge(capture_txn_rs(txn), mail->uid,
-			      capture_mail_guid(mail, MAIL_LOOKUP_ABORT_NEVER));
+		dt_rs_expunge(capture_txn_rs(txn), mail->uid, capture_mail_guid(mail));
 	} T_END;
-}
-
-/* GUID of a mail whose flags are changed: worth opening some files, but not thousands. */
-static const char *capture_updated_guid(struct capture_txn *txn, struct mail *mail)
-{
-	if (txn->updated >= CAPTURE_NAMED_UPDATES_MAX)
-		return NULL;
-	txn->updated++;
-	return capture_mail_guid(mail, MAIL_LOOKUP_ABORT_NEVER);
 }
 
 static void capture_mail_update_flags(void *_txn, struct mail *mail, enum mail_flags old_flags)
@@ -332,8 +396,7 @@ static void capture_mail_update_flags(void *_txn, struct mail *mail, enum mail_f
 	if (new_flags == old_flags)
 		return;
 	T_BEGIN {
-		dt_rs_flags(capture_txn_rs(txn), mail->uid, capture_updated_guid(txn, mail),
-			    new_flags & ~old_flags, old_flags & ~new_flags);
+		dt_rs_flags(capture_txn_rs(txn), mail->uid, new_flags & ~old_flags, old_flags & ~new_flags);
 	} T_END;
 }
 
@@ -345,8 +408,7 @@ capture_mail_update_keywords(void *_txn, struct mail *mail, const char *const *o
 	if (txn->ignored || mail->saving)
 		return;
 	T_BEGIN {
-		dt_rs_keywords(capture_txn_rs(txn), mail->uid, capture_updated_guid(txn, mail),
-			       old_keywords, mail_get_keywords(mail));
+		dt_rs_keywords(capture_txn_rs(txn), mail->uid, old_keywords, mail_get_keywords(mail));
 	} T_END;
 }
 
@@ -390,8 +452,9 @@ static void capture_committed(struct capture_txn *txn, struct mail_transaction_c
 		ref.uid_validity = mail_index_get_header(box->view)->uid_validity;
 	if (box->index->log->head != NULL)
 		ref.highest_modseq = box->index->log->head->sync_highest_modseq;
-	if (dt_rs_commit(txn->rs, &ref, array_count(&saved) == 0 ? NULL : array_front(&saved), array_count(&saved)))
-		capture_flush_soon();
+	dt_rs_commit(txn->rs, &ref, array_count(&saved) == 0 ? NULL : array_front(&saved), array_count(&saved));
+	capture_unnamed = TRUE;
+	capture_noted();
 }
 
 static void capture_transaction_commit(void *_txn, struct mail_transaction_commit_changes *changes)
@@ -408,8 +471,10 @@ static void capture_transaction_rollback(void *_txn)
 {
 	struct capture_txn *txn = _txn;
 
-	if (txn->rs != NULL)
+	if (txn->rs != NULL) {
 		dt_rs_rollback(txn->rs);
+		capture_noted();
+	}
 	i_free(txn);
 }
 
@@ -429,6 +494,7 @@ static void capture_mailbox_create(struct mailbox *box)
 			capture_box_ref_now(box, box->vname, &ref);
 		dt_rs_mailbox_op(DT_MAILBOX_CREATE, &ref, NULL, cbox->directory);
 	} T_END;
+	capture_flush(NULL);
 }
 
 static void *capture_mailbox_delete_begin(struct mailbox *box)
@@ -457,6 +523,7 @@ static void capture_mailbox_delete_commit(void *_txn, struct mailbox *box)
 		memcpy(ref.guid, guid, sizeof(ref.guid));
 		dt_rs_mailbox_op(DT_MAILBOX_DELETE, &ref, NULL, guid_128_is_empty(guid));
 	} T_END;
+	capture_flush(NULL);
 	cbox->deleting = FALSE;
 	i_free(guid);
 }
@@ -481,6 +548,7 @@ static void capture_mailbox_rename(struct mailbox *src, struct mailbox *dest)
 		memcpy(ref.guid, new_ref.guid, sizeof(ref.guid));
 		dt_rs_mailbox_op(DT_MAILBOX_RENAME, &ref, new_ref.name, guid_128_is_empty(ref.guid));
 	} T_END;
+	capture_flush(NULL);
 }
 
 static void capture_mailbox_set_subscribed(struct mailbox *box, bool subscribed)
@@ -494,6 +562,7 @@ static void capture_mailbox_set_subscribed(struct mailbox *box, bool subscribed)
 		capture_box_names(box, box->vname, &ref);
 		dt_rs_mailbox_op(subscribed ? DT_MAILBOX_SUBSCRIBE : DT_MAILBOX_UNSUBSCRIBE, &ref, NULL, FALSE);
 	} T_END;
+	capture_flush(NULL);
 }
 
 static const struct notify_vfuncs capture_notify_vfuncs = {
@@ -521,6 +590,75 @@ static void capture_remember_guid(struct capture_box *cbox, const char *guid)
 	cbox->save_guid = guid == NULL || *guid == '\0' ? NULL : i_strdup(guid);
 }
 
+static void capture_body_passes(void *context, const void *data, size_t size)
+{
+	struct capture_box *cbox = context;
+
+	cbox->body_size += size;
+	if (cbox->body_size <= dt_rs_inline_body_size())
+		buffer_append(cbox->body, data, size);
+}
+
+static const struct hash_method capture_body_method = {
+	.name = "dovetail",
+	.loop = capture_body_passes,
+};
+
+/* The body is copied while it is written: reading it back would open the file once more. By now all plugins that change
+   what is stored (compression, encryption) have put their streams beneath ours. */
+static void capture_body_begin(struct mail_save_context *ctx)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(ctx->transaction->box);
+
+	if (cbox->output != NULL || ctx->data.output == NULL || ctx->data.attach != NULL)
+		return;
+	if (cbox->body == NULL)
+		cbox->body = buffer_create_dynamic(default_pool, 4096);
+	buffer_set_used_size(cbox->body, 0);
+	cbox->body_size = 0;
+	cbox->output = ctx->data.output;
+	ctx->data.output = o_stream_create_hash(cbox->output, &capture_body_method, cbox);
+	o_stream_set_name(ctx->data.output, o_stream_get_name(cbox->output));
+}
+
+/* The storage gets its own stream back. */
+static void capture_body_end(struct mail_save_context *ctx)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(ctx->transaction->box);
+
+	if (cbox->output == NULL)
+		return;
+	o_stream_ignore_last_errors(ctx->data.output);
+	o_stream_unref(&ctx->data.output);
+	ctx->data.output = cbox->output;
+	cbox->output = NULL;
+	cbox->body_known = TRUE;
+}
+
+static int capture_save_continue(struct mail_save_context *ctx)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(ctx->transaction->box);
+
+	capture_body_begin(ctx);
+	return cbox->module_ctx.super.save_continue(ctx);
+}
+
+static int capture_save_finish(struct mail_save_context *ctx)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(ctx->transaction->box);
+
+	capture_body_end(ctx);
+	return cbox->module_ctx.super.save_finish(ctx);
+}
+
+static void capture_save_cancel(struct mail_save_context *ctx)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(ctx->transaction->box);
+
+	capture_body_end(ctx);
+	cbox->module_ctx.super.save_cancel(ctx);
+}
+
 /* dbox would make up the same kind of GUID a little later, where nobody can ask for it before the commit. The save date
    would be the file's ctime, which is not known yet and changes with every hard link: given here, it is kept in the
    cache. */
@@ -530,6 +668,7 @@ static int capture_save_begin(struct mail_save_context *ctx, struct istream *inp
 	struct capture_box *cbox = CAPTURE_CONTEXT(box);
 	guid_128_t guid;
 
+	cbox->body_known = FALSE;
 	if (!capture_is_maildir(box)) {
 		if (ctx->data.guid == NULL) {
 			guid_128_generate(guid);
@@ -552,6 +691,7 @@ static int capture_copy(struct mail_save_context *ctx, struct mail *mail)
 	const char *guid = ctx->data.guid;
 	uint32_t save_date;
 
+	cbox->body_known = FALSE;
 	if (!capture_is_maildir(box)) {
 		mail_storage_last_error_push(mail->box->storage);
 		if (guid == NULL && mail_get_special(mail, MAIL_FETCH_GUID, &guid) < 0)
@@ -621,11 +761,20 @@ static int capture_set_subscribed(struct mailbox *box, bool set)
 	return cbox->module_ctx.super.set_subscribed(box, set);
 }
 
+static void capture_close(struct mailbox *box)
+{
+	struct capture_box *cbox = CAPTURE_CONTEXT(box);
+
+	capture_name_all();
+	cbox->module_ctx.super.close(box);
+}
+
 static void capture_free(struct mailbox *box)
 {
 	struct capture_box *cbox = CAPTURE_CONTEXT(box);
 
 	i_free(cbox->save_guid);
+	buffer_free(&cbox->body);
 	cbox->module_ctx.super.free(box);
 }
 
@@ -640,11 +789,15 @@ static void capture_mailbox_allocated(struct mailbox *box)
 	cbox->module_ctx.super = *v;
 	box->vlast = &cbox->module_ctx.super;
 	v->save_begin = capture_save_begin;
+	v->save_continue = capture_save_continue;
+	v->save_finish = capture_save_finish;
+	v->save_cancel = capture_save_cancel;
 	v->copy = capture_copy;
 	v->create_box = capture_create_box;
 	v->delete_box = capture_delete_box;
 	v->rename_box = capture_rename_box;
 	v->set_subscribed = capture_set_subscribed;
+	v->close = capture_close;
 	v->free = capture_free;
 	MODULE_CONTEXT_SET(box, capture_storage_module, cbox);
 }
@@ -659,8 +812,12 @@ static void capture_mail_user_created(struct mail_user *user)
 
 static void capture_span(const struct dt_span *span)
 {
-	if (dt_rs_span(span))
+	dt_rs_span(span);
+	/* Inside of a commit no mail can be named. */
+	if (capture_may_wait())
 		capture_flush_soon();
+	else
+		dt_rs_flush();
 }
 
 static const struct mail_storage_hooks capture_hooks = {

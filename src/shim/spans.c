@@ -209,6 +209,18 @@ dt_spans_find_mailbox(const struct mail_index *index, bool *private_r)
 	return found;
 }
 
+struct mailbox *dt_spans_find_open(const unsigned char guid[16])
+{
+	struct dt_spans_mailbox *sbox;
+
+	for (sbox = dt_spans_mailboxes; sbox != NULL; sbox = sbox->next) {
+		if (sbox->guid_known && sbox->box->opened && !sbox->box->mailbox_deleted &&
+		    memcmp(sbox->guid, guid, GUID_128_SIZE) == 0)
+			return sbox->box;
+	}
+	return NULL;
+}
+
 static struct mail_transaction_log_file *
 dt_spans_find_file(struct mail_index *index, uint32_t file_seq)
 {
@@ -219,21 +231,6 @@ dt_spans_find_file(struct mail_index *index, uint32_t file_seq)
 			return file;
 	}
 	return NULL;
-}
-
-static uint64_t
-dt_spans_modseq_at(struct mail_transaction_log_file *file, uoff_t offset)
-{
-	const char *error;
-	uint64_t modseq;
-
-	if (file->sync_offset == offset)
-		return file->sync_highest_modseq;
-	/* Others committed after us and our own view was refreshed already. */
-	if (mail_transaction_log_file_get_highest_modseq_at(file, offset,
-							    &modseq, &error) <= 0)
-		return 0;
-	return modseq;
 }
 
 void dt_spans_tell_expunge(struct mailbox *box, uint32_t uid)
@@ -330,7 +327,6 @@ dt_spans_committed(struct dt_spans_mailbox *sbox, bool private,
 	file = dt_spans_find_file(index, result->log_file_seq);
 	if (file != NULL) {
 		span.index_id = file->hdr.indexid;
-		span.highest_modseq = dt_spans_modseq_at(file, span.end);
 		span.tail_size = dt_spans_read_tail(file, span.end, span.tail);
 		if (log->last_seq != result->log_file_seq) {
 			span.prev_log_seq = file->hdr.prev_file_seq;

@@ -23,6 +23,9 @@ bool dt_spans_is_maildir(struct mailbox *box);
 /* The peers are told of this expunge: when it is executed it is not DT_SPAN_EXPUNGES. */
 void dt_spans_tell_expunge(struct mailbox *box, uint32_t uid);
 
+/* An open mailbox with this GUID, or NULL. */
+struct mailbox *dt_spans_find_open(const unsigned char guid[16]);
+
 /* The GUID of an open mailbox as the spans carry it; FALSE if it is not known. Needs no I/O. */
 bool dt_spans_mailbox_guid(struct mailbox *box, unsigned char guid_r[16]);
 

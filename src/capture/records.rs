@@ -1,0 +1,150 @@
+//! What a mail process noted becomes records for the relay: a transaction's changes together with the spans that they
+//! explain.
+
+use super::{known, Commit, Guid, Place, Transaction, Written};
+use crate::wire::proto;
+use std::collections::HashMap;
+
+/// Most spans that wait for their change: a transaction that writes more is told in pieces.
+const PENDING_SPANS_MAX: usize = 256;
+
+/// Records in the order in which they are to be sent.
+pub struct Records {
+    /// Per mailbox: open transactions that have something to tell, and the spans that belong to their changes.
+    open: HashMap<Guid, OpenMailbox>,
+    ready: Vec<proto::Record>,
+    birth_guid: fn(&str) -> Vec<u8>,
+}
+
+#[derive(Default)]
+struct OpenMailbox {
+    transactions: usize,
+    spans: Vec<proto::Span>,
+}
+
+impl Records {
+    pub fn new(birth_guid: fn(&str) -> Vec<u8>) -> Records {
+        Records { open: HashMap::new(), ready: Vec::new(), birth_guid }
+    }
+
+    /// What is ready to be sent.
+    pub fn take(&mut self) -> Vec<proto::Record> {
+        std::mem::take(&mut self.ready)
+    }
+
+    /// A transaction on this mailbox is about to write.
+    pub fn begin(&mut self, mailbox: Guid) {
+        self.open.entry(mailbox).or_default().transactions += 1;
+    }
+
+    /// The transaction that `begin` announced was committed. What cannot be told is to be read from the log.
+    pub fn commit(&mut self, place: &Place, transaction: Transaction, commit: &Commit) {
+        let mailbox = proto::Mailbox {
+            guid: known(commit.guid),
+            uid_validity: commit.uid_validity,
+            uid_next: commit.uid_next,
+            highest_modseq: commit.highest_modseq,
+            ..place.mailbox()
+        };
+        let told = transaction.into_changes(&place.user, &mailbox, &commit.saved, commit.clock, self.birth_guid);
+        let mut spans = self.end(place.guid);
+        match told {
+            Ok(changes) => {
+                let count = changes.len();
+                for (i, change) in changes.into_iter().enumerate() {
+                    // The last part completes what the spans cover.
+                    let spans = if i + 1 == count { std::mem::take(&mut spans) } else { Vec::new() };
+                    self.ready.push(proto::Record { change: Some(change), spans, dropped: 0 });
+                }
+            }
+            Err(error) => {
+                log::warn!(
+                    "user {}: mailbox {}: a transaction can't be told to the peers: {error} - \
+                     what it did is read from the mailbox's log",
+                    place.user,
+                    place.path.join("/")
+                );
+                spans.iter_mut().for_each(|span| span.untold = true);
+            }
+        }
+        self.keep_spans(spans);
+    }
+
+    /// The transaction that `begin` announced did not happen.
+    pub fn rollback(&mut self, mailbox: Guid) {
+        let spans = self.end(mailbox);
+        self.keep_spans(spans);
+    }
+
+    /// A change without a transaction: of a mailbox itself.
+    pub fn mailbox(&mut self, change: proto::Change) {
+        self.ready.push(proto::Record { change: Some(change), spans: Vec::new(), dropped: 0 });
+    }
+
+    /// A commit wrote this. It belongs to the mailbox's open transactions; without any, nobody will tell what it did.
+    pub fn written(&mut self, written: &Written) {
+        let mut span = written.to_span();
+        match self.open.get_mut(&written.mailbox_guid) {
+            Some(open) if open.spans.len() < PENDING_SPANS_MAX => {
+                span.untold = written.expunges;
+                return open.spans.push(span);
+            }
+            Some(_) => span.untold = written.expunges,
+            None => span.untold = written.adds_or_changes || written.expunges,
+        }
+        self.keep_spans(vec![span]);
+    }
+
+    /// Spans whose transactions are still open are told without them.
+    pub fn give_up_waiting(&mut self) {
+        let spans: Vec<_> = self.open.drain().flat_map(|(_, open)| open.spans).collect();
+        self.keep_spans(spans);
+    }
+
+    /// Spans of the mailbox, if no other transaction is open that may claim the later ones.
+    fn end(&mut self, mailbox: Guid) -> Vec<proto::Span> {
+        let Some(open) = self.open.get_mut(&mailbox) else { return Vec::new() };
+        open.transactions = open.transactions.saturating_sub(1);
+        let spans = std::mem::take(&mut open.spans);
+        if open.transactions == 0 {
+            self.open.remove(&mailbox);
+        }
+        spans
+    }
+
+    /// Spans without a change wait, one record for each user's in a row.
+    fn keep_spans(&mut self, spans: Vec<proto::Span>) {
+        for span in spans {
+            match self.ready.last_mut() {
+                Some(proto::Record { change: None, spans, .. })
+                    if spans.len() < PENDING_SPANS_MAX && spans.last().is_some_and(|last| last.user == span.user) =>
+                {
+                    spans.push(span);
+                }
+                _ => self.ready.push(proto::Record { change: None, spans: vec![span], dropped: 0 }),
+            }
+        }
+    }
+}
+
+impl Written {
+    /// Not yet decided: whether a change tells of it.
+    pub fn to_span(&self) -> proto::Span {
+        proto::Span {
+            user: self.user.to_string(),
+            mailbox_guid: self.mailbox_guid.to_vec(),
+            private_user: self.private_user.as_deref().unwrap_or_default().to_owned(),
+            index_id: self.index_id,
+            log_seq: self.log_seq,
+            begin: self.begin,
+            end: self.end,
+            prev_log_seq: self.prev_log_seq,
+            prev_log_end: self.prev_log_end,
+            applied: Vec::new(),
+            tail: self.tail[..self.tail_size.min(self.tail.len())].to_vec(),
+            untold: false,
+            touches: self.adds_or_changes || self.expunges,
+            old_mailbox_guid: known(self.old_mailbox_guid),
+        }
+    }
+}
