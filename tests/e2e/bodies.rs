@@ -1,7 +1,9 @@
 //! Every byte of a mail, from none to fifty million. `settled` compares them.
 
+use std::process::Command;
+
 use crate::cluster::imap::Appended;
-use crate::cluster::{Cluster, Format};
+use crate::cluster::{Cluster, Format, Setup};
 use crate::scene::{mail_of_size, stories, Scene};
 
 stories! {
@@ -107,4 +109,82 @@ fn a_body_of_fifty_megabytes_sdbox_to_sdbox() {
 #[test]
 fn a_body_of_fifty_megabytes_maildir_to_mdbox() {
     fifty_megabytes(Format::Maildir, Format::Mdbox);
+}
+
+const CHANGED_WHEN_STORED_23: &str = "
+mail_plugins = $mail_plugins mail_crypt zlib
+plugin {
+  mail_crypt_global_private_key = <{DIR}/private.pem
+  mail_crypt_global_public_key = <{DIR}/public.pem
+  mail_crypt_save_version = 2
+  zlib_save = gz
+}
+";
+
+const CHANGED_WHEN_STORED_24: &str = "
+mail_plugins {
+  mail_crypt = yes
+  mail_compress = yes
+}
+mail_compress_write_method = gz
+crypt_global_public_key_file = {DIR}/public.pem
+crypt_global_private_key main {
+  crypt_private_key_file = {DIR}/private.pem
+}
+";
+
+fn openssl(arguments: &[&str], input: &str) -> String {
+    use std::io::Write;
+    use std::process::Stdio;
+    let mut openssl = Command::new("openssl");
+    let mut child = openssl
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("openssl");
+    child.stdin.take().expect("piped").write_all(input.as_bytes()).expect("openssl reads");
+    let output = child.wait_with_output().expect("openssl");
+    assert!(output.status.success(), "openssl {arguments:?}: {}", output.status);
+    String::from_utf8(output.stdout).expect("PEM")
+}
+
+/// A small body is copied while it is written: before anything compresses or encrypts it.
+fn bodies_that_are_compressed_and_encrypted(format: Format, user: &str) {
+    let setup = |name| {
+        let private = openssl(&["genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:prime256v1"], "");
+        let public = openssl(&["pkey", "-pubout"], &private);
+        Setup::new(name, format)
+            .file("private.pem", &private)
+            .file("public.pem", &public)
+            .extra(CHANGED_WHEN_STORED_23, CHANGED_WHEN_STORED_24)
+    };
+    let t = Scene::on(Cluster::start(vec![setup("a"), setup("b")]), user);
+    let sizes = [100, 20_000, 200_000];
+    for size in sizes {
+        t.a().imap(user).append("INBOX", &mail_of_size(size));
+        t.a().deliver(user, &mail_of_size(size));
+    }
+    assert_eq!(t.settled().messages("INBOX").len(), 2 * sizes.len());
+    for server in [t.a(), t.b()] {
+        let search = Command::new("grep")
+            .args(["-rl", "--exclude=dovecot.index*", "Subject: sized"])
+            .arg(server.outside("/home"))
+            .output()
+            .expect("grep");
+        assert_eq!(String::from_utf8_lossy(&search.stdout), "", "stored as plain text");
+        let of_appended = server.bodies(user).iter().filter(|body| sizes.contains(&body.size)).count();
+        assert!(of_appended >= sizes.len(), "{} has other bodies", server.name());
+    }
+}
+
+#[test]
+fn compressed_and_encrypted_bodies_in_sdbox() {
+    bodies_that_are_compressed_and_encrypted(Format::Sdbox, "story-encrypted-sdbox");
+}
+
+#[test]
+fn compressed_and_encrypted_bodies_in_maildir() {
+    bodies_that_are_compressed_and_encrypted(Format::Maildir, "story-encrypted-maildir");
 }

@@ -1,7 +1,10 @@
 //! Flags and keywords.
 
+use std::path::Path;
+
 use crate::cluster::imap::{Appended, Imap};
-use crate::scene::{mail, stories, Scene};
+use crate::cluster::{wait_until, Cluster, Format, Server};
+use crate::scene::{mail, stories, Scene, SOON};
 
 /// Three mails in INBOX that the peer has too: plain, with flags, with keywords. INBOX is selected.
 fn given_three_settled_mails(t: &Scene) -> Imap {
@@ -90,4 +93,71 @@ stories! {
         t.here().doveadm(&["flags", "remove", "-u", &t.user, "\\Seen", "mailbox", "INBOX", "all"]);
         assert_eq!(flags(t)[..2], ["\\Answered byadmin", "\\Flagged"]);
     }
+}
+
+/// Each server has a mail that came while the other one was away, so each has another UID for the two.
+fn given_mails_with_different_uids(format: Format, user: &str) -> Scene {
+    let t = Scene::on(Cluster::pair(format, format), user);
+    t.expects_in_log("dovetail");
+    let subjects = |server: &Server| -> Vec<String> {
+        let answer = server.imap(&t.user).select("INBOX").ok("FETCH 1:* BODY.PEEK[HEADER.FIELDS (SUBJECT)]");
+        answer
+            .lines()
+            .iter()
+            .filter_map(|line| line.split("Subject: ").nth(1)?.lines().next().map(str::to_owned))
+            .collect()
+    };
+    t.b().stop();
+    t.a().deliver(&t.user, &mail("from a"));
+    t.a().stop();
+    t.b().start();
+    t.b().deliver(&t.user, &mail("from b"));
+    t.a().start();
+    wait_until(SOON * 3, "both have both mails", || subjects(t.a()).len() == 2 && subjects(t.b()).len() == 2);
+    assert_eq!(subjects(t.a()), ["from a", "from b"]);
+    assert_eq!(subjects(t.b()), ["from b", "from a"]);
+    t
+}
+
+fn remove_caches(folder: &Path) {
+    for entry in std::fs::read_dir(folder).expect("readable").flatten() {
+        if entry.file_type().expect("known").is_dir() {
+            remove_caches(&entry.path());
+        } else if entry.file_name() == "dovecot.index.cache" {
+            std::fs::remove_file(entry.path()).expect("removable");
+        }
+    }
+}
+
+/// A flag change names its mail by the GUID, too, which is looked up only when the client has its answer: also if it has to
+/// be read from the mail's file, and if the mailbox is closed or the session over before that.
+fn flags_follow_the_mail_to_its_other_uid(format: Format, user: &str) {
+    let t = given_mails_with_different_uids(format, user);
+    for (keyword, then) in [("alone", ""), ("closed", "\r\nnext CLOSE"), ("gone", "\r\nnext LOGOUT")] {
+        remove_caches(&t.a().outside(&format!("/home/{user}")));
+        t.a().imap(user).select("INBOX").ok(&format!("STORE 1 +FLAGS ({keyword}){then}"));
+    }
+    let has = |uid: u32, keyword: &str| {
+        let answer = t.b().imap(user).select("INBOX").ok(&format!("UID FETCH {uid} (FLAGS)"));
+        answer.contains(keyword)
+    };
+    for keyword in ["alone", "closed", "gone"] {
+        wait_until(SOON, keyword, || has(2, keyword));
+        assert!(!has(1, keyword), "{keyword}: set on the mail that has this UID here");
+    }
+}
+
+#[test]
+fn flags_follow_a_mail_of_sdbox_to_its_other_uid() {
+    flags_follow_the_mail_to_its_other_uid(Format::Sdbox, "story-other-uid-sdbox");
+}
+
+#[test]
+fn flags_follow_a_mail_of_mdbox_to_its_other_uid() {
+    flags_follow_the_mail_to_its_other_uid(Format::Mdbox, "story-other-uid-mdbox");
+}
+
+#[test]
+fn flags_follow_a_mail_of_maildir_to_its_other_uid() {
+    flags_follow_the_mail_to_its_other_uid(Format::Maildir, "story-other-uid-maildir");
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
+use crate::cluster::imap::Appended;
 use crate::cluster::server::signal;
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup};
 use crate::scene::{mail, mail_of_size, Scene, SOON};
@@ -176,6 +177,42 @@ impl Drop for SmallHome {
     fn drop(&mut self) {
         // Lazily: a process may still be in it.
         let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+/// What passes through our copy of the body must still fail where it fails without us.
+#[test]
+fn a_full_disk_on_this_side_refuses_what_it_has_no_room_for() {
+    for format in [Format::Sdbox, Format::Mdbox, Format::Maildir] {
+        let cluster = Cluster::start(vec![Setup::new("a", format), Setup::new("b", Format::Sdbox)]);
+        cluster.a().stop();
+        let user = "story-full-here";
+        let home = SmallHome::mount(cluster.a(), user);
+        cluster.a().start();
+        let t = Scene::on(cluster, user);
+        for text in ["dovetail", "No space left", "not enough disk space", "Disk quota", "No quota", "Out of disk"] {
+            t.expects_in_log(text);
+        }
+        t.a().deliver(user, &mail("before"));
+        settled(&t);
+        let ballast = home.0.join("ballast");
+        fs::write(&ballast, vec![0; 800 << 10]).expect("room for it");
+
+        // Small ones ride along with the change, large ones do not.
+        let mut answers = Vec::new();
+        for size in [30 << 10, 400 << 10].repeat(8) {
+            let mail = mail_of_size(size);
+            let message = Appended { flags: "", date: "", mail: &mail };
+            answers.push((size, t.a().imap(user).try_append_all("INBOX", &[message]).is_ok()));
+        }
+        for size in [30 << 10, 400 << 10] {
+            assert!(answers.contains(&(size, false)), "{format:?}: {size} bytes always had room: {answers:?}");
+        }
+        fs::remove_file(&ballast).expect("remove");
+        let taken = answers.iter().filter(|(_, ok)| *ok).count();
+        assert!(taken > 0, "{format:?}: nothing had room");
+        assert_eq!(settled(&t).messages("INBOX").len(), 1 + taken, "{format:?}");
+        t.a().stop();
     }
 }
 
