@@ -69,7 +69,7 @@ pub struct Commit {
     pub clock: u64,
 }
 
-/// What a commit wrote to an index's log: [`proto::Span`], as it is noted. None of it is allocated.
+/// What a commit wrote to an index's log: [`proto::Span`], as it is noted: without allocations, but for the rare private user.
 #[derive(Debug, Clone)]
 pub struct Written {
     pub user: Rc<str>,

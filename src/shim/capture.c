@@ -813,8 +813,8 @@ static void capture_mail_user_created(struct mail_user *user)
 static void capture_span(const struct dt_span *span)
 {
 	dt_rs_span(span);
-	/* Inside of a commit no mail can be named. */
-	if (capture_may_wait())
+	/* Inside of a commit no mail can be named; what the naming itself writes is not to overtake what is being named. */
+	if (capture_may_wait() || capture_naming_box != NULL)
 		capture_flush_soon();
 	else
 		dt_rs_flush();
