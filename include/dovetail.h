@@ -315,9 +315,13 @@ void *dt_rs_transaction_begin(const struct dt_mailbox *mailbox);
 
 void dt_rs_save(void *txn, const struct dt_save *save);
 
-void dt_rs_flags(void *txn, uint32_t uid, uint32_t add, uint32_t remove);
+void dt_rs_flags(void *txn, uint32_t uid, const char *guid, uint32_t add, uint32_t remove);
 
-void dt_rs_keywords(void *txn, uint32_t uid, const char *const *old, const char *const *new_);
+void dt_rs_keywords(void *txn,
+                    uint32_t uid,
+                    const char *guid,
+                    const char *const *old,
+                    const char *const *new_);
 
 void dt_rs_expunge(void *txn, uint32_t uid, const char *guid);
 

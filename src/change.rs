@@ -72,7 +72,9 @@ pub enum ChangeError {
     UnknownOperation,
     #[error("the UID range {0}:{1} is not one")]
     Range(u32, u32),
-    #[error("a message's GUID has {0} bytes, and at most {MESSAGE_GUID_BYTES_MAX} are allowed")]
+    #[error(
+        "a message's GUID has {0} bytes, which is none or more than the {MESSAGE_GUID_BYTES_MAX} that are allowed"
+    )]
     MessageGuid(usize),
     #[error("a keyword is empty or has more than {KEYWORD_BYTES_MAX} bytes")]
     Keyword,
@@ -234,6 +236,15 @@ fn check_op(op: &Op, mailbox: &Mailbox) -> Result<(), ChangeError> {
                 false => check_ranges(&rebuilt.present),
             }
         }
+        What::Claim(claim) => {
+            check_guid("mailbox's GUID", &mailbox.guid)?;
+            check_count("former UIDs of a message", claim.was.len(), 0, RANGES_MAX)?;
+            check_renumbered(&claim.guid, claim.uid)
+        }
+        What::Nack(nack) => {
+            check_guid("mailbox's GUID", &mailbox.guid)?;
+            check_renumbered(&nack.guid, nack.uid)
+        }
         What::Rename(rename) => check_path(&rename.new_path),
         What::Create(_) | What::Delete(_) | What::Subscription(_) => Ok(()),
     }
@@ -255,6 +266,17 @@ fn check_save(save: &Save) -> Result<(), ChangeError> {
         Some(mailbox) => check_guid_or_none("GUID of the copy's source", &mailbox.guid),
         None => Ok(()),
     }
+}
+
+/// A message that is named by its GUID alone.
+fn check_renumbered(guid: &str, uid: u32) -> Result<(), ChangeError> {
+    if guid.is_empty() || guid.len() > MESSAGE_GUID_BYTES_MAX {
+        return Err(ChangeError::MessageGuid(guid.len()));
+    }
+    if uid == 0 || uid == u32::MAX {
+        return Err(ChangeError::Range(uid, uid));
+    }
+    Ok(())
 }
 
 fn check_flags(update: &FlagUpdate) -> Result<(), ChangeError> {

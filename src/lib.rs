@@ -21,6 +21,7 @@ pub mod change;
 mod host;
 pub mod indexlog;
 pub mod journal;
+pub mod merge;
 pub mod peer;
 pub mod relay;
 pub mod settings;

@@ -89,21 +89,22 @@ impl Transaction {
         self.body_bytes = 0;
     }
 
-    /// Flags and keywords of one message changed.
-    pub fn flags(&mut self, uid: u32, delta: proto::FlagUpdate) {
-        if !self.take(RANGE_BYTES) {
+    /// Flags and keywords of one message changed. Its GUID, if it must be known now: see [`Transaction::name`].
+    pub fn flags(&mut self, uid: u32, guid: Option<String>, delta: proto::FlagUpdate) {
+        let guid = guid.unwrap_or_default();
+        if !self.take(guid.len() + RANGE_BYTES) {
             return;
         }
         self.updates += 1;
         // The first ones stand for themselves: they may get a GUID.
-        let apart = self.updates <= NAMED_UPDATES_MAX + 1;
+        let apart = self.updates <= NAMED_UPDATES_MAX + 1 || !guid.is_empty();
         match self.flags.last_mut() {
             Some(last) if same_delta(last, &delta) && last.messages.len() < RANGES_PER_OP_MAX => {
-                push_message(&mut last.messages, uid, apart);
+                push_message(&mut last.messages, uid, guid, apart);
             }
             _ => {
                 let mut update = delta;
-                push_message(&mut update.messages, uid, true);
+                push_message(&mut update.messages, uid, guid, true);
                 self.flags.push(update);
             }
         }
@@ -124,7 +125,7 @@ impl Transaction {
     pub fn expunge(&mut self, uid: u32, guid: Option<String>) {
         if self.take(guid.as_ref().map_or(0, String::len) + RANGE_BYTES) {
             match guid {
-                None => push_message(&mut self.expunges, uid, false),
+                None => push_message(&mut self.expunges, uid, String::new(), false),
                 Some(guid) => self.expunges.push(proto::MessageRange { first_uid: uid, last_uid: uid, guid }),
             }
         }
@@ -185,10 +186,10 @@ fn same_delta(a: &proto::FlagUpdate, b: &proto::FlagUpdate) -> bool {
 }
 
 /// Continues the last range, unless the message is to stand apart.
-fn push_message(messages: &mut Vec<proto::MessageRange>, uid: u32, apart: bool) {
+fn push_message(messages: &mut Vec<proto::MessageRange>, uid: u32, guid: String, apart: bool) {
     match messages.last_mut() {
         Some(last) if !apart && last.guid.is_empty() && last.last_uid == uid.wrapping_sub(1) => last.last_uid = uid,
-        _ => messages.push(proto::MessageRange { first_uid: uid, last_uid: uid, guid: String::new() }),
+        _ => messages.push(proto::MessageRange { first_uid: uid, last_uid: uid, guid }),
     }
 }
 
@@ -216,7 +217,7 @@ mod tests {
     fn the_same_flag_on_a_run_of_messages_is_one_range_behind_the_first_hundred() {
         let mut transaction = Transaction::new(64 << 20);
         for uid in 1..=100_000 {
-            transaction.flags(uid, delta(2));
+            transaction.flags(uid, None, delta(2));
         }
         transaction.name(|uid| (uid != 7).then(|| format!("guid {uid}")));
         let changes = changes(transaction, &[]);
@@ -298,7 +299,7 @@ mod tests {
             saved.push(Saved { uid, guid: None });
         }
         for uid in (1..200_000).step_by(2) {
-            transaction.flags(uid, delta(1));
+            transaction.flags(uid, None, delta(1));
         }
         let changes = changes(transaction, &saved);
         assert!(changes.iter().all(|change| change.encoded_len() < 60 << 10));

@@ -164,17 +164,23 @@ extern "C" fn dt_rs_save(txn: *mut c_void, save: *const ffi::DtSave) {
 }
 
 #[no_mangle]
-extern "C" fn dt_rs_flags(txn: *mut c_void, uid: u32, add: u32, remove: u32) {
+extern "C" fn dt_rs_flags(txn: *mut c_void, uid: u32, guid: *const c_char, add: u32, remove: u32) {
     guard("flags", (), || {
         // SAFETY: the shim passes an open transaction.
         let Some(open) = (unsafe { open_transaction(txn) }) else { return };
         let delta = proto::FlagUpdate { add, remove, ..Default::default() };
-        open.transaction.flags(uid, delta);
+        open.transaction.flags(uid, optional_text(guid), delta);
     });
 }
 
 #[no_mangle]
-extern "C" fn dt_rs_keywords(txn: *mut c_void, uid: u32, old: *const *const c_char, new: *const *const c_char) {
+extern "C" fn dt_rs_keywords(
+    txn: *mut c_void,
+    uid: u32,
+    guid: *const c_char,
+    old: *const *const c_char,
+    new: *const *const c_char,
+) {
     guard("keywords", (), || {
         // SAFETY: the shim passes an open transaction and NULL-terminated lists.
         let (Some(open), old, new) = (unsafe { open_transaction(txn) }, unsafe { list(old) }, unsafe { list(new) })
@@ -189,7 +195,7 @@ extern "C" fn dt_rs_keywords(txn: *mut c_void, uid: u32, old: *const *const c_ch
             return;
         }
         let delta = proto::FlagUpdate { add_keywords, remove_keywords, ..Default::default() };
-        open.transaction.flags(uid, delta);
+        open.transaction.flags(uid, optional_text(guid), delta);
     });
 }
 

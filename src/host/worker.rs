@@ -131,10 +131,16 @@ extern "C" {
     fn dt_worker_status(status_r: *mut DtMailboxStatus);
     fn dt_worker_update(update: *const DtMailboxUpdate) -> c_int;
     fn dt_worker_message_guid(uid: u32, guid_r: *mut *const c_char) -> c_int;
-    fn dt_worker_find_message(guid: *const c_char, uid_r: *mut u32) -> c_int;
+    fn dt_worker_find_messages(
+        guid: *const c_char,
+        each: extern "C" fn(u32, u32, *mut c_void),
+        context: *mut c_void,
+    ) -> c_int;
     fn dt_worker_was_expunged(uid: u32, guid: *const c_char) -> c_int;
     fn dt_worker_save(save: *const DtWorkerSave, data: *const u8, size: usize, fd: c_int) -> c_int;
     fn dt_worker_copy(save: *const DtWorkerSave, source: *const c_char, source_uid: u32) -> c_int;
+    fn dt_worker_duplicate(uid: u32, new_uid: u32) -> c_int;
+    fn dt_worker_take_flags(from: u32, to: u32) -> c_int;
     fn dt_worker_update_flags(first_uid: u32, last_uid: u32, flags: *const DtWorkerFlags) -> c_int;
     fn dt_worker_expunge(first_uid: u32, last_uid: u32) -> c_int;
     fn dt_worker_commit(saved: extern "C" fn(u32, u32, *mut c_void), context: *mut c_void) -> c_int;
@@ -601,12 +607,13 @@ impl Storage for DovecotStorage {
         unsafe { Ok(check(dt_worker_message_guid(uid, &mut guid))?.then(|| text(guid))) }
     }
 
-    fn find_message(&mut self, guid: &str) -> Result<Option<u32>> {
+    fn find_messages(&mut self, guid: &str) -> Result<Vec<u32>> {
         self.need_mailbox()?;
         let guid = c_string(guid)?;
-        let mut uid = 0;
-        // SAFETY: a mailbox is open.
-        Ok(check(unsafe { dt_worker_find_message(guid.as_ptr(), &mut uid) })?.then_some(uid))
+        let mut uids: Vec<u32> = Vec::new();
+        // SAFETY: a mailbox is open; the callback gets the Vec only during the call.
+        check(unsafe { dt_worker_find_messages(guid.as_ptr(), collect_saved, (&raw mut uids).cast()) })?;
+        Ok(uids)
     }
 
     fn was_expunged(&mut self, uid: u32, guid: &str) -> Result<bool> {
@@ -632,6 +639,18 @@ impl Storage for DovecotStorage {
         let source = c_string(source)?;
         // SAFETY: a mailbox is open.
         check(with_save(message, |save| unsafe { dt_worker_copy(save, source.as_ptr(), source_uid) })?)
+    }
+
+    fn duplicate(&mut self, uid: u32, new_uid: u32) -> Result<bool> {
+        self.need_mailbox()?;
+        // SAFETY: a mailbox is open.
+        check(unsafe { dt_worker_duplicate(uid, new_uid) })
+    }
+
+    fn take_flags(&mut self, from: u32, to: u32) -> Result<bool> {
+        self.need_mailbox()?;
+        // SAFETY: a mailbox is open.
+        check(unsafe { dt_worker_take_flags(from, to) })
     }
 
     fn update_flags(&mut self, first_uid: u32, last_uid: u32, update: &proto::FlagUpdate) -> Result<()> {

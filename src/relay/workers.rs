@@ -15,7 +15,7 @@ use super::bodies::Party;
 use super::connection::Stream;
 use super::engine::{wall_clock_us, Close, Engine, Role};
 use super::looks::LookJob;
-use super::order::Arrival;
+use super::order::{Arrival, Release};
 use super::work::Received;
 use crate::change::{self, USER_BYTES_MAX};
 use crate::journal::{Failed, JournalError};
@@ -246,12 +246,17 @@ impl Engine {
             return self.fail(error);
         }
         let job = Job { id: self.last_job, user, peer, items, done: 0 };
-        let frames = apply_frames(&job, received.into_iter().map(|r| r.change));
+        let frames = apply_frames(&job, self.resolves(), received.into_iter().map(|r| r.change));
         self.workers[index].task = Task::Apply(job);
         let Some(token) = self.workers[index].token else { return };
         for frame in frames {
             self.send(token, &frame);
         }
+    }
+
+    /// Whether this server is the acting resolver where UIDs clash: see [`crate::merge::uid`].
+    fn resolves(&self) -> bool {
+        self.peers.iter().filter(|peer| peer.is_up()).all(|peer| self.me.server < peer.name)
     }
 
     /// What the job does to the list of mailboxes must be known if its worker dies.
@@ -311,6 +316,12 @@ impl Engine {
             )));
         }
         change::check_spans(&applied.spans).map_err(|error| Close::Malformed(error.to_string()))?;
+        for change in applied.changes.iter().filter(|change| *change.user == *job.user) {
+            change::check_change(change).map_err(|error| Close::Malformed(error.to_string()))?;
+            // In one commit of the journal with the acknowledgement, or before it.
+            let release = Release { user: job.user.clone(), change: Some(change.clone()), spans: Vec::new() };
+            self.ship_all(vec![release]);
+        }
         for item in &job.items[job.done..done] {
             let inbox = &mut self.peers[job.peer].inbox;
             inbox.apply(item.epoch, item.seq);
@@ -464,8 +475,8 @@ impl Engine {
 }
 
 /// The job as frames, none too long.
-fn apply_frames(job: &Job, changes: impl Iterator<Item = Change>) -> Vec<Frame> {
-    let apply = || Apply { job: job.id, user: job.user.to_string(), ..Default::default() };
+fn apply_frames(job: &Job, resolves: bool, changes: impl Iterator<Item = Change>) -> Vec<Frame> {
+    let apply = || Apply { job: job.id, user: job.user.to_string(), resolves, ..Default::default() };
     let mut frames = vec![apply()];
     let mut bytes = 0;
     for change in changes {
@@ -499,7 +510,7 @@ mod tests {
         for length in [10, 1_000, 30_000, CHANGE_BYTES_MAX - 8] {
             let change = Change { user: "x".repeat(length), ..Default::default() };
             assert!(change.encoded_len() <= CHANGE_BYTES_MAX);
-            let frames = apply_frames(&job, std::iter::repeat_n(change, 64));
+            let frames = apply_frames(&job, true, std::iter::repeat_n(change, 64));
             let mut changes = 0;
             for (at, frame) in frames.iter().enumerate() {
                 frame::encode(frame).unwrap();

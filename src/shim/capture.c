@@ -26,6 +26,7 @@
 #include "master-service.h"
 #include "time-util.h"
 #include "inbox.h"
+#include "mark.h"
 #include "service.h"
 #include "spans.h"
 #include "shim.h"
@@ -384,6 +385,12 @@ static void capture_mail_expunge(void *_txn, struct mail *mail)
 	} T_END;
 }
 
+/* Where messages get other UIDs, it may be at another one when the client has its answer. Elsewhere NULL. */
+static const char *capture_guid_if_it_may_move(struct mail *mail)
+{
+	return dt_mark_has_diverged(mail->box) ? capture_mail_guid(mail) : NULL;
+}
+
 static void capture_mail_update_flags(void *_txn, struct mail *mail, enum mail_flags old_flags)
 {
 	struct capture_txn *txn = _txn;
@@ -396,7 +403,8 @@ static void capture_mail_update_flags(void *_txn, struct mail *mail, enum mail_f
 	if (new_flags == old_flags)
 		return;
 	T_BEGIN {
-		dt_rs_flags(capture_txn_rs(txn), mail->uid, new_flags & ~old_flags, old_flags & ~new_flags);
+		dt_rs_flags(capture_txn_rs(txn), mail->uid, capture_guid_if_it_may_move(mail), new_flags & ~old_flags,
+			    old_flags & ~new_flags);
 	} T_END;
 }
 
@@ -408,7 +416,8 @@ capture_mail_update_keywords(void *_txn, struct mail *mail, const char *const *o
 	if (txn->ignored || mail->saving)
 		return;
 	T_BEGIN {
-		dt_rs_keywords(capture_txn_rs(txn), mail->uid, old_keywords, mail_get_keywords(mail));
+		dt_rs_keywords(capture_txn_rs(txn), mail->uid, capture_guid_if_it_may_move(mail), old_keywords,
+			       mail_get_keywords(mail));
 	} T_END;
 }
 

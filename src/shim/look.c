@@ -13,6 +13,7 @@
 #include "mail-index-private.h"
 #include "mail-transaction-log-private.h"
 #include "inbox.h"
+#include "mark.h"
 #include "spans.h"
 #include "worker.h"
 
@@ -193,7 +194,7 @@ int dt_worker_message_info(uint32_t uid, struct dt_message_info *info_r)
 
 static uint32_t look_mark_ext(struct mailbox *box)
 {
-	return mail_index_ext_register(box->index, "dovetail", DT_MARK_SIZE, 0, 0);
+	return mail_index_ext_register(box->index, DT_MARK_NAME, DT_MARK_SIZE, 0, 0);
 }
 
 void dt_worker_mark_read(unsigned char mark_r[DT_MARK_SIZE])

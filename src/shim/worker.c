@@ -542,39 +542,37 @@ int dt_worker_message_guid(uint32_t uid, const char **guid_r)
 }
 
 static int
-dt_worker_search_guid(struct mailbox_transaction_context *trans,
-		      const char *guid, uint32_t *uid_r)
+dt_worker_search_guid(struct mailbox_transaction_context *trans, const char *guid,
+		      void (*each)(uint32_t first_uid, uint32_t last_uid, void *context), void *context)
 {
 	struct mail_search_args *args;
 	struct mail_search_context *ctx;
 	struct mail_search_arg *arg;
 	struct mail *mail;
-	int ret = 0;
 
 	args = mail_search_build_init();
 	arg = mail_search_build_add(args, SEARCH_GUID);
 	arg->value.str = p_strdup(args->pool, guid);
 	ctx = mailbox_search_init(trans, args, NULL, 0, NULL);
 	mail_search_args_unref(&args);
-	if (mailbox_search_next(ctx, &mail)) {
-		*uid_r = mail->uid;
-		ret = 1;
+	while (mailbox_search_next(ctx, &mail))
+		each(mail->uid, mail->uid, context);
+	if (mailbox_search_deinit(&ctx) < 0) {
+		return dt_worker_set_box_error(mailbox_transaction_get_mailbox(trans),
+					       "Searching for a message's GUID");
 	}
-	if (mailbox_search_deinit(&ctx) < 0 && ret == 0) {
-		ret = dt_worker_set_box_error(mailbox_transaction_get_mailbox(trans),
-					      "Searching for a message's GUID");
-	}
-	return ret;
+	return 1;
 }
 
-int dt_worker_find_message(const char *guid, uint32_t *uid_r)
+int dt_worker_find_messages(const char *guid, void (*each)(uint32_t first_uid, uint32_t last_uid, void *context),
+			    void *context)
 {
 	struct mailbox_transaction_context *trans;
 	int ret;
 
 	T_BEGIN {
 		trans = dt_worker_read_begin(w.box);
-		ret = dt_worker_search_guid(trans, guid, uid_r);
+		ret = dt_worker_search_guid(trans, guid, each, context);
 		mailbox_transaction_rollback(&trans);
 	} T_END;
 	return ret;
@@ -714,47 +712,108 @@ int dt_worker_save(const struct dt_worker_save *save, const void *data, size_t s
 	return ret;
 }
 
+static int dt_worker_copy_mail(const struct dt_worker_save *save, struct mail *mail)
+{
+	struct mail_save_context *ctx;
+	struct mail_keywords *keywords;
+	time_t now = ioloop_time;
+	int ret;
+
+	ctx = dt_worker_save_alloc(save, &keywords);
+	/* Copies without reading the body take their save date from here, not from the context. */
+	if (save->save_date != 0)
+		ioloop_time = save->save_date;
+	ret = mailbox_copy(&ctx, mail) < 0 ? -1 : 1;
+	ioloop_time = now;
+	if (ret < 0) {
+		/* It may have been expunged just now. */
+		ret = mailbox_get_last_mail_error(w.box) == MAIL_ERROR_EXPUNGED ? 0 :
+			dt_worker_set_box_error(w.box, "mailbox_copy()");
+	}
+	if (keywords != NULL)
+		mailbox_keywords_unref(&keywords);
+	return ret;
+}
+
+static void dt_worker_first_uid(uint32_t first_uid, uint32_t last_uid ATTR_UNUSED, void *context)
+{
+	uint32_t *uid = context;
+
+	if (*uid == 0)
+		*uid = first_uid;
+}
+
 static int
 dt_worker_copy_from(const struct dt_worker_save *save, uint32_t source_uid)
 {
 	struct mailbox_transaction_context *trans;
-	struct mail_save_context *ctx;
-	struct mail_keywords *keywords;
 	struct mail *mail;
 	const char *guid;
-	uint32_t uid;
+	uint32_t uid = 0;
 	int ret;
 
 	trans = dt_worker_read_begin(w.source);
 	mail = mail_alloc(trans, 0, NULL);
 	ret = dt_worker_get_guid(mail, source_uid, &guid);
 	if (ret == 0 || (ret > 0 && strcmp(guid, save->guid) != 0)) {
-		ret = dt_worker_search_guid(trans, save->guid, &uid);
-		if (ret > 0 && !mail_set_uid(mail, uid))
+		ret = dt_worker_search_guid(trans, save->guid, dt_worker_first_uid, &uid);
+		if (ret > 0 && (uid == 0 || !mail_set_uid(mail, uid)))
 			ret = 0;
 	}
-	if (ret > 0) {
-		time_t now = ioloop_time;
-
-		ctx = dt_worker_save_alloc(save, &keywords);
-		/* Copies without reading the body take their save date from here, not from the context. */
-		if (save->save_date != 0)
-			ioloop_time = save->save_date;
-		ret = mailbox_copy(&ctx, mail) < 0 ? -1 : 1;
-		ioloop_time = now;
-		if (ret < 0) {
-			/* It may have been expunged just now. */
-			enum mail_error error =
-				mailbox_get_last_mail_error(w.box);
-
-			ret = error == MAIL_ERROR_EXPUNGED ? 0 :
-				dt_worker_set_box_error(w.box, "mailbox_copy()");
-		}
-		if (keywords != NULL)
-			mailbox_keywords_unref(&keywords);
-	}
+	if (ret > 0)
+		ret = dt_worker_copy_mail(save, mail);
 	mail_free(&mail);
 	mailbox_transaction_rollback(&trans);
+	return ret;
+}
+
+static int dt_worker_no_size(struct mail *mail ATTR_UNUSED, uoff_t *size_r ATTR_UNUSED)
+{
+	return -1;
+}
+
+/* A copy in maildir is given the file name that its GUID is, if no file has it. A message that gets its second new UID had
+   it before: whoever still knows that file's old UID would take the copy for the expunged message. Where the size in the
+   name is not the copy's, Dovecot takes a new name (maildir_filename_check_conflicts()). */
+static void dt_worker_want_new_filename(struct mail *mail, const char *guid)
+{
+	struct mail_private *pmail = (struct mail_private *)mail;
+
+	if (dt_spans_is_maildir(mail->box) && strstr(guid, ",S=") != NULL)
+		pmail->v.get_physical_size = dt_worker_no_size;
+}
+
+int dt_worker_duplicate(uint32_t uid, uint32_t new_uid)
+{
+	struct mailbox_transaction_context *trans;
+	struct dt_worker_save save;
+	struct mail *mail;
+	time_t received, saved;
+	int ret;
+
+	i_zero(&save);
+	save.uid = new_uid;
+	T_BEGIN {
+		trans = dt_worker_read_begin(w.box);
+		mail = mail_alloc(trans, 0, NULL);
+		ret = dt_worker_get_guid(mail, uid, &save.guid);
+		if (ret > 0 && mail_get_received_date(mail, &received) < 0) {
+			ret = mail->expunged || mailbox_get_last_mail_error(w.box) == MAIL_ERROR_EXPUNGED ? 0 :
+				dt_worker_set_box_error(w.box, "Reading a message's dates");
+		}
+		if (ret > 0) {
+			save.guid = t_strdup(save.guid);
+			save.flags = mail_get_flags(mail);
+			save.keywords = mail_get_keywords(mail);
+			save.received_date = received;
+			if (mail_get_save_date(mail, &saved) > 0)
+				save.save_date = saved;
+			dt_worker_want_new_filename(mail, save.guid);
+			ret = dt_worker_copy_mail(&save, mail);
+		}
+		mail_free(&mail);
+		mailbox_transaction_rollback(&trans);
+	} T_END;
 	return ret;
 }
 
@@ -779,6 +838,34 @@ int dt_worker_copy(const struct dt_worker_save *save, const char *source_vname,
 		}
 		if (ret <= 0)
 			mailbox_free(&w.source);
+	} T_END;
+	return ret;
+}
+
+int dt_worker_take_flags(uint32_t from, uint32_t to)
+{
+	struct mail_keywords *keywords;
+	struct mail *mail;
+	enum mail_flags flags;
+	int ret = 0;
+
+	dt_worker_begin(FALSE);
+	T_BEGIN {
+		mail = mail_alloc(w.trans, 0, NULL);
+		if (mail_set_uid(mail, from) && !mail->expunged) {
+			ret = 1;
+			flags = mail_get_flags(mail) & MAIL_FLAGS_NONRECENT;
+			if (!mail_set_uid(w.mail, to)) {
+				/* expunged already */
+			} else {
+				if ((mail_get_flags(w.mail) & MAIL_FLAGS_NONRECENT) != flags)
+					mail_update_flags(w.mail, MODIFY_REPLACE, flags);
+				keywords = mailbox_keywords_create_valid(w.box, mail_get_keywords(mail));
+				mail_update_keywords(w.mail, MODIFY_REPLACE, keywords);
+				mailbox_keywords_unref(&keywords);
+			}
+		}
+		mail_free(&mail);
 	} T_END;
 	return ret;
 }

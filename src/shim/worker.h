@@ -90,7 +90,8 @@ int dt_worker_update(const struct dt_mailbox_update *update);
 /* 1 = found, its GUID is in *guid_r until the next call, 0 = no such UID (any more) */
 int dt_worker_message_guid(uint32_t uid, const char **guid_r);
 /* Looks at every message. 1 = found, 0 = not found */
-int dt_worker_find_message(const char *guid, uint32_t *uid_r);
+int dt_worker_find_messages(const char *guid, void (*each)(uint32_t first_uid, uint32_t last_uid, void *context),
+			    void *context);
 /* 1 = the message was expunged here as far as the transaction log reaches back, 0 = not that we know */
 int dt_worker_was_expunged(uint32_t uid, const char *guid);
 
@@ -103,6 +104,10 @@ int dt_worker_save(const struct dt_worker_save *save, const void *data, size_t s
    is the one, otherwise any. 1 = done, 0 = not found there */
 int dt_worker_copy(const struct dt_worker_save *save, const char *source_vname,
 		   uint32_t source_uid);
+/* Saves the open mailbox's own message once more, as it is, at another UID. 1 = done, 0 = it isn't there */
+int dt_worker_duplicate(uint32_t uid, uint32_t new_uid);
+/* The message at `to`, a copy, gets the flags that the one at `from` has now. 1 = done, 0 = that isn't there any more */
+int dt_worker_take_flags(uint32_t from, uint32_t to);
 /* 1 = done, also if there are no such messages */
 int dt_worker_update_flags(uint32_t first_uid, uint32_t last_uid,
 			   const struct dt_worker_flags *flags);

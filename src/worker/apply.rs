@@ -11,6 +11,7 @@ use super::mark::Marks;
 use super::name;
 use super::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Storage, Update};
 use crate::change;
+use crate::merge::uid::{self, Here, Put, Tell, There};
 use crate::wire::proto::{self, op::What};
 
 /// Messages saved in one transaction at most: their files wait for the commit.
@@ -110,13 +111,28 @@ enum Reason {
 /// What is in the transaction that is being built.
 enum Pending {
     Nothing,
-    /// The UIDs asked for.
-    Saves(Vec<u32>),
+    Saves(Vec<Asked>),
     Changes,
 }
 
-/// Called with the number of changes done.
-type Committed<'a, S, C> = &'a mut dyn FnMut(&mut S, &mut Connection<C>, u32) -> body::Link<()>;
+/// A message that is being saved.
+struct Asked {
+    guid: String,
+    /// The UID that it has elsewhere; 0: none that matters here.
+    there: u32,
+    /// That it is to get here; 0: the next one.
+    uid: u32,
+}
+
+/// What the committed changes gave rise to.
+pub struct Committed {
+    /// So many of them are done.
+    pub done: u32,
+    /// The peers must be told.
+    pub tell: Vec<proto::Change>,
+}
+
+type OnCommit<'a, S, C> = &'a mut dyn FnMut(&mut S, &mut Connection<C>, Committed) -> body::Link<()>;
 
 /// One Apply of one user.
 pub struct Apply<'a, S, C> {
@@ -139,8 +155,12 @@ pub struct Apply<'a, S, C> {
     pub notes: Vec<String>,
     /// What must be compared.
     pub doubts: Vec<proto::Doubt>,
+    /// This server decides where UIDs clash.
+    resolves: bool,
+    /// What the peers must be told because of what is applied.
+    pub tell: Vec<proto::Change>,
     /// Called after each commit while the job goes on.
-    committed: Committed<'a, S, C>,
+    on_commit: OnCommit<'a, S, C>,
 }
 
 impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
@@ -149,8 +169,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         storage: &'a mut S,
         connection: &'a mut Connection<C>,
         user: &'a str,
+        resolves: bool,
         next_body: &'a mut u64,
-        committed: Committed<'a, S, C>,
+        on_commit: OnCommit<'a, S, C>,
     ) -> Result<Self> {
         let namespace = storage.namespace()?;
         Ok(Apply {
@@ -168,7 +189,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             done: 0,
             notes: Vec::new(),
             doubts: Vec::new(),
-            committed,
+            resolves,
+            tell: Vec::new(),
+            on_commit,
         })
     }
 
@@ -241,6 +264,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 What::Save(save) => self.save(stamp, mailbox, save)?,
                 What::Flags(update) => self.update_flags(mailbox, update)?,
                 What::Expunge(expunge) => self.expunge(mailbox, expunge)?,
+                What::Claim(claim) => self.claim(mailbox, claim)?,
+                What::Nack(nack) => self.nack(mailbox, nack)?,
                 What::Create(create) => self.create(mailbox, create)?,
                 What::Rename(rename) => self.rename(mailbox, rename)?,
                 What::Delete(delete) => self.delete(mailbox, delete)?,
@@ -272,25 +297,32 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         self.write_marks()?;
         let saved = self.storage.commit()?;
-        if let Pending::Saves(wanted) = pending {
-            // Another process may have taken a UID since we looked.
-            let moved = wanted.iter().filter(|uid| **uid != 0 && !saved.contains(uid)).count();
-            for _ in 0..moved {
-                self.note("uid_conflict");
-            }
-            if moved > 0 {
-                self.diverge();
-                self.write_marks()?;
-                self.storage.commit()?;
-            }
-        }
         if let Some(open) = &mut self.open {
             open.uid_next = self.storage.status().uid_next;
+        }
+        if let Pending::Saves(asked) = pending {
+            self.look_where_saved(&asked, &saved)?;
         }
         self.done = self.complete;
         self.seqs = vec![self.current.clone()];
         self.storage.applying(&self.seqs);
-        (self.committed)(self.storage, self.connection, self.done)?;
+        let committed = Committed { done: self.done, tell: std::mem::take(&mut self.tell) };
+        (self.on_commit)(self.storage, self.connection, committed)?;
+        Ok(())
+    }
+
+    /// Tells of messages that have another UID than elsewhere.
+    fn look_where_saved(&mut self, asked: &[Asked], saved: &[u32]) -> Outcome<()> {
+        // Another process may have taken a UID since we looked.
+        if asked.iter().zip(saved).any(|(asked, uid)| asked.uid != 0 && asked.uid != *uid) {
+            self.diverge();
+            self.write_marks()?;
+            self.storage.commit()?;
+        }
+        for (asked, uid) in asked.iter().zip(saved).filter(|(asked, uid)| asked.there != 0 && asked.there != **uid) {
+            self.note("uid_conflict");
+            self.tell_uid(&asked.guid, *uid, There { uid: asked.there, next: 0, raised: 0 }, vec![asked.there], true);
+        }
         Ok(())
     }
 
@@ -310,6 +342,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if let Some(open) = &mut self.open {
             open.diverges = !open.marks.has_diverged();
         }
+    }
+
+    /// Messages of the open mailbox got other UIDs than they had.
+    fn has_diverged(&self) -> bool {
+        self.open.as_ref().is_some_and(|open| open.marks.has_diverged())
     }
 
     /// Whether the current change was applied to the open mailbox before.
@@ -453,6 +490,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             min_uid_next: 0,
             min_highest_modseq: 0,
         });
+        self.finish_what_was_moving()?;
         Ok(true)
     }
 
@@ -466,12 +504,13 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         name::check_message_guid(&save.guid)?;
         self.enter(mailbox, Reason::Save)?;
         if self.is_applied() {
-            return Ok(());
+            // It may not have been said where it stands.
+            return self.tell_if_elsewhere(&save.guid, wanted);
         }
         if let Pending::Changes = self.pending {
             self.flush()?;
         }
-        let Some(uid) = self.place(wanted, &save.guid)? else {
+        let Some(uid) = self.place(mailbox, wanted, &save.guid)? else {
             return Ok(());
         };
         let message = NewMessage {
@@ -504,40 +543,227 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if let Some(open) = &mut self.open {
             open.uid_next = open.uid_next.max(uid.saturating_add(1));
         }
+        let asked = Asked { guid: save.guid.clone(), there: wanted, uid };
         match &mut self.pending {
-            Pending::Saves(uids) => uids.push(uid),
-            pending => *pending = Pending::Saves(vec![uid]),
+            Pending::Saves(all) => all.push(asked),
+            pending => *pending = Pending::Saves(vec![asked]),
         }
         match &self.pending {
-            Pending::Saves(uids) if uids.len() >= SAVES_MAX => self.flush(),
+            Pending::Saves(all) if all.len() >= SAVES_MAX => self.flush(),
             _ => Ok(()),
         }
     }
 
     /// The UID to save the message with, 0 for the next one; None if it was saved already.
-    fn place(&mut self, wanted: u32, guid: &str) -> Outcome<Option<u32>> {
+    fn place(&mut self, mailbox: &proto::Mailbox, wanted: u32, guid: &str) -> Outcome<Option<u32>> {
         let uid_next = self.open.as_ref().map_or(1, |open| open.uid_next);
         if wanted >= uid_next {
             return Ok(Some(wanted));
         }
         // What is pending must be seen.
         self.flush()?;
-        let there = match wanted {
-            0 => None,
-            _ => self.storage.message_guid(wanted)?,
+        if wanted != 0 && self.is_at(wanted, guid)? {
+            return Ok(None);
+        }
+        if !self.has_diverged() && self.storage.was_expunged(wanted, guid)? {
+            return Ok(None);
+        }
+        // It was given another UID. A lower one is another message: copied inside of the mailbox, it has the same GUID.
+        if self.storage.find_messages(guid)?.into_iter().any(|uid| uid > wanted) {
+            self.tell_if_elsewhere(guid, wanted)?;
+            return Ok(None);
+        }
+        if self.storage.was_expunged(wanted, guid)? {
+            return Ok(None);
+        }
+        if wanted == 0 {
+            return Ok(Some(0));
+        }
+        // Given to another message here, or jumped over.
+        self.diverge();
+        Ok(match uid::place(self.here(None), There { uid: wanted, next: mailbox.uid_next, raised: 0 }) {
+            Put::At(uid) => Some(uid),
+            Put::Stay | Put::Next => Some(0),
+        })
+    }
+
+    fn is_at(&mut self, uid: u32, guid: &str) -> Result<bool> {
+        Ok(self.storage.message_guid(uid)?.as_deref() == Some(guid))
+    }
+
+    // ---- UIDs that clash, see merge::uid -------------------------------------------------------------------------------
+
+    fn here(&self, stands: Option<u32>) -> Here {
+        Here { stands, next: self.open.as_ref().map_or(1, |open| open.uid_next), resolves: self.resolves }
+    }
+
+    /// Says to the peers what they must know of a message that is at `stands` here, if something.
+    fn tell_uid(&mut self, guid: &str, stands: u32, there: There, was: Vec<u32>, is_new: bool) {
+        let Some(open) = self.open.as_ref().filter(|open| !open.conflict) else { return };
+        let (There { uid, raised, .. }, next) = (there, open.uid_next);
+        let guid = guid.to_owned();
+        let what = match uid::tell(stands, uid, self.resolves) {
+            Tell::Nothing => return,
+            Tell::Claim => What::Claim(proto::Claim { guid, uid: stands, was, raised: raised + 1 }),
+            Tell::Nack => What::Nack(proto::Nack { guid, uid, stands, next, raised, is_new }),
         };
-        if there.as_deref() == Some(guid) || self.storage.was_expunged(wanted, guid)? {
+        let mailbox = proto::Mailbox {
+            guid: open.mailbox.0.clone(),
+            path: open.mailbox.1.clone(),
+            uid_validity: open.uid_validity,
+            // Not its UIDNEXT: claims on their way would not fit any more.
+            ..Default::default()
+        };
+        self.tell.extend(change::split(vec![what], self.user, &mailbox, 0));
+    }
+
+    /// A message that is somewhere else is above.
+    fn tell_if_elsewhere(&mut self, guid: &str, wanted: u32) -> Outcome<()> {
+        if wanted == 0 || !self.has_diverged() || self.is_at(wanted, guid)? {
+            return Ok(());
+        }
+        if let Some(stands) = self.storage.find_messages(guid)?.into_iter().rfind(|uid| *uid > wanted) {
+            self.tell_uid(guid, stands, There { uid: wanted, next: 0, raised: 0 }, vec![wanted], true);
+        }
+        Ok(())
+    }
+
+    fn claim(&mut self, mailbox: &proto::Mailbox, claim: &proto::Claim) -> Outcome<()> {
+        if claim.uid > UID_MAX {
+            return Err(format!("malformed change: UID {}", claim.uid).into());
+        }
+        if !self.enter_for_claim(mailbox)? {
+            return Ok(());
+        }
+        let there = There { uid: claim.uid, next: 0, raised: claim.raised };
+        let found = self.storage.find_messages(&claim.guid)?;
+        // Of copies inside of the mailbox, the one that is meant.
+        let meant = |uid: &&u32| **uid == claim.uid || claim.was.contains(uid);
+        let Some(stands) = found.iter().rfind(meant).or(found.last()).copied() else {
+            return self.reserve(&claim.guid, &claim.was, there);
+        };
+        let put = uid::place(self.here(Some(stands)), there);
+        self.put(&claim.guid, stands, put, there, claim.was.clone())
+    }
+
+    fn nack(&mut self, mailbox: &proto::Mailbox, nack: &proto::Nack) -> Outcome<()> {
+        if nack.uid > UID_MAX || nack.next > UID_MAX {
+            return Err(format!("malformed change: UID {}, UIDNEXT {}", nack.uid, nack.next).into());
+        }
+        if !self.resolves || !self.enter_for_claim(mailbox)? {
+            return Ok(());
+        }
+        let was_applied = self.is_applied();
+        let there = There { uid: nack.uid, next: nack.next, raised: nack.raised };
+        let was = vec![nack.uid, nack.stands];
+        let found = self.storage.find_messages(&nack.guid)?;
+        let Some(stands) = found.iter().find(|uid| **uid == nack.uid).or(found.last()).copied() else {
+            return self.reserve(&nack.guid, &was, there);
+        };
+        match uid::answer(self.here(Some(stands)), there, nack.is_new || was_applied) {
+            Some(put) => self.put(&nack.guid, stands, put, there, was),
+            None => Ok(()),
+        }
+    }
+
+    /// The message is not here. If it was expunged, its claims do not matter any more.
+    fn reserve(&mut self, guid: &str, was: &[u32], there: There) -> Outcome<()> {
+        for uid in was {
+            if self.storage.was_expunged(*uid, guid)? {
+                return Ok(());
+            }
+        }
+        if let Some(open) = &mut self.open {
+            open.min_uid_next = open.min_uid_next.max(uid::reserve(there));
+        }
+        Ok(())
+    }
+
+    /// Also if it was applied before: what it gave rise to may not have been told.
+    fn enter_for_claim(&mut self, mailbox: &proto::Mailbox) -> Outcome<bool> {
+        if !self.enter(mailbox, Reason::Change)? {
+            self.note("mailbox_missing");
+            return Ok(false);
+        }
+        self.flush()?;
+        Ok(self.open.as_ref().is_some_and(|open| !open.conflict))
+    }
+
+    fn put(&mut self, guid: &str, stands: u32, put: Put, there: There, mut was: Vec<u32>) -> Outcome<()> {
+        was.retain(|uid| *uid != 0);
+        let now = match put {
+            Put::At(uid) if uid != stands => {
+                was.push(stands);
+                match self.renumber(stands, uid)? {
+                    Some(uid) => uid,
+                    None => return Ok(()),
+                }
+            }
+            _ => stands,
+        };
+        was.retain(|uid| *uid != now);
+        was.sort_unstable();
+        was.dedup();
+        self.tell_uid(guid, now, there, was, false);
+        Ok(())
+    }
+
+    /// Gives the message another UID: the one that it got; None if it was expunged meanwhile.
+    fn renumber(&mut self, from: u32, to: u32) -> Outcome<Option<u32>> {
+        if !self.storage.duplicate(from, to)? {
             return Ok(None);
         }
-        if self.storage.find_message(guid)?.is_some() {
-            return Ok(None);
+        self.note("uid_moved");
+        self.diverge();
+        self.note_moving(Some((from, to)))?;
+        self.write_marks()?;
+        let saved = self.storage.commit()?;
+        let Some(uid) = saved.first().copied() else {
+            return Err("a message was saved and got no UID".to_string().into());
+        };
+        if uid != to {
+            self.note_moving(Some((from, uid)))?;
+            self.storage.commit()?;
         }
-        if wanted != 0 {
-            // Given to another message here, or jumped over.
-            self.note(if there.is_some() { "uid_conflict" } else { "uid_late" });
-            self.diverge();
+        Ok(self.finish_moving(from, uid)?.then_some(uid))
+    }
+
+    /// The message is at another UID, too: it goes from the first. False if a client has expunged it meanwhile.
+    fn finish_moving(&mut self, from: u32, to: u32) -> Outcome<bool> {
+        let is_there = self.storage.take_flags(from, to)?;
+        let old = if is_there { from } else { to };
+        self.storage.expunge(old, old)?;
+        self.note_moving(None)?;
+        self.pending = Pending::Changes;
+        self.flush()?;
+        Ok(is_there)
+    }
+
+    /// A worker was killed while it gave a message another UID.
+    fn finish_what_was_moving(&mut self) -> Outcome<()> {
+        let Some((from, to)) = self.open.as_ref().and_then(|open| open.marks.moving()) else { return Ok(()) };
+        let (old, new) = (self.storage.message_guid(from)?, self.storage.message_guid(to)?);
+        match old.is_some() && old == new {
+            true => {
+                self.finish_moving(from, to)?;
+                if let (Some(guid), true) = (new, self.resolves) {
+                    // Perhaps it was not told.
+                    self.tell_uid(&guid, to, There { uid: from, next: 0, raised: 0 }, vec![from], false);
+                }
+                Ok(())
+            }
+            false => {
+                self.note_moving(None)?;
+                self.pending = Pending::Changes;
+                self.flush()
+            }
         }
-        Ok(Some(0))
+    }
+
+    fn note_moving(&mut self, moving: Option<(u32, u32)>) -> Result<()> {
+        let Some(open) = &mut self.open else { return Ok(()) };
+        let (offset, bytes) = open.marks.set_moving(moving);
+        self.storage.write_mark(offset, &bytes)
     }
 
     /// Copies the message inside of the user if it is here. False if it isn't.
@@ -582,7 +808,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// The UIDs here of the messages meant, as ranges.
     fn find(&mut self, messages: &[proto::MessageRange]) -> Outcome<Vec<(u32, u32)>> {
         let mut found = Vec::new();
-        let conflict = self.open.as_ref().is_some_and(|open| open.conflict || open.marks.has_diverged());
+        let moved = self.has_diverged();
+        let conflict = moved || self.open.as_ref().is_some_and(|open| open.conflict);
         for range in messages {
             if range.guid.is_empty() {
                 if conflict {
@@ -595,9 +822,10 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             }
             match self.storage.message_guid(range.first_uid)? {
                 Some(guid) if guid == range.guid => found.push((range.first_uid, range.first_uid)),
-                None if self.storage.was_expunged(range.first_uid, &range.guid)? => {}
+                // If it got another UID, it was expunged from this one.
+                None if !moved && self.storage.was_expunged(range.first_uid, &range.guid)? => {}
                 // It was given another UID here.
-                _ => match self.storage.find_message(&range.guid)? {
+                _ => match self.storage.find_messages(&range.guid)?.last().copied() {
                     Some(uid) => found.push((uid, uid)),
                     None => self.note("messages_unknown"),
                 },
@@ -777,21 +1005,32 @@ mod tests {
         done: u32,
         notes: Vec<String>,
         error: Option<String>,
+        told: Vec<What>,
     }
 
     fn apply(storage: &mut FakeStorage, script: Script, changes: &[proto::Change]) -> Outcome {
+        apply_as(false, storage, script, changes)
+    }
+
+    fn apply_as(resolves: bool, storage: &mut FakeStorage, script: Script, changes: &[proto::Change]) -> Outcome {
         let mut connection = Connection::new(script);
-        let (mut next_body, mut committed) = (0, |_: &mut FakeStorage, _: &mut Connection<Script>, _| Ok(()));
-        let mut apply = Apply::new(storage, &mut connection, "jane", &mut next_body, &mut committed).unwrap();
+        let (mut next_body, mut told) = (0, Vec::new());
+        let mut on_commit = |_: &mut FakeStorage, _: &mut Connection<Script>, committed: Committed| {
+            told.extend(committed.tell);
+            Ok(())
+        };
+        let mut apply = Apply::new(storage, &mut connection, "jane", resolves, &mut next_body, &mut on_commit).unwrap();
         let result = apply.run(changes);
-        let (done, notes) = (apply.done, apply.notes.clone());
+        let (done, notes, rest) = (apply.done, apply.notes.clone(), std::mem::take(&mut apply.tell));
+        told.extend(rest);
         storage.close();
         let error = match result {
             Ok(()) => None,
             Err(Failure::User(reason) | Failure::Never(reason)) => Some(reason),
             Err(Failure::Link(error)) => Some(format!("link: {error}")),
         };
-        Outcome { done, notes, error }
+        let told = told.iter().flat_map(|change| &change.ops).map(|op| op.what.clone().unwrap()).collect();
+        Outcome { done, notes, error, told }
     }
 
     #[test]
@@ -824,10 +1063,86 @@ mod tests {
         let mut storage = FakeStorage::default();
         let outcome =
             apply(&mut storage, Script::default(), &[save(1, 2, "two"), save(2, 1, "one"), expunge(3, 1, "one")]);
-        assert_eq!(outcome.notes, ["uid_late"]);
+        assert_eq!(outcome.notes, ["uid_conflict"]);
         assert_eq!(storage.messages("INBOX"), [(2, "two".to_string())]);
         apply(&mut storage, Script::default(), &[expunge(4, 2, "")]);
         assert_eq!(storage.messages("INBOX"), [(2, "two".to_string())], "a UID alone is not enough");
+    }
+
+    fn claim(seq: u64, guid: &str, uid: u32, was: &[u32]) -> proto::Change {
+        change(seq, What::Claim(proto::Claim { guid: guid.into(), uid, was: was.to_vec(), raised: 1 }))
+    }
+
+    fn nack(seq: u64, guid: &str, uid: u32, stands: u32, next: u32) -> proto::Change {
+        change(seq, What::Nack(proto::Nack { guid: guid.into(), uid, stands, next, ..Default::default() }))
+    }
+
+    fn named(messages: &[(u32, &str)]) -> Vec<(u32, String)> {
+        messages.iter().map(|(uid, guid)| (*uid, guid.to_string())).collect()
+    }
+
+    #[test]
+    fn of_two_messages_with_one_uid_theirs_is_raised_by_the_resolver_and_nacked_by_the_other() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "ours")]);
+        let outcome = apply_as(true, &mut storage, Script::default(), &[save(1, 5, "theirs")]);
+        let raised = proto::Claim { guid: "theirs".into(), uid: 6, was: vec![5], raised: 1 };
+        assert_eq!(outcome.told, [What::Claim(raised)]);
+        assert_eq!(storage.messages("INBOX"), named(&[(5, "ours"), (6, "theirs")]));
+
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "ours")]);
+        let changes = [save(1, 5, "theirs")];
+        let outcome = apply(&mut storage, Script::default(), &changes);
+        let cannot = proto::Nack { guid: "theirs".into(), uid: 5, stands: 6, next: 7, raised: 0, is_new: true };
+        assert_eq!(outcome.told, [What::Nack(cannot.clone())]);
+        // Its worker may have been killed before it could say so.
+        let outcome = apply(&mut storage, Script::default(), &changes);
+        assert_eq!(outcome.told, [What::Nack(cannot)]);
+        assert_eq!(storage.messages("INBOX"), named(&[(5, "ours"), (6, "theirs")]));
+    }
+
+    #[test]
+    fn a_claimed_message_moves_and_a_nacked_one_is_raised_above_both() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "one"), (6, "two")]);
+        let outcome = apply(&mut storage, Script::default(), &[claim(1, "one", 9, &[5])]);
+        assert_eq!((outcome.told, outcome.error), (vec![], None));
+        assert_eq!(storage.messages("INBOX"), named(&[(6, "two"), (9, "one")]));
+
+        let outcome = apply_as(true, &mut storage, Script::default(), &[nack(2, "one", 9, 14, 15)]);
+        let raised = proto::Claim { guid: "one".into(), uid: 15, was: vec![9, 14], raised: 1 };
+        assert_eq!(outcome.told, [What::Claim(raised)]);
+        assert_eq!(storage.messages("INBOX"), named(&[(6, "two"), (15, "one")]));
+        let outcome = apply_as(true, &mut storage, Script::default(), &[nack(3, "one", 9, 14, 15)]);
+        assert_eq!(outcome.told, [], "it was raised since");
+
+        let outcome = apply(&mut storage, Script::default(), &[claim(4, "two", 8, &[6])]);
+        let cannot = proto::Nack { guid: "two".into(), uid: 8, stands: 6, next: 16, raised: 1, is_new: false };
+        assert_eq!(outcome.told, [What::Nack(cannot)]);
+        assert_eq!(storage.messages("INBOX"), named(&[(6, "two"), (15, "one")]));
+    }
+
+    #[test]
+    fn a_message_copied_inside_of_its_mailbox_stays_there_twice() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "ours")]);
+        apply(&mut storage, Script::default(), &[save(1, 2, "one")]);
+        assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (2, "ours"), (3, "one")]));
+        apply(&mut storage, Script::default(), &[claim(2, "one", 7, &[2, 3])]);
+        assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (2, "ours"), (7, "one")]));
+    }
+
+    #[test]
+    fn what_a_killed_worker_was_moving_is_there_once() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "one"), (4, "one")]);
+        storage.open("INBOX", false).unwrap();
+        let (offset, bytes) = Marks::default().set_moving(Some((1, 4)));
+        storage.write_mark(offset, &bytes).unwrap();
+        storage.commit().unwrap();
+        apply(&mut storage, Script::default(), &[claim(1, "one", 4, &[1])]);
+        assert_eq!(storage.messages("INBOX"), named(&[(4, "one")]));
     }
 
     #[test]
@@ -835,7 +1150,7 @@ mod tests {
         let mut storage = FakeStorage::default();
         apply(&mut storage, Script::default(), &[save(1, 2, "two")]);
         let outcome = apply(&mut storage, Script::default(), &[save(2, 1, "one")]);
-        assert_eq!(outcome.notes, ["uid_late"]);
+        assert_eq!(outcome.notes, ["uid_conflict"]);
         assert_eq!(storage.messages("INBOX"), [(2, "two".to_string()), (3, "one".to_string())]);
     }
 

@@ -111,8 +111,8 @@ fn open<S: Storage>(storage: &mut S, request: &proto::BodyRequest) -> Result<boo
         return Ok(true);
     }
     // It may have been given another UID.
-    match storage.find_message(&request.guid)? {
-        Some(uid) => storage.body_open(uid, &request.guid),
+    match storage.find_messages(&request.guid)?.first() {
+        Some(uid) => storage.body_open(*uid, &request.guid),
         None => Ok(false),
     }
 }

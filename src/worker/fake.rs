@@ -154,8 +154,8 @@ impl Storage for FakeStorage {
     fn message_guid(&mut self, uid: u32) -> Result<Option<String>> {
         Ok(self.mailbox().messages.get(&uid).cloned())
     }
-    fn find_message(&mut self, guid: &str) -> Result<Option<u32>> {
-        Ok(self.mailbox().messages.iter().find(|(_, g)| *g == guid).map(|(uid, _)| *uid))
+    fn find_messages(&mut self, guid: &str) -> Result<Vec<u32>> {
+        Ok(self.mailbox().messages.iter().filter(|(_, g)| *g == guid).map(|(uid, _)| *uid).collect())
     }
     fn was_expunged(&mut self, uid: u32, guid: &str) -> Result<bool> {
         Ok(self.mailbox().expunged.contains(&(uid, guid.into())))
@@ -166,6 +166,13 @@ impl Storage for FakeStorage {
     }
     fn copy(&mut self, _message: &NewMessage, _source: &str, _source_uid: u32) -> Result<bool> {
         Ok(false)
+    }
+    fn duplicate(&mut self, uid: u32, new_uid: u32) -> Result<bool> {
+        let guid = self.mailbox().messages.get(&uid).cloned();
+        Ok(guid.map(|guid| self.steps.push(Step::Save(new_uid, guid))).is_some())
+    }
+    fn take_flags(&mut self, from: u32, _to: u32) -> Result<bool> {
+        Ok(self.mailbox().messages.contains_key(&from))
     }
     fn update_flags(&mut self, _first_uid: u32, _last_uid: u32, _update: &proto::FlagUpdate) -> Result<()> {
         Ok(())

@@ -2,7 +2,7 @@
 use std::io::{Read, Write};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::apply::{Apply, Failure};
+use super::apply::{Apply, Committed, Failure};
 use super::body::{self, Link};
 use super::connection::Connection;
 use super::look::{self, Wanted};
@@ -35,6 +35,7 @@ struct Collecting {
     user: String,
     changes: Vec<proto::Change>,
     bytes: usize,
+    resolves: bool,
     error: Option<String>,
 }
 
@@ -93,7 +94,14 @@ impl Jobs {
         let bytes = apply.encoded_len();
         let mut whole = match self.collecting.take() {
             Some(whole) if whole.job == apply.job => whole,
-            _ => Collecting { job: apply.job, user: apply.user.clone(), changes: vec![], bytes: 0, error: None },
+            _ => Collecting {
+                job: apply.job,
+                user: apply.user.clone(),
+                changes: vec![],
+                bytes: 0,
+                resolves: apply.resolves,
+                error: None,
+            },
         };
         whole.bytes += bytes;
         if whole.user != apply.user {
@@ -123,7 +131,7 @@ impl Jobs {
         storage.applying(&[]);
         let result = match whole.error {
             Some(error) => Err(Failure::User(error)),
-            None => self.apply_changes(storage, connection, &whole.user, &whole.changes, &mut answer),
+            None => self.apply_changes(storage, connection, &whole, &mut answer),
         };
         storage.close_user();
         storage.unlock_user();
@@ -140,10 +148,10 @@ impl Jobs {
         &mut self,
         storage: &mut S,
         connection: &mut Connection<C>,
-        user: &str,
-        changes: &[proto::Change],
+        whole: &Collecting,
         answer: &mut proto::Applied,
     ) -> Result<(), Failure> {
+        let Collecting { user, changes, resolves, .. } = whole;
         if !storage.lock_user(user)? {
             // Left behind by a relay that was killed: both would save the same mail.
             return Err("another worker still applies changes of this user".to_string().into());
@@ -154,7 +162,10 @@ impl Jobs {
         let job = answer.job;
         let mut reported = Instant::now();
         let mut unreported = Vec::new();
-        let mut committed = |storage: &mut S, connection: &mut Connection<C>, done: u32| {
+        let mut before = 0;
+        let mut on_commit = |storage: &mut S, connection: &mut Connection<C>, committed: Committed| {
+            let Committed { done, tell } = committed;
+            send_tell(connection, job, std::mem::replace(&mut before, done), tell)?;
             unreported.extend(storage.take_spans());
             if unreported.len() < SPANS_MAX && reported.elapsed() < SPANS_DELAY_MAX {
                 return Ok(());
@@ -163,14 +174,30 @@ impl Jobs {
             let spans = std::mem::take(&mut unreported);
             send_spans(connection, proto::Applied { job, done, more: true, spans, ..Default::default() }).map(drop)
         };
-        let mut apply = Apply::new(storage, connection, user, &mut self.next_body, &mut committed)?;
+        let mut apply = Apply::new(storage, connection, user, *resolves, &mut self.next_body, &mut on_commit)?;
         let result = apply.run(changes);
         answer.done = apply.done;
         answer.notes = std::mem::take(&mut apply.notes);
         answer.doubts = std::mem::take(&mut apply.doubts);
+        let tell = std::mem::take(&mut apply.tell);
+        send_tell(connection, job, before, tell).map_err(Failure::Link)?;
         answer.spans = unreported;
         result
     }
+}
+
+/// What the peers must be told is said before `done` counts what gave rise to it.
+fn send_tell<C: Read + Write>(
+    connection: &mut Connection<C>,
+    job: u64,
+    done: u32,
+    tell: Vec<proto::Change>,
+) -> Link<()> {
+    for change in tell {
+        let applied = proto::Applied { job, done, more: true, changes: vec![change], ..Default::default() };
+        connection.send(Kind::Applied(applied))?;
+    }
+    Ok(())
 }
 
 fn now_secs() -> i64 {
@@ -230,7 +257,7 @@ mod tests {
         let mut storage = FakeStorage::default();
         storage.is_locked = true;
         let mut connection = Connection::new(Script::default());
-        let whole = Collecting { job: 1, user: "jane".into(), changes: vec![], bytes: 0, error: None };
+        let whole = Collecting { job: 1, user: "jane".into(), changes: vec![], bytes: 0, resolves: false, error: None };
         let answer = Jobs::default().apply(&mut storage, &mut connection, whole).unwrap();
         assert_eq!(answer.done, 0);
         assert!(answer.error.contains("another worker"), "{}", answer.error);

@@ -15,7 +15,11 @@ const MAGIC: [u8; 4] = *b"Dvtl";
 /// Magic, hash of the origin's name, epoch, seq; the header has magic and flags.
 const ENTRY_BYTES: usize = 24;
 const HEADER_BYTES: usize = 8;
-const ENTRIES: usize = (MARK_BYTES - HEADER_BYTES) / ENTRY_BYTES;
+/// Behind the entries is one for a message that is being moved to another UID.
+const ENTRIES: usize = (MARK_BYTES - HEADER_BYTES) / ENTRY_BYTES - 1;
+const MOVE_AT: usize = HEADER_BYTES + ENTRIES * ENTRY_BYTES;
+/// Begins it. Magic, the UID that it had, the one that it gets.
+const MOVE_MAGIC: [u8; 4] = *b"Dvmv";
 /// A message here has another UID than where it came from: UIDs alone do not name messages.
 const DIVERGED: u32 = 1;
 
@@ -26,6 +30,7 @@ pub type Write = (usize, Vec<u8>);
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Marks {
     diverged: bool,
+    moving: Option<(u32, u32)>,
     entries: [Option<Entry>; ENTRIES],
 }
 
@@ -41,6 +46,9 @@ impl Marks {
         let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
         let mut marks = Marks { diverged: bytes[..4] == MAGIC && word(4) & DIVERGED != 0, ..Default::default() };
+        if bytes[MOVE_AT..MOVE_AT + 4] == MOVE_MAGIC && word(MOVE_AT + 4) != 0 {
+            marks.moving = Some((word(MOVE_AT + 4), word(MOVE_AT + 8)));
+        }
         for (n, entry) in marks.entries.iter_mut().enumerate() {
             let at = HEADER_BYTES + n * ENTRY_BYTES;
             if bytes[at..at + 4] == MAGIC {
@@ -52,11 +60,23 @@ impl Marks {
 
     /// Whether bytes that a commit wrote to our header are ours.
     pub fn is_ours(written: &[u8]) -> bool {
-        written.starts_with(&MAGIC)
+        written.starts_with(&MAGIC) || written.starts_with(&MOVE_MAGIC)
     }
 
     pub fn has_diverged(&self) -> bool {
         self.diverged
+    }
+
+    /// The message that was at the first UID is also at the second one, and is to go from the first.
+    pub fn moving(&self) -> Option<(u32, u32)> {
+        self.moving
+    }
+
+    /// Written with the message's second copy; and None with the expunge of the first.
+    pub fn set_moving(&mut self, moving: Option<(u32, u32)>) -> Write {
+        self.moving = moving;
+        let (from, to) = moving.unwrap_or_default();
+        (MOVE_AT, [MOVE_MAGIC, from.to_le_bytes(), to.to_le_bytes()].concat())
     }
 
     /// Whether this change was applied to the mailbox.
@@ -120,6 +140,10 @@ mod tests {
         write(&mut bytes, marks.set(&change("a", 9, 6)));
         assert!(!marks.has_diverged());
         write(&mut bytes, marks.diverge());
+        write(&mut bytes, marks.set_moving(Some((3, 9))));
+        assert_eq!(Marks::parse(&bytes), marks);
+        assert_eq!(marks.moving(), Some((3, 9)));
+        write(&mut bytes, marks.set_moving(None));
         assert_eq!(Marks::parse(&bytes), marks);
         assert!(marks.has_diverged());
         for (origin, epoch, seq, has) in [("a", 9, 6, true), ("a", 9, 7, false), ("a", 8, 1, false), ("c", 9, 1, false)]

@@ -131,14 +131,19 @@ pub trait Storage {
     /// Of all messages, in order.
     fn uids(&mut self) -> Result<Vec<u32>>;
     fn message_guid(&mut self, uid: u32) -> Result<Option<String>>;
-    /// Looks at every message.
-    fn find_message(&mut self, guid: &str) -> Result<Option<u32>>;
+    /// UIDs of the messages with this GUID, rising; more than one if it was copied inside of the mailbox. Looks at every
+    /// message.
+    fn find_messages(&mut self, guid: &str) -> Result<Vec<u32>>;
     /// Whether the mailbox's log knows that the message was expunged here.
     fn was_expunged(&mut self, uid: u32, guid: &str) -> Result<bool>;
 
     fn save(&mut self, message: &NewMessage, body: Body) -> Result<()>;
     /// Saves a copy of the message with this GUID in another (or the same) mailbox of the user. False if it isn't there.
     fn copy(&mut self, message: &NewMessage, source: &str, source_uid: u32) -> Result<bool>;
+    /// Saves the open mailbox's own message once more, as it is, at another UID. False if it isn't there.
+    fn duplicate(&mut self, uid: u32, new_uid: u32) -> Result<bool>;
+    /// The message at `to`, a copy, gets the flags that the one at `from` has now. False if that isn't there any more.
+    fn take_flags(&mut self, from: u32, to: u32) -> Result<bool>;
     /// Missing UIDs are fine.
     fn update_flags(&mut self, first_uid: u32, last_uid: u32, update: &proto::FlagUpdate) -> Result<()>;
     /// Missing UIDs are fine.

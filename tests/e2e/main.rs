@@ -15,6 +15,7 @@ mod flags;
 mod heal;
 mod killed;
 mod mailboxes;
+mod merge;
 mod plain;
 mod status;
 mod trouble;

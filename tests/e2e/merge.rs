@@ -1,0 +1,73 @@
+//! Two servers that are written to at the same time.
+
+use std::collections::BTreeSet;
+
+use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
+use crate::scene::{mail, stories, Scene, SOON};
+
+/// Every mail is there once, on both servers, at UIDs that no other ever had.
+fn assert_each_once(t: &Scene, snapshot: &Snapshot, count: usize) {
+    assert_eq!(snapshot.messages("INBOX").len(), count);
+    let guids: BTreeSet<_> = snapshot.messages("INBOX").iter().map(|message| message.guid.clone()).collect();
+    assert_eq!(guids.len(), count, "{}: a mail is there twice", t.user);
+}
+
+fn deliver(server: &Server, user: &str, subjects: impl Iterator<Item = usize>) {
+    let mut lmtp = server.lmtp();
+    for n in subjects {
+        lmtp.deliver(&[user], &mail(&format!("{} {n}", server.name())));
+    }
+}
+
+stories! {
+    fn mails_that_come_to_both_at_once_are_on_both_with_one_uid_each(t) {
+        t.here().deliver(&t.user, &mail("first"));
+        t.settled();
+        std::thread::scope(|scope| {
+            for server in [t.here(), t.there()] {
+                scope.spawn(|| deliver(server, &t.user, 0..25));
+            }
+        });
+        assert_each_once(t, &t.settled(), 51);
+    }
+}
+
+/// A pair whose relays are connected over lines.
+fn pair_over_lines(format_a: Format, format_b: Format, user: &str) -> Scene {
+    let setups = vec![Setup::new("a", format_a).over_a_line(), Setup::new("b", format_b).over_a_line()];
+    Scene::on(Cluster::start(setups), user)
+}
+
+fn both_accept_mail_while_they_are_cut(format_a: Format, format_b: Format, user: &str) {
+    let t = pair_over_lines(format_a, format_b, user);
+    t.expects_in_log("dovetail");
+    t.a().deliver(&t.user, &mail("before"));
+    t.settled();
+    t.lines.iter().for_each(|line| line.hang(true));
+    for server in [t.a(), t.b()] {
+        deliver(server, &t.user, 0..10);
+        server.imap(&t.user).select("INBOX").ok("STORE 3 +FLAGS (\\Flagged)");
+    }
+    // Each says to the other what it has when the line is back.
+    t.lines.iter().for_each(|line| line.hang(false));
+    let snapshot = t.settled();
+    assert_each_once(&t, &snapshot, 21);
+    let flagged = snapshot.messages("INBOX").iter().filter(|m| m.flags.contains(&"\\Flagged".to_owned())).count();
+    assert_eq!(flagged, 2);
+    wait_until(SOON, "nothing is pending", || t.servers().iter().all(Server::has_nothing_pending));
+}
+
+#[test]
+fn both_accept_mail_while_they_are_cut_sdbox() {
+    both_accept_mail_while_they_are_cut(Format::Sdbox, Format::Sdbox, "story-cut-sdbox");
+}
+
+#[test]
+fn both_accept_mail_while_they_are_cut_mdbox() {
+    both_accept_mail_while_they_are_cut(Format::Mdbox, Format::Mdbox, "story-cut-mdbox");
+}
+
+#[test]
+fn both_accept_mail_while_they_are_cut_maildir() {
+    both_accept_mail_while_they_are_cut(Format::Maildir, Format::Maildir, "story-cut-maildir");
+}
