@@ -173,6 +173,35 @@ struct dt_span {
 typedef const char *(*DtGuidOf)(const uint8_t *mailbox_guid, uint32_t uid);
 
 /*
+ What a client did to messages, perhaps at UIDs that they do not have any more.
+ */
+struct dt_stale {
+  uint32_t first_uid;
+  uint32_t last_uid;
+  /*
+   Otherwise flags and keywords were changed.
+   */
+  bool expunge;
+  uint32_t add;
+  uint32_t remove;
+  /*
+   NULL-terminated.
+   */
+  const char *const *add_keywords;
+  const char *const *remove_keywords;
+};
+
+/*
+ Does it to the message where it is now, see follow.h.
+ */
+typedef const char *(*DtFollow)(const uint8_t *mailbox_guid, const struct dt_stale *stale);
+
+/*
+ A message was moved from a UID to another.
+ */
+typedef void (*DtMove)(uint32_t from, uint32_t to, void *context);
+
+/*
  A row of `doveadm dovetail status`.
  */
 struct dt_status_row {
@@ -360,6 +389,18 @@ bool dt_rs_is_full(void);
  waits: dbox may have to open a file for each.
  */
 void dt_rs_name(DtGuidOf guid_of);
+
+/*
+ Calls `follow` with what clients did to messages that were there before; see follow.h.
+ */
+void dt_rs_follow(DtFollow follow);
+
+/*
+ Calls `each` with the moves that the index's log, and the one before it, tell of: from which UID to which.
+ */
+void dt_rs_moves(const char *path,
+                 DtMove each,
+                 void *context);
 
 /*
  The client has its answer: what could wait until then is sent.

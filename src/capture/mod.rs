@@ -9,7 +9,7 @@ mod records;
 pub mod transaction;
 
 pub use link::{Link, LinkConfig};
-pub use transaction::{mailbox_change, Saved, Transaction};
+pub use transaction::{mailbox_change, Done, Saved, Transaction};
 
 use crate::wire::proto;
 use records::Records;
@@ -108,6 +108,15 @@ impl Notes {
         for note in &mut self.0 {
             if let Note::Commit(place, transaction, _) = note {
                 transaction.name(|uid| guid_of(&place.guid, uid));
+            }
+        }
+    }
+
+    /// See [`Transaction::follow`].
+    pub fn follow(&mut self, mut follow: impl FnMut(&Guid, &proto::MessageRange, Done) -> Option<String>) {
+        for note in &mut self.0 {
+            if let Note::Commit(place, transaction, _) = note {
+                transaction.follow(|range, done| follow(&place.guid, range, done));
             }
         }
     }

@@ -121,6 +121,17 @@ impl Transaction {
         }
     }
 
+    /// Calls `follow` with what is done to which messages that were there before. It returns the message's GUID if its UID
+    /// names it no more; None otherwise.
+    pub fn follow(&mut self, mut follow: impl FnMut(&proto::MessageRange, Done) -> Option<String>) {
+        for update in &mut self.flags {
+            let mut messages = std::mem::take(&mut update.messages);
+            name_moved(&mut messages, |range| follow(range, Done::Flags(update)));
+            update.messages = messages;
+        }
+        name_moved(&mut self.expunges, |range| follow(range, Done::Expunge));
+    }
+
     /// One message was expunged.
     pub fn expunge(&mut self, uid: u32, guid: Option<String>) {
         if self.take(guid.as_ref().map_or(0, String::len) + RANGE_BYTES) {
@@ -178,6 +189,22 @@ pub fn mailbox_change(user: &str, mailbox: proto::Mailbox, what: proto::op::What
         mailbox: Some(mailbox),
         ops: vec![proto::Op { what: Some(what) }],
         spans: Vec::new(),
+    }
+}
+
+/// What is done to messages, see [`Transaction::follow`].
+#[derive(Clone, Copy, Debug)]
+pub enum Done<'a> {
+    Flags(&'a proto::FlagUpdate),
+    Expunge,
+}
+
+fn name_moved(messages: &mut [proto::MessageRange], mut follow: impl FnMut(&proto::MessageRange) -> Option<String>) {
+    for range in messages {
+        match follow(range) {
+            Some(guid) if range.guid.is_empty() && range.first_uid == range.last_uid => range.guid = guid,
+            _ => {}
+        }
     }
 }
 

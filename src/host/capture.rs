@@ -1,11 +1,14 @@
 //! The entries from src/shim/capture.c: C structs become records of the protocol.
 
 use super::settings::{read, text};
+use super::worker::{read_bounded, StringList};
 use super::{ffi, guard::guard};
-use crate::capture::{mailbox_change, Capture, Commit, LinkConfig, Place, Saved, Transaction};
+use crate::capture::{mailbox_change, Capture, Commit, Done, LinkConfig, Place, Saved, Transaction};
 use crate::wire::proto;
+use crate::worker::mark::moves;
 use std::cell::RefCell;
 use std::ffi::{c_char, c_int, c_void, CStr};
+use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -312,6 +315,12 @@ extern "C" fn dt_rs_is_full() -> bool {
 /// GUID of a message in an open mailbox, or NULL; valid until the next call.
 pub type DtGuidOf = extern "C" fn(mailbox_guid: *const u8, uid: u32) -> *const c_char;
 
+/// Does it to the message where it is now, see follow.h.
+pub type DtFollow = extern "C" fn(mailbox_guid: *const u8, stale: *const ffi::DtStale) -> *const c_char;
+
+/// A message was moved from a UID to another.
+pub type DtMove = extern "C" fn(from: u32, to: u32, context: *mut c_void);
+
 /// Asks for the GUIDs of messages whose flags were changed, before it is told. They are not looked up while the client
 /// waits: dbox may have to open a file for each.
 #[no_mangle]
@@ -321,6 +330,46 @@ extern "C" fn dt_rs_name(guid_of: DtGuidOf) {
         // Dovecot may commit meanwhile, which is noted as well.
         notes.name(|mailbox, uid| optional_text(guid_of(mailbox.as_ptr(), uid)));
         with_process(|process| process.capture.give_back(notes));
+    });
+}
+
+/// Calls `follow` with what clients did to messages that were there before; see follow.h.
+#[no_mangle]
+extern "C" fn dt_rs_follow(follow: DtFollow) {
+    guard("follow", (), || {
+        let Some(mut notes) = with_process(|process| process.capture.take_notes()) else { return };
+        notes.follow(|mailbox, range, done| {
+            let none = proto::FlagUpdate::default();
+            let update = match done {
+                Done::Flags(update) => update,
+                Done::Expunge => &none,
+            };
+            let add_keywords = StringList::new(&update.add_keywords).ok()?;
+            let remove_keywords = StringList::new(&update.remove_keywords).ok()?;
+            let stale = ffi::DtStale {
+                first_uid: range.first_uid,
+                last_uid: range.last_uid,
+                expunge: matches!(done, Done::Expunge),
+                add: update.add,
+                remove: update.remove,
+                add_keywords: add_keywords.as_ptr(),
+                remove_keywords: remove_keywords.as_ptr(),
+            };
+            optional_text(follow(mailbox.as_ptr(), &raw const stale))
+        });
+        with_process(|process| process.capture.give_back(notes));
+    });
+}
+
+/// Calls `each` with the moves that the index's log, and the one before it, tell of: from which UID to which.
+#[no_mangle]
+extern "C" fn dt_rs_moves(path: *const c_char, each: DtMove, context: *mut c_void) {
+    guard("moves", (), || {
+        let path = text(path);
+        for path in [format!("{path}.2"), path] {
+            let Ok(log) = read_bounded(Path::new(&path)) else { continue };
+            moves(&log).into_iter().for_each(|(from, to)| each(from, to, context));
+        }
     });
 }
 

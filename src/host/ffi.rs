@@ -53,6 +53,20 @@ pub struct DtSaved {
     pub guid: *const c_char,
 }
 
+/// What a client did to messages, perhaps at UIDs that they do not have any more.
+#[repr(C)]
+pub struct DtStale {
+    pub first_uid: u32,
+    pub last_uid: u32,
+    /// Otherwise flags and keywords were changed.
+    pub expunge: bool,
+    pub add: u32,
+    pub remove: u32,
+    /// NULL-terminated.
+    pub add_keywords: *const *const c_char,
+    pub remove_keywords: *const *const c_char,
+}
+
 /// What a commit wrote to the transaction log of a mailbox's index.
 #[repr(C)]
 pub struct DtSpan {

@@ -140,7 +140,6 @@ extern "C" {
     fn dt_worker_save(save: *const DtWorkerSave, data: *const u8, size: usize, fd: c_int) -> c_int;
     fn dt_worker_copy(save: *const DtWorkerSave, source: *const c_char, source_uid: u32) -> c_int;
     fn dt_worker_duplicate(uid: u32, new_uid: u32) -> c_int;
-    fn dt_worker_take_flags(from: u32, to: u32) -> c_int;
     fn dt_worker_update_flags(first_uid: u32, last_uid: u32, flags: *const DtWorkerFlags) -> c_int;
     fn dt_worker_expunge(first_uid: u32, last_uid: u32) -> c_int;
     fn dt_worker_commit(saved: extern "C" fn(u32, u32, *mut c_void), context: *mut c_void) -> c_int;
@@ -337,20 +336,20 @@ fn c_string(text: &str) -> Result<CString> {
 }
 
 /// A NULL-terminated list of strings.
-struct StringList {
+pub(super) struct StringList {
     _strings: Vec<CString>,
     pointers: Vec<*const c_char>,
 }
 
 impl StringList {
-    fn new(texts: &[String]) -> Result<StringList> {
+    pub(super) fn new(texts: &[String]) -> Result<StringList> {
         let strings = texts.iter().map(|t| c_string(t)).collect::<Result<Vec<_>>>()?;
         let mut pointers: Vec<_> = strings.iter().map(|s| s.as_ptr()).collect();
         pointers.push(std::ptr::null());
         Ok(StringList { _strings: strings, pointers })
     }
 
-    fn as_ptr(&self) -> *const *const c_char {
+    pub(super) fn as_ptr(&self) -> *const *const c_char {
         self.pointers.as_ptr()
     }
 }
@@ -396,7 +395,7 @@ extern "C" fn collect_listed(listed: *const DtListed, context: *mut c_void) {
 /// Logs are rotated long before they are that long.
 const LOG_BYTES_MAX: u64 = 256 << 20;
 
-fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
+pub(super) fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
     use std::io::Read;
     let mut bytes = Vec::new();
     File::open(path)?.take(LOG_BYTES_MAX).read_to_end(&mut bytes)?;
@@ -645,12 +644,6 @@ impl Storage for DovecotStorage {
         self.need_mailbox()?;
         // SAFETY: a mailbox is open.
         check(unsafe { dt_worker_duplicate(uid, new_uid) })
-    }
-
-    fn take_flags(&mut self, from: u32, to: u32) -> Result<bool> {
-        self.need_mailbox()?;
-        // SAFETY: a mailbox is open.
-        check(unsafe { dt_worker_take_flags(from, to) })
     }
 
     fn update_flags(&mut self, first_uid: u32, last_uid: u32, update: &proto::FlagUpdate) -> Result<()> {

@@ -27,6 +27,7 @@
 #include "time-util.h"
 #include "inbox.h"
 #include "mark.h"
+#include "follow.h"
 #include "service.h"
 #include "spans.h"
 #include "shim.h"
@@ -133,6 +134,8 @@ static void capture_name_all(void)
 	T_BEGIN {
 		dt_rs_name(capture_name);
 		capture_naming_end();
+		dt_rs_follow(dt_follow);
+		dt_follow_end();
 	} T_END;
 }
 
@@ -819,11 +822,15 @@ static void capture_mail_user_created(struct mail_user *user)
 
 /* ---- spans ---- */
 
-static void capture_span(const struct dt_span *span)
+static void capture_span(const struct dt_span *_span)
 {
-	dt_rs_span(span);
+	struct dt_span span = *_span;
+
+	if (dt_follow_is_writing())
+		span.touched = 0;
+	dt_rs_span(&span);
 	/* Inside of a commit no mail can be named; what the naming itself writes is not to overtake what is being named. */
-	if (capture_may_wait() || capture_naming_box != NULL)
+	if (capture_may_wait() || capture_naming_box != NULL || dt_follow_is_writing())
 		capture_flush_soon();
 	else
 		dt_rs_flush();

@@ -842,34 +842,6 @@ int dt_worker_copy(const struct dt_worker_save *save, const char *source_vname,
 	return ret;
 }
 
-int dt_worker_take_flags(uint32_t from, uint32_t to)
-{
-	struct mail_keywords *keywords;
-	struct mail *mail;
-	enum mail_flags flags;
-	int ret = 0;
-
-	dt_worker_begin(FALSE);
-	T_BEGIN {
-		mail = mail_alloc(w.trans, 0, NULL);
-		if (mail_set_uid(mail, from) && !mail->expunged) {
-			ret = 1;
-			flags = mail_get_flags(mail) & MAIL_FLAGS_NONRECENT;
-			if (!mail_set_uid(w.mail, to)) {
-				/* expunged already */
-			} else {
-				if ((mail_get_flags(w.mail) & MAIL_FLAGS_NONRECENT) != flags)
-					mail_update_flags(w.mail, MODIFY_REPLACE, flags);
-				keywords = mailbox_keywords_create_valid(w.box, mail_get_keywords(mail));
-				mail_update_keywords(w.mail, MODIFY_REPLACE, keywords);
-				mailbox_keywords_unref(&keywords);
-			}
-		}
-		mail_free(&mail);
-	} T_END;
-	return ret;
-}
-
 int dt_worker_update_flags(uint32_t first_uid, uint32_t last_uid,
 			   const struct dt_worker_flags *flags)
 {

@@ -106,8 +106,6 @@ int dt_worker_copy(const struct dt_worker_save *save, const char *source_vname,
 		   uint32_t source_uid);
 /* Saves the open mailbox's own message once more, as it is, at another UID. 1 = done, 0 = it isn't there */
 int dt_worker_duplicate(uint32_t uid, uint32_t new_uid);
-/* The message at `to`, a copy, gets the flags that the one at `from` has now. 1 = done, 0 = that isn't there any more */
-int dt_worker_take_flags(uint32_t from, uint32_t to);
 /* 1 = done, also if there are no such messages */
 int dt_worker_update_flags(uint32_t first_uid, uint32_t last_uid,
 			   const struct dt_worker_flags *flags);

@@ -7,10 +7,11 @@ use std::io::{Read, Write};
 
 use super::body::{self, Fetched};
 use super::connection::Connection;
-use super::mark::Marks;
+use super::mark::{self, Marks};
 use super::name;
 use super::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Storage, Update};
 use crate::change;
+use crate::indexlog::Delta;
 use crate::merge::uid::{self, Here, Put, Tell, There};
 use crate::wire::proto::{self, op::What};
 
@@ -456,33 +457,35 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     fn entered(&mut self, mailbox: &proto::Mailbox, reason: Reason) -> Outcome<bool> {
         let guid = guid_of(mailbox)?;
         let mut status = self.storage.status();
-        // Two that were born empty on both sides: the higher one, or each would take the other's. It belongs to the GUID.
         let same = guid == NO_GUID || status.guid == guid;
-        let theirs_wins = reason != Reason::Create || (same && mailbox.uid_validity > status.uid_validity);
-        if mailbox.uid_validity != 0
-            && status.uid_validity != mailbox.uid_validity
-            && status.messages == 0
-            && theirs_wins
-        {
+        let is_higher = mailbox.uid_validity > status.uid_validity;
+        // Two that were born empty on both sides: the higher one, or each would take the other's. It belongs to the GUID.
+        let theirs_wins = match status.messages {
+            0 => reason != Reason::Create || (same && is_higher),
+            // Both have messages: the higher one again. Our clients have to read the mailbox anew.
+            _ => reason != Reason::Create && same && is_higher,
+        };
+        let differed = mailbox.uid_validity != 0 && status.uid_validity != mailbox.uid_validity;
+        if differed && theirs_wins {
+            if status.messages > 0 {
+                self.note("uidvalidity_adopted");
+            }
             self.storage.update(&Update { uid_validity: mailbox.uid_validity, ..Update::default() })?;
             status = self.storage.status();
         }
-        let mut conflict = false;
-        if guid != NO_GUID && status.guid != guid {
-            conflict = true;
+        let conflict = !same;
+        if conflict {
             self.note("guid_conflict");
         }
-        let other_validity = mailbox.uid_validity != 0 && status.uid_validity != mailbox.uid_validity;
-        if other_validity && theirs_wins {
-            conflict = true;
-            self.note("uidvalidity_conflict");
-        }
+        let differs = mailbox.uid_validity != 0 && status.uid_validity != mailbox.uid_validity;
+        // Theirs were given in another mailbox's place, whichever of the two it was.
+        let diverges = differed && reason != Reason::Create && status.messages > 0;
         self.open = Some(Open {
             mailbox: (mailbox.guid.clone(), mailbox.path.clone()),
             uid_validity: mailbox.uid_validity,
             uid_next: status.uid_next,
             reason,
-            differs: conflict || other_validity,
+            differs: conflict || differs,
             conflict,
             marks: Marks::parse(&self.storage.mark()?),
             complete: None,
@@ -490,6 +493,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             min_uid_next: 0,
             min_highest_modseq: 0,
         });
+        if diverges && !self.has_diverged() {
+            self.diverge();
+            self.pending = Pending::Changes;
+            self.flush()?;
+        }
         self.finish_what_was_moving()?;
         Ok(true)
     }
@@ -599,18 +607,22 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
 
     /// Says to the peers what they must know of a message that is at `stands` here, if something.
     fn tell_uid(&mut self, guid: &str, stands: u32, there: There, was: Vec<u32>, is_new: bool) {
-        let Some(open) = self.open.as_ref().filter(|open| !open.conflict) else { return };
-        let (There { uid, raised, .. }, next) = (there, open.uid_next);
+        let next = self.here(None).next;
+        let There { uid, raised, .. } = there;
         let guid = guid.to_owned();
-        let what = match uid::tell(stands, uid, self.resolves) {
+        self.tell_op(match uid::tell(stands, uid, self.resolves) {
             Tell::Nothing => return,
             Tell::Claim => What::Claim(proto::Claim { guid, uid: stands, was, raised: raised + 1 }),
             Tell::Nack => What::Nack(proto::Nack { guid, uid, stands, next, raised, is_new }),
-        };
+        });
+    }
+
+    fn tell_op(&mut self, what: What) {
+        let Some(open) = self.open.as_ref().filter(|open| !open.conflict) else { return };
         let mailbox = proto::Mailbox {
             guid: open.mailbox.0.clone(),
             path: open.mailbox.1.clone(),
-            uid_validity: open.uid_validity,
+            uid_validity: self.storage.status().uid_validity,
             // Not its UIDNEXT: claims on their way would not fit any more.
             ..Default::default()
         };
@@ -694,7 +706,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         let now = match put {
             Put::At(uid) if uid != stands => {
                 was.push(stands);
-                match self.renumber(stands, uid)? {
+                match self.renumber(guid, stands, uid)? {
                     Some(uid) => uid,
                     None => return Ok(()),
                 }
@@ -709,7 +721,10 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     }
 
     /// Gives the message another UID: the one that it got; None if it was expunged meanwhile.
-    fn renumber(&mut self, from: u32, to: u32) -> Outcome<Option<u32>> {
+    fn renumber(&mut self, guid: &str, from: u32, to: u32) -> Outcome<Option<u32>> {
+        let begin = mark::end(&self.storage.log_files()?);
+        // Whatever others do to it is in what is copied, or behind this place.
+        self.storage.sync()?;
         if !self.storage.duplicate(from, to)? {
             return Ok(None);
         }
@@ -725,17 +740,48 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             self.note_moving(Some((from, uid)))?;
             self.storage.commit()?;
         }
-        Ok(self.finish_moving(from, uid)?.then_some(uid))
+        self.finish_moving(from)?;
+        if self.redo_since(begin, from, uid)? {
+            return Ok(Some(uid));
+        }
+        // Their process may not find out any more which message it was.
+        let messages = vec![proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.to_owned() }];
+        self.tell_op(What::Expunge(proto::Expunge { messages }));
+        Ok(None)
     }
 
-    /// The message is at another UID, too: it goes from the first. False if a client has expunged it meanwhile.
-    fn finish_moving(&mut self, from: u32, to: u32) -> Outcome<bool> {
-        let is_there = self.storage.take_flags(from, to)?;
-        let old = if is_there { from } else { to };
-        self.storage.expunge(old, old)?;
+    /// The message is at another UID, too: it goes from this one.
+    fn finish_moving(&mut self, from: u32) -> Outcome<()> {
+        self.storage.expunge(from, from)?;
         self.note_moving(None)?;
         self.pending = Pending::Changes;
-        self.flush()?;
+        self.flush()
+    }
+
+    /// What clients did to the message while it moved. (What they do later, they find out themselves: see follow.h.) False if
+    /// they have expunged it.
+    fn redo_since(&mut self, begin: mark::Place, from: u32, to: u32) -> Outcome<bool> {
+        let mut is_there = true;
+        for delta in mark::done_since(&self.storage.log_files()?, begin, from) {
+            let none = proto::FlagUpdate::default();
+            let update = match delta {
+                Delta::Flags { add, remove, .. } => {
+                    proto::FlagUpdate { add: add.into(), remove: remove.into(), ..none }
+                }
+                Delta::Keywords { add: true, name, .. } => proto::FlagUpdate { add_keywords: vec![name], ..none },
+                Delta::Keywords { name, .. } => proto::FlagUpdate { remove_keywords: vec![name], ..none },
+                _ => {
+                    is_there = false;
+                    none
+                }
+            };
+            match is_there {
+                true => self.storage.update_flags(to, to, &update)?,
+                false => self.storage.expunge(to, to)?,
+            }
+            self.pending = Pending::Changes;
+            self.flush()?;
+        }
         Ok(is_there)
     }
 
@@ -745,7 +791,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         let (old, new) = (self.storage.message_guid(from)?, self.storage.message_guid(to)?);
         match old.is_some() && old == new {
             true => {
-                self.finish_moving(from, to)?;
+                self.finish_moving(from)?;
                 if let (Some(guid), true) = (new, self.resolves) {
                     // Perhaps it was not told.
                     self.tell_uid(&guid, to, There { uid: from, next: 0, raised: 0 }, vec![from], false);

@@ -171,9 +171,6 @@ impl Storage for FakeStorage {
         let guid = self.mailbox().messages.get(&uid).cloned();
         Ok(guid.map(|guid| self.steps.push(Step::Save(new_uid, guid))).is_some())
     }
-    fn take_flags(&mut self, from: u32, _to: u32) -> Result<bool> {
-        Ok(self.mailbox().messages.contains_key(&from))
-    }
     fn update_flags(&mut self, _first_uid: u32, _last_uid: u32, _update: &proto::FlagUpdate) -> Result<()> {
         Ok(())
     }

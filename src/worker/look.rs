@@ -10,7 +10,7 @@ use std::io::{Read, Write};
 use super::apply::locate;
 use super::body::Link;
 use super::connection::Connection;
-use super::mark::Marks;
+use super::mark::{is_ours, Marks};
 use super::name;
 use super::storage::{Guid, Listed, Namespace, Result, Storage};
 use crate::change;
@@ -264,7 +264,8 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) 
         _ => Mailbox { uid_next: uid_next(&read.deltas), ..named },
     };
     let mailbox = Mailbox { uid_validity: status.uid_validity, ..mailbox };
-    let (mut of_messages, expunges) = operations(storage, read.deltas)?;
+    let diverged = Marks::parse(&storage.mark()?).has_diverged();
+    let (mut of_messages, expunges) = operations(storage, read.deltas, diverged)?;
     match rebuilt {
         Some(rebuilt) if rebuilt.present.len() > RANGES_MAX => {
             found.doubt(target, "its index was rebuilt, and there are too many messages to tell which");
@@ -274,7 +275,7 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) 
     if !of_messages.is_empty() {
         found.of_messages.push((mailbox.clone(), of_messages));
     }
-    if !expunges.is_empty() && Marks::parse(&storage.mark()?).has_diverged() {
+    if !expunges.is_empty() && diverged {
         found.doubt(target, "messages were expunged, and their UIDs are not the same everywhere");
     } else if !expunges.is_empty() {
         found.expunges.push((mailbox, expunges));
@@ -404,14 +405,6 @@ fn known_anyway(files: &[Vec<u8>], target: &LookAt) -> Option<proto::Span> {
     Some(known(&[(header, bytes)], target, end, end))
 }
 
-/// Our own commits name what they applied.
-fn is_ours(commit: &Commit) -> bool {
-    commit.records.iter().any(|record| match &record.what {
-        Written::ExtHeaderUpdate(updates) => updates.iter().any(|update| Marks::is_ours(&update.data)),
-        _ => false,
-    })
-}
-
 /// Which messages were there when the index was made anew, and are still.
 fn rebuilt(deltas: &[Delta]) -> proto::MailboxRebuilt {
     let mut uids = BTreeSet::new();
@@ -443,8 +436,8 @@ fn uid_next(deltas: &[Delta]) -> u32 {
     uids.max().unwrap_or(0)
 }
 
-/// The deltas as operations: what brings and changes messages, and what takes them.
-fn operations<S: Storage>(storage: &mut S, deltas: Vec<Delta>) -> Result<(Vec<What>, Vec<What>)> {
+/// The deltas as operations: what brings and changes messages, and what takes them. `diverged`: UIDs alone do not name them.
+fn operations<S: Storage>(storage: &mut S, deltas: Vec<Delta>, diverged: bool) -> Result<(Vec<What>, Vec<What>)> {
     let (mut of_messages, mut expunges) = (Vec::new(), Vec::new());
     let flags =
         |add: u8, remove: u8| proto::FlagUpdate { add: add.into(), remove: remove.into(), ..Default::default() };
@@ -452,12 +445,13 @@ fn operations<S: Storage>(storage: &mut S, deltas: Vec<Delta>) -> Result<(Vec<Wh
         match delta {
             Delta::Append { uid, flags } => of_messages.extend(save(storage, uid, flags)?.map(What::Save)),
             Delta::Flags { first_uid, last_uid, add, remove } => {
-                let messages = vec![MessageRange { first_uid, last_uid, guid: String::new() }];
-                of_messages.push(What::Flags(proto::FlagUpdate { messages, ..flags(add, remove) }));
+                for messages in named(storage, &[UidRange { first: first_uid, last: last_uid }], diverged)? {
+                    of_messages.push(What::Flags(proto::FlagUpdate { messages, ..flags(add, remove) }));
+                }
             }
             Delta::Keywords { add, name, ranges } => {
                 let (added, removed) = if add { (vec![name], vec![]) } else { (vec![], vec![name]) };
-                for messages in ranges.chunks(RANGES_MAX).map(messages) {
+                for messages in named(storage, &ranges, diverged)? {
                     of_messages.push(What::Flags(proto::FlagUpdate {
                         messages,
                         add_keywords: added.clone(),
@@ -477,9 +471,21 @@ fn operations<S: Storage>(storage: &mut S, deltas: Vec<Delta>) -> Result<(Vec<Wh
     Ok((of_messages, expunges))
 }
 
-fn messages(ranges: &[UidRange]) -> Vec<MessageRange> {
-    let range = |range: &UidRange| MessageRange { first_uid: range.first, last_uid: range.last, guid: String::new() };
-    ranges.iter().map(range).collect()
+/// The messages, as many at a time as fit into an operation; with their GUIDs if their UIDs do not name them, where they
+/// still are there.
+fn named<S: Storage>(storage: &mut S, ranges: &[UidRange], diverged: bool) -> Result<Vec<Vec<MessageRange>>> {
+    let whole = |range: &UidRange| MessageRange { first_uid: range.first, last_uid: range.last, guid: String::new() };
+    if !diverged {
+        return Ok(ranges.chunks(RANGES_MAX).map(|chunk| chunk.iter().map(whole).collect()).collect());
+    }
+    let is_meant = |uid: &u32| ranges.iter().any(|range| (range.first..=range.last).contains(uid));
+    let mut messages = Vec::new();
+    for uid in storage.uids()?.into_iter().filter(is_meant) {
+        if let Some(guid) = storage.message_guid(uid)? {
+            messages.push(MessageRange { first_uid: uid, last_uid: uid, guid });
+        }
+    }
+    Ok(messages.chunks(RANGES_MAX).map(<[_]>::to_vec).collect())
 }
 
 /// None if the message has gone meanwhile.
@@ -578,6 +584,27 @@ mod tests {
         let again =
             LookAt { index_id: known.index_id, log_seq: known.log_seq, end: known.end, tail: known.tail, ..inbox() };
         assert_eq!(told(&look_at(&mut storage, vec![again], false)), Vec::<String>::new());
+    }
+
+    #[test]
+    fn where_uids_do_not_name_messages_their_guids_do() {
+        let mut storage = storage(&[SDBOX, SDBOX_ROTATED]);
+        storage.open("INBOX", false).unwrap();
+        let (offset, bytes) = Marks::default().diverge();
+        storage.write_mark(offset, &bytes).unwrap();
+        storage.commit().unwrap();
+        let answers = look_at(&mut storage, vec![known_up_to(SDBOX, SDBOX.len() as u64)], false);
+        let of_flags = |op: &proto::Op| match op.what.as_ref().unwrap() {
+            What::Flags(flags) => flags.messages[0].guid.clone(),
+            other => panic!("{other:?}"),
+        };
+        let guids: Vec<_> = answers
+            .iter()
+            .filter_map(|answer| answer.change.as_ref())
+            .flat_map(|c| c.ops.iter().map(of_flags))
+            .collect();
+        assert_eq!(guids, ["one", "one"]);
+        assert!(doubts(&answers)[0].contains("messages were expunged"), "{:?}", doubts(&answers));
     }
 
     #[test]

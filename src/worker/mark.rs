@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 use super::storage::MARK_BYTES;
+use crate::indexlog::{fold, Commit, Commits, Delta, Header, HeaderUpdate, What};
 use crate::wire::proto::SeqOf;
 
 /// Begins the header and each entry.
@@ -111,6 +112,68 @@ impl Marks {
         let flags = if self.diverged { DIVERGED } else { 0 };
         (0, [MAGIC, flags.to_le_bytes()].concat())
     }
+}
+
+/// Which messages a log of the mailbox's index says that were moved: from which UID to which, in that order. What cannot be
+/// read is left out.
+pub fn moves(log: &[u8]) -> Vec<(u32, u32)> {
+    commits(log).iter().flat_map(moves_of).collect()
+}
+
+/// A place in a log: the file's number, and the offset in it.
+pub type Place = (u32, u64);
+
+/// Where the logs end, the oldest of which is the first.
+pub fn end(logs: &[Vec<u8>]) -> Place {
+    let log = logs.last().map_or(&[][..], Vec::as_slice);
+    (Header::parse(log).map_or(0, |header| header.file_seq), log.len() as u64)
+}
+
+/// What others did to the message with this UID behind the place.
+pub fn done_since(logs: &[Vec<u8>], place: Place, uid: u32) -> Vec<Delta> {
+    let behind = |log: &Vec<u8>| {
+        let file_seq = Header::parse(log).map_or(0, |header| header.file_seq);
+        commits(log).into_iter().filter(move |commit| (file_seq, commit.begin) >= place)
+    };
+    let is_it = |first: u32, last: u32| (first..=last).contains(&uid);
+    let mut deltas = fold(logs.iter().flat_map(behind), is_ours);
+    deltas.retain(|delta| match delta {
+        Delta::Flags { first_uid, last_uid, .. } | Delta::Expunge { first_uid, last_uid, .. } => {
+            is_it(*first_uid, *last_uid)
+        }
+        Delta::Keywords { ranges, .. } => ranges.iter().any(|range| is_it(range.first, range.last)),
+        _ => false,
+    });
+    deltas
+}
+
+/// Whether a commit is ours: those name what they applied.
+pub fn is_ours(commit: &Commit) -> bool {
+    commit.records.iter().any(|record| match &record.what {
+        What::ExtHeaderUpdate(updates) => updates.iter().any(|update| Marks::is_ours(&update.data)),
+        _ => false,
+    })
+}
+
+fn commits(log: &[u8]) -> Vec<Commit> {
+    let Ok(header) = Header::parse(log) else { return Vec::new() };
+    let first = usize::from(header.hdr_size);
+    Commits::new(&header, log.get(first..).unwrap_or_default(), first as u64).map_while(Result::ok).collect()
+}
+
+fn moves_of(commit: &Commit) -> impl Iterator<Item = (u32, u32)> + '_ {
+    let updates = commit.records.iter().filter_map(|record| match &record.what {
+        What::ExtHeaderUpdate(updates) => Some(updates),
+        _ => None,
+    });
+    updates.flatten().filter_map(move_in)
+}
+
+fn move_in(update: &HeaderUpdate) -> Option<(u32, u32)> {
+    let data = update.data.get(MOVE_AT.checked_sub(update.offset as usize)?..)?;
+    let word = |at: usize| Some(u32::from_le_bytes(data.get(at..at + 4)?.try_into().ok()?));
+    let (from, to) = (word(4)?, word(8)?);
+    (data.starts_with(&MOVE_MAGIC) && from != 0).then_some((from, to))
 }
 
 fn hash(origin: &str) -> u32 {

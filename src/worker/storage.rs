@@ -142,8 +142,6 @@ pub trait Storage {
     fn copy(&mut self, message: &NewMessage, source: &str, source_uid: u32) -> Result<bool>;
     /// Saves the open mailbox's own message once more, as it is, at another UID. False if it isn't there.
     fn duplicate(&mut self, uid: u32, new_uid: u32) -> Result<bool>;
-    /// The message at `to`, a copy, gets the flags that the one at `from` has now. False if that isn't there any more.
-    fn take_flags(&mut self, from: u32, to: u32) -> Result<bool>;
     /// Missing UIDs are fine.
     fn update_flags(&mut self, first_uid: u32, last_uid: u32, update: &proto::FlagUpdate) -> Result<()>;
     /// Missing UIDs are fine.

@@ -30,6 +30,27 @@ stories! {
         });
         assert_each_once(t, &t.settled(), 51);
     }
+
+    fn flags_and_expunges_follow_mails_that_are_given_other_uids(t) {
+        t.here().deliver(&t.user, &mail("first"));
+        t.settled();
+        std::thread::scope(|scope| {
+            scope.spawn(|| deliver(t.there(), &t.user, 0..20));
+            scope.spawn(|| {
+                for n in 0..10 {
+                    t.here().deliver(&t.user, &mail(&format!("here {n}")));
+                    let mut imap = t.here().imap(&t.user).select("INBOX");
+                    // Whichever it is, it may move at any moment.
+                    imap.ok("STORE * +FLAGS (\\Seen $Important)");
+                    if n % 3 == 2 {
+                        imap.ok("STORE * +FLAGS (\\Deleted)");
+                        imap.ok("EXPUNGE");
+                    }
+                }
+            });
+        });
+        assert_each_once(t, &t.settled(), 28);
+    }
 }
 
 /// A pair whose relays are connected over lines.
