@@ -20,6 +20,7 @@ use super::order::Order;
 use super::peers::PeerState;
 use super::spans::Spans;
 use super::status::Counts;
+use super::subscribers::Subscribers;
 use super::work::Work;
 use super::workers::Worker;
 use super::{Config, Connection as Kind};
@@ -117,6 +118,7 @@ pub struct Engine {
     pub poison: HashMap<(usize, u64, u64), u32>,
     /// Why changes of users could not be applied last, logged once.
     pub last_refusals: HashMap<Arc<str>, String>,
+    pub subscribers: Subscribers,
     /// Last reason for which there was no worker, logged once.
     pub last_worker_error: String,
     pub began: Instant,
@@ -178,6 +180,7 @@ impl Engine {
             last_stranger: String::new(),
             poison: HashMap::new(),
             last_refusals: HashMap::new(),
+            subscribers: Subscribers::default(),
             last_worker_error: String::new(),
             began: Instant::now(),
             committed: Duration::ZERO,

@@ -9,7 +9,7 @@ use super::engine::{Close, Engine, Role};
 use super::order::{Arrival, Hole, Release};
 use super::spans::Need;
 use crate::change::{self, ChangeError, GUID_BYTES};
-use crate::wire::proto::{frame::Kind, Change, FailedEntry, FailedList, Frame, Record, Span};
+use crate::wire::proto::{frame::Kind, op::What, Change, FailedEntry, FailedList, Frame, Record, Span};
 
 /// Answers that may wait for a process that does not read them.
 const OUT_BYTES_MAX: usize = 1 << 20;
@@ -177,11 +177,21 @@ impl Engine {
             // For this server only.
             change.spans.iter_mut().for_each(|span| span.tail.clear());
         }
-        let arrival = Arrival { connection: token.0, user, change };
+        let is_doubtful = change.as_ref().is_some_and(|change| self.is_doubtful_subscription(token, &user, change));
+        let arrival = Arrival { connection: token.0, user: user.clone(), change };
         let mut released = Vec::new();
         self.arrive(arrival, record.spans, &mut released);
         self.ship_all(released);
+        if is_doubtful {
+            self.heals.want_all(&user);
+        }
         Ok(())
+    }
+
+    fn is_doubtful_subscription(&mut self, token: Token, user: &Arc<str>, change: &Change) -> bool {
+        let is_subscription = change.ops.iter().any(|op| matches!(op.what, Some(What::Subscription(_))));
+        let path = change.mailbox.as_ref().map(|mailbox| &mailbox.path[..]).unwrap_or_default();
+        is_subscription && self.subscribers.changed(user, path, token.0, self.now_ms)
     }
 
     /// Puts what came in its order.

@@ -22,6 +22,7 @@ mod order;
 mod peers;
 mod spans;
 mod status;
+mod subscribers;
 mod work;
 mod workers;
 

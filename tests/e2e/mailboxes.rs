@@ -88,6 +88,26 @@ stories! {
         assert_eq!(t.settled().messages("Archive/Loose").len(), 1);
     }
 
+    fn of_subscriptions_that_two_sessions_change_at_once_the_last_one_holds(t) {
+        t.here().deliver(&t.user, &mail("one"));
+        let mut imap = t.here().imap(&t.user);
+        for n in 0..4 {
+            imap.ok(&format!("CREATE Box{n}"));
+        }
+        t.settled();
+        std::thread::scope(|scope| {
+            for verb in ["SUBSCRIBE", "UNSUBSCRIBE"] {
+                scope.spawn(move || {
+                    let mut imap = t.here().imap(&t.user);
+                    for n in 0..40 {
+                        imap.ok(&format!("{verb} Box{}", n % 4));
+                    }
+                });
+            }
+        });
+        t.settled();
+    }
+
     fn subscribe_and_unsubscribe(t) {
         let mut imap = given_a_user(t);
         imap.ok("CREATE News");

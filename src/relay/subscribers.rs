@@ -1,0 +1,56 @@
+//! Who changed a subscription last.
+//!
+//! Guarantees that two processes which change one at the same time are noticed: their records may arrive in another order
+//! than the changes were made, and nothing in them says which was the last (Dovecot's mailbox log counts in seconds). Then
+//! the subscriptions must be looked at. Bounded. Pure.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Longer than any process takes from a change to its record.
+const LATE_MS_MAX: u64 = 10_000;
+/// Names that are remembered.
+const NAMES_MAX: usize = 1_000;
+
+/// See the module.
+#[derive(Default)]
+pub struct Subscribers {
+    /// By user and path: the connection of the process, and when its record came.
+    last: HashMap<(Arc<str>, Vec<String>), (usize, u64)>,
+}
+
+impl Subscribers {
+    /// A process says that it changed the subscription. True: another one did so just before or after.
+    pub fn changed(&mut self, user: &Arc<str>, path: &[String], connection: usize, now_ms: u64) -> bool {
+        if self.last.len() >= NAMES_MAX {
+            self.last.retain(|_, (_, at_ms)| *at_ms + LATE_MS_MAX > now_ms);
+        }
+        if self.last.len() >= NAMES_MAX {
+            return true;
+        }
+        let before = self.last.insert((user.clone(), path.to_vec()), (connection, now_ms));
+        before.is_some_and(|(other, at_ms)| other != connection && at_ms + LATE_MS_MAX > now_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_processes_that_change_one_subscription_are_noticed() {
+        let mut subscribers = Subscribers::default();
+        let (jane, joe): (Arc<str>, Arc<str>) = ("jane".into(), "joe".into());
+        let (work, news) = (["Work".to_owned()], ["News".to_owned()]);
+        assert!(!subscribers.changed(&jane, &work, 1, 0));
+        assert!(!subscribers.changed(&jane, &work, 1, 1), "in the order of the process");
+        assert!(!subscribers.changed(&jane, &news, 2, 1) && !subscribers.changed(&joe, &work, 2, 1));
+        assert!(subscribers.changed(&jane, &work, 2, 2));
+        assert!(!subscribers.changed(&jane, &work, 3, 60_000), "long ago");
+        for n in 0..2 * NAMES_MAX {
+            subscribers.changed(&jane, &[n.to_string()], 1, 60_000);
+        }
+        assert!(subscribers.last.len() <= NAMES_MAX);
+        assert!(!subscribers.changed(&jane, &work, 1, 120_000), "forgotten");
+    }
+}
