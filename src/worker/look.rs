@@ -175,8 +175,9 @@ fn find_in_list<S: Storage>(
     Ok(targets)
 }
 
-/// Tells the names whose subscription was changed since the last look, and those that are known as subscribed and are not.
-/// Dovecot's mailbox log has hashes of names only, so a name that is not known, not subscribed and no mailbox is not found.
+/// Tells the names whose subscription was changed since the last look, those that are known as subscribed and are not, and the
+/// other way round: who is killed between a change and its record in Dovecot's mailbox log leaves no trace there. The log has
+/// hashes of names only, so a name that is not known, not subscribed and no mailbox is not found.
 fn find_subscriptions<S: Storage>(
     storage: &mut S,
     wanted: &Wanted,
@@ -188,17 +189,18 @@ fn find_subscriptions<S: Storage>(
         let mailbox = Mailbox { path, ..Default::default() };
         found.of_list.push((mailbox, What::Subscription(proto::Subscription { subscribed })));
     };
+    let known = wanted.mailboxes.iter().filter(|known| known.subscribed).map(|known| known.path.clone());
+    let known: BTreeSet<Vec<String>> = known.collect();
     let mut subscribed: BTreeSet<Vec<String>> = BTreeSet::new();
     for name in storage.subscribed(wanted.since)? {
         let Some(path) = name::path(&name.vname, namespace) else { continue };
-        if name.subscription_changed {
+        if name.subscription_changed || !known.contains(&path) {
             tell(path.clone(), true);
         }
         subscribed.insert(path);
     }
     let of_mailboxes = listed.iter().filter(|listed| listed.subscription_changed);
     let of_mailboxes = of_mailboxes.filter_map(|listed| name::path(&listed.vname, namespace));
-    let known = wanted.mailboxes.iter().filter(|known| known.subscribed).map(|known| known.path.clone());
     let maybe: BTreeSet<Vec<String>> = of_mailboxes.chain(known).collect();
     maybe.difference(&subscribed).for_each(|path| tell(path.clone(), false));
     Ok(())
@@ -714,12 +716,13 @@ mod tests {
         let mut storage = storage(&[SDBOX]);
         storage.subscribed.insert("Renamed since".into(), true);
         storage.subscribed.insert("Long ago".into(), false);
+        storage.subscribed.insert("Not in the mailbox log".into(), false);
         let name = |name: &str| LookAt { path: vec![name.into()], subscribed: true, ..Default::default() };
         let known = vec![known_up_to(SDBOX, SDBOX.len() as u64), name("Long ago"), name("No more")];
         let answers = look_at(&mut storage, known.clone(), true);
-        assert_eq!(told(&answers), ["subscribe", "unsubscribe"]);
+        assert_eq!(told(&answers), ["subscribe", "subscribe", "unsubscribe"]);
         let paths: Vec<_> = answers.iter().filter_map(|a| a.change.as_ref()?.mailbox.as_ref()?.path.first()).collect();
-        assert_eq!(paths, ["Renamed since", "No more"]);
+        assert_eq!(paths, ["Not in the mailbox log", "Renamed since", "No more"]);
         let wanted =
             Wanted { user: "jane".into(), mailboxes: known, whole: true, since: i64::MAX, ..Default::default() };
         let mut found = Found::default();
