@@ -2,17 +2,18 @@
 //!
 //! Applying a change again does nothing. What cannot be done exactly because this server has something else in the
 //! place is solved so that no mail is lost, and noted; the notes are counted in the status.
+mod claims;
+
 use std::collections::HashMap;
 use std::io::{Read, Write};
 
 use super::body::{self, Fetched};
 use super::connection::Connection;
-use super::mark::{self, Marks};
+use super::mark::Marks;
 use super::name;
 use super::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Storage, Update};
 use crate::change;
-use crate::indexlog::Delta;
-use crate::merge::uid::{self, Here, Put, Tell, There};
+use crate::merge::uid::{self, Put, There};
 use crate::wire::proto::{self, op::What};
 
 /// Messages saved in one transaction at most: their files wait for the commit.
@@ -597,219 +598,6 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
 
     fn is_at(&mut self, uid: u32, guid: &str) -> Result<bool> {
         Ok(self.storage.message_guid(uid)?.as_deref() == Some(guid))
-    }
-
-    // ---- UIDs that clash, see merge::uid -------------------------------------------------------------------------------
-
-    fn here(&self, stands: Option<u32>) -> Here {
-        Here { stands, next: self.open.as_ref().map_or(1, |open| open.uid_next), resolves: self.resolves }
-    }
-
-    /// Says to the peers what they must know of a message that is at `stands` here, if something.
-    fn tell_uid(&mut self, guid: &str, stands: u32, there: There, was: Vec<u32>, is_new: bool) {
-        let next = self.here(None).next;
-        let There { uid, raised, .. } = there;
-        let guid = guid.to_owned();
-        self.tell_op(match uid::tell(stands, uid, self.resolves) {
-            Tell::Nothing => return,
-            Tell::Claim => What::Claim(proto::Claim { guid, uid: stands, was, raised: raised + 1 }),
-            Tell::Nack => What::Nack(proto::Nack { guid, uid, stands, next, raised, is_new }),
-        });
-    }
-
-    fn tell_op(&mut self, what: What) {
-        let Some(open) = self.open.as_ref().filter(|open| !open.conflict) else { return };
-        let mailbox = proto::Mailbox {
-            guid: open.mailbox.0.clone(),
-            path: open.mailbox.1.clone(),
-            uid_validity: self.storage.status().uid_validity,
-            // Not its UIDNEXT: claims on their way would not fit any more.
-            ..Default::default()
-        };
-        self.tell.extend(change::split(vec![what], self.user, &mailbox, 0));
-    }
-
-    /// A message that is somewhere else is above.
-    fn tell_if_elsewhere(&mut self, guid: &str, wanted: u32) -> Outcome<()> {
-        if wanted == 0 || !self.has_diverged() || self.is_at(wanted, guid)? {
-            return Ok(());
-        }
-        if let Some(stands) = self.storage.find_messages(guid)?.into_iter().rfind(|uid| *uid > wanted) {
-            self.tell_uid(guid, stands, There { uid: wanted, next: 0, raised: 0 }, vec![wanted], true);
-        }
-        Ok(())
-    }
-
-    fn claim(&mut self, mailbox: &proto::Mailbox, claim: &proto::Claim) -> Outcome<()> {
-        if claim.uid > UID_MAX {
-            return Err(format!("malformed change: UID {}", claim.uid).into());
-        }
-        if !self.enter_for_claim(mailbox)? {
-            return Ok(());
-        }
-        let there = There { uid: claim.uid, next: 0, raised: claim.raised };
-        let found = self.storage.find_messages(&claim.guid)?;
-        // Of copies inside of the mailbox, the one that is meant.
-        let meant = |uid: &&u32| **uid == claim.uid || claim.was.contains(uid);
-        let Some(stands) = found.iter().rfind(meant).or(found.last()).copied() else {
-            return self.reserve(&claim.guid, &claim.was, there);
-        };
-        let put = uid::place(self.here(Some(stands)), there);
-        self.put(&claim.guid, stands, put, there, claim.was.clone())
-    }
-
-    fn nack(&mut self, mailbox: &proto::Mailbox, nack: &proto::Nack) -> Outcome<()> {
-        if nack.uid > UID_MAX || nack.next > UID_MAX {
-            return Err(format!("malformed change: UID {}, UIDNEXT {}", nack.uid, nack.next).into());
-        }
-        if !self.resolves || !self.enter_for_claim(mailbox)? {
-            return Ok(());
-        }
-        let was_applied = self.is_applied();
-        let there = There { uid: nack.uid, next: nack.next, raised: nack.raised };
-        let was = vec![nack.uid, nack.stands];
-        let found = self.storage.find_messages(&nack.guid)?;
-        let Some(stands) = found.iter().find(|uid| **uid == nack.uid).or(found.last()).copied() else {
-            return self.reserve(&nack.guid, &was, there);
-        };
-        match uid::answer(self.here(Some(stands)), there, nack.is_new || was_applied) {
-            Some(put) => self.put(&nack.guid, stands, put, there, was),
-            None => Ok(()),
-        }
-    }
-
-    /// The message is not here. If it was expunged, its claims do not matter any more.
-    fn reserve(&mut self, guid: &str, was: &[u32], there: There) -> Outcome<()> {
-        for uid in was {
-            if self.storage.was_expunged(*uid, guid)? {
-                return Ok(());
-            }
-        }
-        if let Some(open) = &mut self.open {
-            open.min_uid_next = open.min_uid_next.max(uid::reserve(there));
-        }
-        Ok(())
-    }
-
-    /// Also if it was applied before: what it gave rise to may not have been told.
-    fn enter_for_claim(&mut self, mailbox: &proto::Mailbox) -> Outcome<bool> {
-        if !self.enter(mailbox, Reason::Change)? {
-            self.note("mailbox_missing");
-            return Ok(false);
-        }
-        self.flush()?;
-        Ok(self.open.as_ref().is_some_and(|open| !open.conflict))
-    }
-
-    fn put(&mut self, guid: &str, stands: u32, put: Put, there: There, mut was: Vec<u32>) -> Outcome<()> {
-        was.retain(|uid| *uid != 0);
-        let now = match put {
-            Put::At(uid) if uid != stands => {
-                was.push(stands);
-                match self.renumber(guid, stands, uid)? {
-                    Some(uid) => uid,
-                    None => return Ok(()),
-                }
-            }
-            _ => stands,
-        };
-        was.retain(|uid| *uid != now);
-        was.sort_unstable();
-        was.dedup();
-        self.tell_uid(guid, now, there, was, false);
-        Ok(())
-    }
-
-    /// Gives the message another UID: the one that it got; None if it was expunged meanwhile.
-    fn renumber(&mut self, guid: &str, from: u32, to: u32) -> Outcome<Option<u32>> {
-        let begin = mark::end(&self.storage.log_files()?);
-        // Whatever others do to it is in what is copied, or behind this place.
-        self.storage.sync()?;
-        if !self.storage.duplicate(from, to)? {
-            return Ok(None);
-        }
-        self.note("uid_moved");
-        self.diverge();
-        self.note_moving(Some((from, to)))?;
-        self.write_marks()?;
-        let saved = self.storage.commit()?;
-        let Some(uid) = saved.first().copied() else {
-            return Err("a message was saved and got no UID".to_string().into());
-        };
-        if uid != to {
-            self.note_moving(Some((from, uid)))?;
-            self.storage.commit()?;
-        }
-        self.finish_moving(from)?;
-        if self.redo_since(begin, from, uid)? {
-            return Ok(Some(uid));
-        }
-        // Their process may not find out any more which message it was.
-        let messages = vec![proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.to_owned() }];
-        self.tell_op(What::Expunge(proto::Expunge { messages }));
-        Ok(None)
-    }
-
-    /// The message is at another UID, too: it goes from this one.
-    fn finish_moving(&mut self, from: u32) -> Outcome<()> {
-        self.storage.expunge(from, from)?;
-        self.note_moving(None)?;
-        self.pending = Pending::Changes;
-        self.flush()
-    }
-
-    /// What clients did to the message while it moved. (What they do later, they find out themselves: see follow.h.) False if
-    /// they have expunged it.
-    fn redo_since(&mut self, begin: mark::Place, from: u32, to: u32) -> Outcome<bool> {
-        let mut is_there = true;
-        for delta in mark::done_since(&self.storage.log_files()?, begin, from) {
-            let none = proto::FlagUpdate::default();
-            let update = match delta {
-                Delta::Flags { add, remove, .. } => {
-                    proto::FlagUpdate { add: add.into(), remove: remove.into(), ..none }
-                }
-                Delta::Keywords { add: true, name, .. } => proto::FlagUpdate { add_keywords: vec![name], ..none },
-                Delta::Keywords { name, .. } => proto::FlagUpdate { remove_keywords: vec![name], ..none },
-                _ => {
-                    is_there = false;
-                    none
-                }
-            };
-            match is_there {
-                true => self.storage.update_flags(to, to, &update)?,
-                false => self.storage.expunge(to, to)?,
-            }
-            self.pending = Pending::Changes;
-            self.flush()?;
-        }
-        Ok(is_there)
-    }
-
-    /// A worker was killed while it gave a message another UID.
-    fn finish_what_was_moving(&mut self) -> Outcome<()> {
-        let Some((from, to)) = self.open.as_ref().and_then(|open| open.marks.moving()) else { return Ok(()) };
-        let (old, new) = (self.storage.message_guid(from)?, self.storage.message_guid(to)?);
-        match old.is_some() && old == new {
-            true => {
-                self.finish_moving(from)?;
-                if let (Some(guid), true) = (new, self.resolves) {
-                    // Perhaps it was not told.
-                    self.tell_uid(&guid, to, There { uid: from, next: 0, raised: 0 }, vec![from], false);
-                }
-                Ok(())
-            }
-            false => {
-                self.note_moving(None)?;
-                self.pending = Pending::Changes;
-                self.flush()
-            }
-        }
-    }
-
-    fn note_moving(&mut self, moving: Option<(u32, u32)>) -> Result<()> {
-        let Some(open) = &mut self.open else { return Ok(()) };
-        let (offset, bytes) = open.marks.set_moving(moving);
-        self.storage.write_mark(offset, &bytes)
     }
 
     /// Copies the message inside of the user if it is here. False if it isn't.
