@@ -179,6 +179,10 @@ struct dt_stale {
   uint32_t first_uid;
   uint32_t last_uid;
   /*
+   It could not be found out which message it is: it may be on its way.
+   */
+  bool unnamed;
+  /*
    Otherwise flags and keywords were changed.
    */
   bool expunge;

@@ -349,6 +349,7 @@ extern "C" fn dt_rs_follow(follow: DtFollow) {
             let stale = ffi::DtStale {
                 first_uid: range.first_uid,
                 last_uid: range.last_uid,
+                unnamed: range.guid.is_empty() && range.first_uid == range.last_uid,
                 expunge: matches!(done, Done::Expunge),
                 add: update.add,
                 remove: update.remove,

@@ -58,6 +58,8 @@ pub struct DtSaved {
 pub struct DtStale {
     pub first_uid: u32,
     pub last_uid: u32,
+    /// It could not be found out which message it is: it may be on its way.
+    pub unnamed: bool,
     /// Otherwise flags and keywords were changed.
     pub expunge: bool,
     pub add: u32,

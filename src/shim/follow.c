@@ -174,8 +174,10 @@ const char *dt_follow(const unsigned char mailbox_guid[16], const struct dt_stal
 	if (!follow_open(mailbox_guid))
 		return NULL;
 	array_foreach(&f.moves, move) {
-		if (move->from >= stale->first_uid && move->from <= stale->last_uid && !follow_exists(move->from) &&
-		    (to = follow_to(move->to)) != 0)
+		if (move->from < stale->first_uid || move->from > stale->last_uid)
+			continue;
+		/* maildir has no file for the UID any more before the index knows that it is expunged. */
+		if ((stale->unnamed || !follow_exists(move->from)) && (to = follow_to(move->to)) != 0)
 			guid = follow_do(to, stale);
 	}
 	return guid;
