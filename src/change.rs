@@ -227,7 +227,12 @@ fn check_op(op: &Op, mailbox: &Mailbox) -> Result<(), ChangeError> {
         }
         What::Expunge(expunge) => {
             check_guid("mailbox's GUID", &mailbox.guid)?;
-            check_ranges(&expunge.messages)
+            check_count("messages", expunge.hashed.len(), 0, RANGES_MAX)?;
+            expunge.hashed.iter().try_for_each(|guid| check_guid("hashed GUID of a message", guid))?;
+            match expunge.messages.is_empty() && !expunge.hashed.is_empty() {
+                true => Ok(()),
+                false => check_ranges(&expunge.messages),
+            }
         }
         What::Rebuilt(rebuilt) => {
             check_guid("mailbox's GUID", &mailbox.guid)?;
@@ -343,7 +348,10 @@ mod tests {
     }
 
     fn expunge(first_uid: u32, last_uid: u32) -> What {
-        What::Expunge(Expunge { messages: vec![MessageRange { first_uid, last_uid, guid: String::new() }] })
+        What::Expunge(Expunge {
+            messages: vec![MessageRange { first_uid, last_uid, guid: String::new() }],
+            ..Default::default()
+        })
     }
 
     #[test]

@@ -697,7 +697,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if !self.enter_for_change(mailbox)? {
             return Ok(());
         }
-        for (first, last) in self.find(&expunge.messages)? {
+        let mut found = self.find(&expunge.messages)?;
+        for guid in &expunge.hashed {
+            let guid = Guid::try_from(&guid[..]).map_err(|_| "malformed change: a GUID is not 16 bytes".to_string())?;
+            found.extend(self.storage.find_hashed(&guid)?.last().map(|uid| (*uid, *uid)));
+        }
+        for (first, last) in found {
             self.storage.expunge(first, last)?;
             self.pending = Pending::Changes;
         }
@@ -796,7 +801,7 @@ pub fn printable(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fake::{gone, FakeStorage, Script, INBOX_GUID};
+    use super::super::fake::{gone, FakeStorage, Script, HASHED_GUID, INBOX_GUID};
     use super::*;
 
     const GUID: [u8; 16] = [7; 16];
@@ -831,7 +836,7 @@ mod tests {
 
     fn expunge(seq: u64, uid: u32, guid: &str) -> proto::Change {
         let range = proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.into() };
-        change(seq, What::Expunge(proto::Expunge { messages: vec![range] }))
+        change(seq, What::Expunge(proto::Expunge { messages: vec![range], ..Default::default() }))
     }
 
     #[derive(Debug)]
@@ -977,6 +982,18 @@ mod tests {
         storage.commit().unwrap();
         apply(&mut storage, Script::default(), &[claim(1, "one", 4, &[1])]);
         assert_eq!(storage.messages("INBOX"), named(&[(4, "one")]));
+    }
+
+    #[test]
+    fn a_message_is_expunged_by_its_hashed_guid() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "one")]);
+        let hashed =
+            |guid: [u8; 16]| What::Expunge(proto::Expunge { hashed: vec![guid.to_vec()], ..Default::default() });
+        apply(&mut storage, Script::default(), &[change(1, hashed([9; 16]))]);
+        assert_eq!(storage.messages("INBOX").len(), 1);
+        apply(&mut storage, Script::default(), &[change(2, hashed(HASHED_GUID))]);
+        assert_eq!(storage.messages("INBOX"), []);
     }
 
     #[test]

@@ -12,6 +12,9 @@ use crate::wire::proto::{self, frame::Kind};
 /// With which the INBOX of the only user is born.
 pub const INBOX_GUID: Guid = [5; 16];
 
+/// Of all messages.
+pub const HASHED_GUID: Guid = [3; 16];
+
 #[derive(Default)]
 struct FakeMailbox {
     guid: Guid,
@@ -157,6 +160,10 @@ impl Storage for FakeStorage {
     fn find_messages(&mut self, guid: &str) -> Result<Vec<u32>> {
         Ok(self.mailbox().messages.iter().filter(|(_, g)| *g == guid).map(|(uid, _)| *uid).collect())
     }
+    /// As all messages have the same.
+    fn find_hashed(&mut self, guid_128: &Guid) -> Result<Vec<u32>> {
+        Ok(if *guid_128 == HASHED_GUID { self.uids()? } else { Vec::new() })
+    }
     fn was_expunged(&mut self, uid: u32, guid: &str) -> Result<bool> {
         Ok(self.mailbox().expunged.contains(&(uid, guid.into())))
     }
@@ -228,7 +235,7 @@ impl Storage for FakeStorage {
     fn message_info(&mut self, uid: u32) -> Result<Option<MessageInfo>> {
         let info = |guid: &String| MessageInfo {
             guid: guid.clone(),
-            guid_128: [3; 16],
+            guid_128: HASHED_GUID,
             received_date: 7,
             save_date: 8,
             size: 9,

@@ -10,7 +10,7 @@ use std::io::{Read, Write};
 use super::apply::locate;
 use super::body::Link;
 use super::connection::Connection;
-use super::mark::{is_ours, Marks};
+use super::mark::{is_ours, moves, Marks};
 use super::name;
 use super::storage::{Guid, Listed, Namespace, Result, Storage};
 use crate::change;
@@ -267,7 +267,12 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) 
     };
     let mailbox = Mailbox { uid_validity: status.uid_validity, ..mailbox };
     let diverged = Marks::parse(&storage.mark()?).has_diverged();
-    let (mut of_messages, expunges) = operations(storage, read.deltas, diverged)?;
+    let mut deltas = read.deltas;
+    if diverged {
+        let moves: Vec<(u32, u32)> = files.iter().flat_map(|file| moves(file)).collect();
+        deltas.retain(|delta| !is_end_of_move(delta, &moves));
+    }
+    let (mut of_messages, expunges) = operations(storage, deltas, diverged)?;
     match rebuilt {
         Some(rebuilt) if rebuilt.present.len() > RANGES_MAX => {
             found.doubt(target, "its index was rebuilt, and there are too many messages to tell which");
@@ -277,10 +282,13 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) 
     if !of_messages.is_empty() {
         found.of_messages.push((mailbox.clone(), of_messages));
     }
-    if !expunges.is_empty() && diverged {
+    let is_named = |what: &What| matches!(what, What::Expunge(expunge) if !diverged || !expunge.hashed.is_empty());
+    let (named, unnamed): (Vec<What>, Vec<What>) = expunges.into_iter().partition(is_named);
+    if !named.is_empty() {
+        found.expunges.push((mailbox, named));
+    }
+    if !unnamed.is_empty() {
         found.doubt(target, "messages were expunged, and their UIDs are not the same everywhere");
-    } else if !expunges.is_empty() {
-        found.expunges.push((mailbox, expunges));
     }
     found.known.push((read.known, target.path.clone()));
     Ok(())
@@ -438,6 +446,16 @@ fn uid_next(deltas: &[Delta]) -> u32 {
     uids.max().unwrap_or(0)
 }
 
+/// A message that we moved goes from its old UID when somebody's sync carries that out.
+fn is_end_of_move(delta: &Delta, moves: &[(u32, u32)]) -> bool {
+    match delta {
+        Delta::Expunge { first_uid, last_uid, guid: None } => {
+            (*first_uid..=*last_uid).all(|uid| moves.iter().any(|(from, _)| *from == uid))
+        }
+        _ => false,
+    }
+}
+
 /// The deltas as operations: what brings and changes messages, and what takes them. `diverged`: UIDs alone do not name them.
 fn operations<S: Storage>(storage: &mut S, deltas: Vec<Delta>, diverged: bool) -> Result<(Vec<What>, Vec<What>)> {
     let (mut of_messages, mut expunges) = (Vec::new(), Vec::new());
@@ -462,9 +480,13 @@ fn operations<S: Storage>(storage: &mut S, deltas: Vec<Delta>, diverged: bool) -
                     }));
                 }
             }
+            Delta::Expunge { guid: Some(guid), .. } if diverged => {
+                let hashed = vec![guid.to_vec()];
+                expunges.push(What::Expunge(proto::Expunge { hashed, ..Default::default() }));
+            }
             Delta::Expunge { first_uid, last_uid, .. } => {
                 let messages = vec![MessageRange { first_uid, last_uid, guid: String::new() }];
-                expunges.push(What::Expunge(proto::Expunge { messages }));
+                expunges.push(What::Expunge(proto::Expunge { messages, ..Default::default() }));
             }
             // No client does it. The rest travels with the mailbox.
             Delta::KeywordsReset { .. } | Delta::Rebuilt | Delta::UidValidity(_) | Delta::NextUid(_) => {}
@@ -596,17 +618,23 @@ mod tests {
         storage.write_mark(offset, &bytes).unwrap();
         storage.commit().unwrap();
         let answers = look_at(&mut storage, vec![known_up_to(SDBOX, SDBOX.len() as u64)], false);
-        let of_flags = |op: &proto::Op| match op.what.as_ref().unwrap() {
+        let name = |op: &proto::Op| match op.what.as_ref().unwrap() {
             What::Flags(flags) => flags.messages[0].guid.clone(),
+            What::Expunge(expunge) => format!("{} bytes", expunge.hashed[0].len()),
             other => panic!("{other:?}"),
         };
-        let guids: Vec<_> = answers
-            .iter()
-            .filter_map(|answer| answer.change.as_ref())
-            .flat_map(|c| c.ops.iter().map(of_flags))
-            .collect();
-        assert_eq!(guids, ["one", "one"]);
-        assert!(doubts(&answers)[0].contains("messages were expunged"), "{:?}", doubts(&answers));
+        let names =
+            answers.iter().filter_map(|answer| answer.change.as_ref()).flat_map(|change| change.ops.iter().map(name));
+        assert_eq!(names.collect::<Vec<_>>(), ["one", "one", "16 bytes"]);
+        assert_eq!(doubts(&answers), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn what_goes_from_its_old_uid_because_we_moved_it_is_no_news() {
+        let gone = |first_uid, last_uid| Delta::Expunge { first_uid, last_uid, guid: None };
+        let moves = [(3, 9), (4, 10)];
+        assert!(is_end_of_move(&gone(3, 4), &moves) && is_end_of_move(&gone(4, 4), &moves));
+        assert!(!is_end_of_move(&gone(3, 5), &moves) && !is_end_of_move(&gone(9, 9), &moves));
     }
 
     #[test]

@@ -159,7 +159,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         }
         // Their process may not find out any more which message it was.
         let messages = vec![proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.to_owned() }];
-        self.tell_op(What::Expunge(proto::Expunge { messages }));
+        self.tell_op(What::Expunge(proto::Expunge { messages, ..Default::default() }));
         Ok(None)
     }
 
