@@ -21,7 +21,7 @@ use self::faults::{Faults, Progress};
 use self::ledger::Ledger;
 use self::plan::{Phase, Plan};
 use self::writer::{token, was_rebuilt, Writer};
-use crate::cluster::{wait_until, Cluster, Server, Setup};
+use crate::cluster::{holds_within_slowly, wait_until, Cluster, Server, Setup};
 use crate::scene::Scene;
 
 /// For what was cut and killed to be found and sent: the pauses between attempts, of a minute at most, and the lock that a
@@ -148,40 +148,57 @@ fn check(scene: &Scene, users: &[String], ledger: &Mutex<Ledger>) -> bool {
     }
     let mut all = true;
     for (number, user) in users.iter().enumerate() {
-        if let Some(server) = rebuilt_on(user) {
-            ledger.lock().expect("a ledger").check_nothing_lost(server.name(), number, &everything(server, user));
+        if rebuilt_on(user).is_some() {
+            scene.servers().iter().for_each(|server| wait_until_nothing_is_lost(server, user, number, ledger));
             all = false;
             continue;
         }
         scene.converged_within(DEADLINE, user);
         for server in scene.servers() {
-            ledger.lock().expect("a ledger").check(server.name(), number, &everything(server, user));
+            let found = everything(server, user).unwrap_or_else(|error| panic!("{error}"));
+            ledger.lock().expect("a ledger").check(server.name(), number, &found);
         }
     }
     all
 }
 
+/// While Dovecot makes the indexes anew, sessions may break, and what is pending comes later.
+fn wait_until_nothing_is_lost(server: &Server, user: &str, number: usize, ledger: &Mutex<Ledger>) {
+    let mut wrong = String::new();
+    holds_within_slowly(DEADLINE, || {
+        wrong = match everything(server, user) {
+            Ok(found) => ledger.lock().expect("a ledger").lost(number, &found).join("\n"),
+            Err(error) => error,
+        };
+        wrong.is_empty()
+    });
+    assert!(wrong.is_empty(), "{user} on {} lost:\n{wrong}", server.name());
+}
+
 /// All mails of a user as a client sees them: (mailbox, token, text).
-fn everything(server: &Server, user: &str) -> Vec<(String, String, Vec<u8>)> {
+fn everything(server: &Server, user: &str) -> Result<Vec<(String, String, Vec<u8>)>, String> {
     let mut imap = Imap::login(server.ports.imap, user);
     let mut ok = |command: &str| {
-        let answer = imap.command(command).unwrap_or_else(|_| panic!("{}: {command}: connection lost", server.name()));
-        assert!(answer.is_ok(), "{}: {user}: {command} was answered {}", server.name(), answer.result);
-        answer.untagged
+        let what = format!("{}: {user}: {command}", server.name());
+        let answer = imap.command(command).map_err(|_| format!("{what}: connection lost"))?;
+        match answer.is_ok() {
+            true => Ok(answer.untagged),
+            false => Err(format!("{what} was answered {}", answer.result)),
+        }
     };
     let mut found = Vec::new();
-    for line in ok("LIST \"\" *") {
+    for line in ok("LIST \"\" *")? {
         let line = String::from_utf8_lossy(&line).into_owned();
         if line.contains("\\Noselect") {
             continue;
         }
         let mailbox = line.rsplit(' ').next().unwrap_or_default().trim_matches('"').to_owned();
-        ok(&format!("EXAMINE {mailbox}"));
-        for line in ok("UID FETCH 1:* (BODY.PEEK[])") {
+        ok(&format!("EXAMINE {mailbox}"))?;
+        for line in ok("UID FETCH 1:* (BODY.PEEK[])")? {
             if let Some(text) = literal(&line) {
                 found.push((mailbox.clone(), token(text), text.to_vec()));
             }
         }
     }
-    found
+    Ok(found)
 }
