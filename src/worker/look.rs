@@ -267,12 +267,10 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) 
     };
     let mailbox = Mailbox { uid_validity: status.uid_validity, ..mailbox };
     let diverged = Marks::parse(&storage.mark()?).has_diverged();
+    let moves: Option<Vec<(u32, u32)>> = diverged.then(|| files.iter().flat_map(|file| moves(file)).collect());
     let mut deltas = read.deltas;
-    if diverged {
-        let moves: Vec<(u32, u32)> = files.iter().flat_map(|file| moves(file)).collect();
-        deltas.retain(|delta| !is_end_of_move(delta, &moves));
-    }
-    let (mut of_messages, expunges) = operations(storage, deltas, diverged)?;
+    deltas.retain(|delta| !is_end_of_move(delta, moves.as_deref().unwrap_or_default()));
+    let (mut of_messages, expunges) = operations(storage, deltas, moves.as_deref())?;
     match rebuilt {
         Some(rebuilt) if rebuilt.present.len() > RANGES_MAX => {
             found.doubt(target, "its index was rebuilt, and there are too many messages to tell which");
@@ -456,8 +454,13 @@ fn is_end_of_move(delta: &Delta, moves: &[(u32, u32)]) -> bool {
     }
 }
 
-/// The deltas as operations: what brings and changes messages, and what takes them. `diverged`: UIDs alone do not name them.
-fn operations<S: Storage>(storage: &mut S, deltas: Vec<Delta>, diverged: bool) -> Result<(Vec<What>, Vec<What>)> {
+/// The deltas as operations: what brings and changes messages, and what takes them. `moves`: UIDs alone do not name them, and
+/// these messages were given others.
+fn operations<S: Storage>(
+    storage: &mut S,
+    deltas: Vec<Delta>,
+    moves: Option<&[(u32, u32)]>,
+) -> Result<(Vec<What>, Vec<What>)> {
     let (mut of_messages, mut expunges) = (Vec::new(), Vec::new());
     let flags =
         |add: u8, remove: u8| proto::FlagUpdate { add: add.into(), remove: remove.into(), ..Default::default() };
@@ -465,13 +468,13 @@ fn operations<S: Storage>(storage: &mut S, deltas: Vec<Delta>, diverged: bool) -
         match delta {
             Delta::Append { uid, flags } => of_messages.extend(save(storage, uid, flags)?.map(What::Save)),
             Delta::Flags { first_uid, last_uid, add, remove } => {
-                for messages in named(storage, &[UidRange { first: first_uid, last: last_uid }], diverged)? {
+                for messages in named(storage, &[UidRange { first: first_uid, last: last_uid }], moves)? {
                     of_messages.push(What::Flags(proto::FlagUpdate { messages, ..flags(add, remove) }));
                 }
             }
             Delta::Keywords { add, name, ranges } => {
                 let (added, removed) = if add { (vec![name], vec![]) } else { (vec![], vec![name]) };
-                for messages in named(storage, &ranges, diverged)? {
+                for messages in named(storage, &ranges, moves)? {
                     of_messages.push(What::Flags(proto::FlagUpdate {
                         messages,
                         add_keywords: added.clone(),
@@ -480,7 +483,7 @@ fn operations<S: Storage>(storage: &mut S, deltas: Vec<Delta>, diverged: bool) -
                     }));
                 }
             }
-            Delta::Expunge { guid: Some(guid), .. } if diverged => {
+            Delta::Expunge { guid: Some(guid), .. } if moves.is_some() => {
                 let hashed = vec![guid.to_vec()];
                 expunges.push(What::Expunge(proto::Expunge { hashed, ..Default::default() }));
             }
@@ -495,16 +498,24 @@ fn operations<S: Storage>(storage: &mut S, deltas: Vec<Delta>, diverged: bool) -
     Ok((of_messages, expunges))
 }
 
-/// The messages, as many at a time as fit into an operation; with their GUIDs if their UIDs do not name them, where they
-/// still are there.
-fn named<S: Storage>(storage: &mut S, ranges: &[UidRange], diverged: bool) -> Result<Vec<Vec<MessageRange>>> {
+/// The messages, as many at a time as fit into an operation; with their GUIDs if their UIDs do not name them, where they are
+/// now.
+fn named<S: Storage>(
+    storage: &mut S,
+    ranges: &[UidRange],
+    moves: Option<&[(u32, u32)]>,
+) -> Result<Vec<Vec<MessageRange>>> {
     let whole = |range: &UidRange| MessageRange { first_uid: range.first, last_uid: range.last, guid: String::new() };
-    if !diverged {
+    let Some(moves) = moves else {
         return Ok(ranges.chunks(RANGES_MAX).map(|chunk| chunk.iter().map(whole).collect()).collect());
+    };
+    let is_meant = |uid: u32| ranges.iter().any(|range| (range.first..=range.last).contains(&uid));
+    let mut uids: BTreeSet<u32> = storage.uids()?.into_iter().filter(|uid| is_meant(*uid)).collect();
+    for (at, (_, to)) in moves.iter().enumerate().filter(|(_, (from, _))| is_meant(*from)) {
+        uids.insert(moves[at..].iter().fold(*to, |to, next| if next.0 == to { next.1 } else { to }));
     }
-    let is_meant = |uid: &u32| ranges.iter().any(|range| (range.first..=range.last).contains(uid));
     let mut messages = Vec::new();
-    for uid in storage.uids()?.into_iter().filter(is_meant) {
+    for uid in uids {
         if let Some(guid) = storage.message_guid(uid)? {
             messages.push(MessageRange { first_uid: uid, last_uid: uid, guid });
         }
@@ -627,6 +638,20 @@ mod tests {
             answers.iter().filter_map(|answer| answer.change.as_ref()).flat_map(|change| change.ops.iter().map(name));
         assert_eq!(names.collect::<Vec<_>>(), ["one", "one", "16 bytes"]);
         assert_eq!(doubts(&answers), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn what_was_done_to_a_message_before_it_moved_is_told_of_it_where_it_is() {
+        let mut storage = storage(&[SDBOX]);
+        storage.open("INBOX", false).unwrap();
+        let range = |first, last| [UidRange { first, last }];
+        let mut uids = |ranges: &[UidRange], moves: &[(u32, u32)]| -> Vec<u32> {
+            named(&mut storage, ranges, Some(moves)).unwrap().concat().iter().map(|range| range.first_uid).collect()
+        };
+        assert_eq!(uids(&range(1, 3), &[]), [1, 3]);
+        assert_eq!(uids(&range(5, 5), &[(5, 7), (7, 3)]), [3]);
+        assert_eq!(uids(&range(7, 7), &[(5, 7), (7, 3)]), [3]);
+        assert_eq!(uids(&range(5, 5), &[(5, 7)]), Vec::<u32>::new(), "expunged since");
     }
 
     #[test]
