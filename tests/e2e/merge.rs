@@ -32,6 +32,8 @@ stories! {
     }
 
     fn flags_and_expunges_follow_mails_that_are_given_other_uids(t) {
+        // Dovecot's maildir, of \Recent alone, which it counts in each handle: of a message that came and went while it was open.
+        t.expects_in_log("Recent flags state corrupted");
         t.here().deliver(&t.user, &mail("first"));
         t.settled();
         std::thread::scope(|scope| {
