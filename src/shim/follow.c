@@ -1,13 +1,10 @@
 /* Two servers may have given a message two UIDs; then the worker moves it to a third one. A client that has not been told
    yet changes or expunges it at the old one, and Dovecot says OK and does nothing. The index's log says where it went: each
    move of ours is written there. */
-#define DT_COMPAT_NOTIFY
 #include "compat.h"
 #include "array.h"
 #include "guid.h"
-#include "mail-namespace.h"
 #include "mail-storage-private.h"
-#include "mailbox-list-private.h"
 #include "mail-index-private.h"
 #include "mail-transaction-log-private.h"
 #include "mark.h"

@@ -86,7 +86,7 @@ struct Open {
     reason: Reason,
     /// Its GUID or UIDVALIDITY is not theirs.
     differs: bool,
-    /// It is not the same mailbox by GUID or UIDVALIDITY: UIDs alone say nothing.
+    /// It is not the same mailbox by GUID: UIDs alone say nothing.
     conflict: bool,
     /// What of the peers is applied to it.
     marks: Marks,
@@ -574,7 +574,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if wanted != 0 && self.is_at(wanted, guid)? {
             return Ok(None);
         }
-        if !self.has_diverged() && self.storage.was_expunged(wanted, guid)? {
+        // From this UID; where messages move it may only have gone to another one.
+        let was_expunged = self.storage.was_expunged(wanted, guid)?;
+        if was_expunged && !self.has_diverged() {
             return Ok(None);
         }
         // It was given another UID. A lower one is another message: copied inside of the mailbox, it has the same GUID.
@@ -582,7 +584,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             self.tell_if_elsewhere(guid, wanted)?;
             return Ok(None);
         }
-        if self.storage.was_expunged(wanted, guid)? {
+        if was_expunged {
             return Ok(None);
         }
         if wanted == 0 {
