@@ -5,8 +5,8 @@ set -eu
 packages=(
     dovecot-core dovecot-imapd dovecot-pop3d dovecot-lmtpd dovecot-sieve dovecot-managesieved dovecot-dev
     gcc libc6-dev
-    # unshare, nsenter; kill and ps
-    util-linux procps
+    # unshare, nsenter; kill and ps; networks of their own
+    util-linux procps iproute2
 )
 # Only for `make test-matrix`.
 if [ "${1-}" = --matrix ]; then packages+=(debootstrap); fi

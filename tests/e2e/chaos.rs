@@ -83,10 +83,9 @@ impl Drop for Story<'_> {
 fn play(seed: u64) {
     let plan = Plan::of(seed);
     let users: Vec<String> = (0..plan.users).map(|n| format!("chaos{seed}-{n}")).collect();
-    let scene = Scene::on(
-        Cluster::start(vec![Setup::new("a", plan.formats.0), Setup::new("b", plan.formats.1).over_a_line()]),
-        &users[0],
-    );
+    let setups = vec![Setup::new("a", plan.formats.0), Setup::new("b", plan.formats.1).over_a_line()];
+    let cluster = if plan.apart { Cluster::start_apart(setups) } else { Cluster::start(setups) };
+    let scene = Scene::on(cluster, &users[0]);
     let _story = Story(&plan, &scene);
     // Dovecot's own words about killed processes and what they left. A panic is one of ours, or of Dovecot's.
     [
@@ -121,7 +120,7 @@ fn play_phase(scene: &Scene, phase: &Phase, users: &[String], ledger: &Mutex<Led
     ledger.lock().expect("a ledger").share_out(phase.clients.len());
     for user in 0..users.len() {
         writer(0).deliver(user, 0);
-        let mut imap = Imap::login(server.ports.imap, &users[user]);
+        let mut imap = Imap::login(server, &users[user]);
         for mailbox in &plan::MAILBOXES[1..] {
             // From the second phase on they are there.
             imap.command(&format!("CREATE {mailbox}")).expect("no fault yet");
@@ -146,6 +145,7 @@ fn check(scene: &Scene, users: &[String], ledger: &Mutex<Ledger>) -> bool {
             server.has_nothing_pending() || users.iter().any(|user| rebuilt_on(user).is_some())
         });
     }
+    let is_any_rebuilt = users.iter().any(|user| rebuilt_on(user).is_some());
     let mut all = true;
     for (number, user) in users.iter().enumerate() {
         if rebuilt_on(user).is_some() {
@@ -153,7 +153,10 @@ fn check(scene: &Scene, users: &[String], ledger: &Mutex<Ledger>) -> bool {
             all = false;
             continue;
         }
-        scene.converged_within(DEADLINE, user);
+        match is_any_rebuilt {
+            true => scene.converged_while_busy(DEADLINE, user),
+            false => scene.converged_within(DEADLINE, user),
+        };
         for server in scene.servers() {
             let found = everything(server, user).unwrap_or_else(|error| panic!("{error}"));
             ledger.lock().expect("a ledger").check(server.name(), number, &found);
@@ -177,7 +180,7 @@ fn wait_until_nothing_is_lost(server: &Server, user: &str, number: usize, ledger
 
 /// All mails of a user as a client sees them: (mailbox, token, text).
 fn everything(server: &Server, user: &str) -> Result<Vec<(String, String, Vec<u8>)>, String> {
-    let mut imap = Imap::login(server.ports.imap, user);
+    let mut imap = Imap::login(server, user);
     let mut ok = |command: &str| {
         let what = format!("{}: {user}: {command}", server.name());
         let answer = imap.command(command).map_err(|_| format!("{what}: connection lost"))?;

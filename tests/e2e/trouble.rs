@@ -1,10 +1,8 @@
 //! Peers, relays and configurations that fail: mail goes on.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::cluster::ports::LOOPBACK;
 use crate::cluster::server::signal;
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Version};
 use crate::scene::{mail, Scene, SOON};
@@ -97,7 +95,7 @@ fn garbage_on_the_relays_port_closes_that_connection_only() {
         b"\x01\x00\x00\x04\xff\xff\xff\xff",
     ];
     for garbage in senders {
-        let mut stream = TcpStream::connect((LOOPBACK, t.b().ports.relay)).expect("connect to the relay");
+        let mut stream = t.b().connect(t.b().ports.relay).expect("connect to the relay");
         stream.set_read_timeout(Some(SOON)).expect("timeout");
         // It may be closed before all is written.
         let _ = stream.write_all(garbage);

@@ -4,8 +4,7 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use crate::cluster::ports::LOOPBACK;
-use crate::cluster::{holds_within, PASSWORD};
+use crate::cluster::{holds_within, Server, PASSWORD};
 
 /// Far above any answer's time, locks of killed processes included.
 /// A killed process leaves maildir's dovecot-uidlist.lock behind, which Dovecot respects for two minutes.
@@ -25,8 +24,8 @@ fn lost(error: io::Error) -> Lost {
     Lost
 }
 
-fn connect(port: u16) -> Result<BufReader<TcpStream>> {
-    let stream = TcpStream::connect((LOOPBACK, port)).map_err(lost)?;
+fn connect(server: &Server, port: u16) -> Result<BufReader<TcpStream>> {
+    let stream = server.connect(port).map_err(lost)?;
     stream.set_read_timeout(Some(ANSWER_DEADLINE)).map_err(lost)?;
     stream.set_nodelay(true).map_err(lost)?;
     Ok(BufReader::new(stream))
@@ -68,9 +67,9 @@ pub struct Appended<'a> {
 }
 
 impl Imap {
-    pub fn login(port: u16, user: &str) -> Imap {
+    pub fn login(server: &Server, user: &str) -> Imap {
         until_it_works(&format!("IMAP for {user}"), || {
-            let mut imap = Imap { stream: connect(port)?, tags: 0 };
+            let mut imap = Imap { stream: connect(server, server.ports.imap)?, tags: 0 };
             imap.line()?;
             // A NO is authentication that is on its way up.
             let answer = imap.command(&format!("LOGIN {user} {PASSWORD}"))?;
@@ -140,9 +139,9 @@ pub fn literal(line: &[u8]) -> Option<&[u8]> {
 }
 
 /// Delivers a mail; the reply that says what became of it.
-pub fn deliver(port: u16, user: &str, text: &[u8]) -> Result<String> {
+pub fn deliver(server: &Server, user: &str, text: &[u8]) -> Result<String> {
     let mut stream = until_it_works(&format!("LMTP for {user}"), || {
-        let mut stream = connect(port)?;
+        let mut stream = connect(server, server.ports.lmtp)?;
         let greeted =
             reply(&mut stream)?.starts_with("220") && say(&mut stream, "LHLO client.test\r\n")?.starts_with("250");
         greeted.then_some(stream).ok_or(Lost)

@@ -15,6 +15,8 @@ const FLAGS: [&str; 7] = ["\\Seen", "\\Flagged", "\\Answered", "\\Draft", "$Labe
 pub struct Plan {
     pub seed: u64,
     pub formats: (Format, Format),
+    /// Each server in a network of its own.
+    pub apart: bool,
     pub users: usize,
     pub phases: Vec<Phase>,
 }
@@ -102,7 +104,7 @@ impl Plan {
         let users = dice.between(1, 3);
         let phases = dice.between(1, 3);
         let phases = (1..=phases).map(|phase| Phase::of(seed, phase as u64, users)).collect();
-        Plan { seed, formats: pairs[(seed % 4) as usize], users, phases }
+        Plan { seed, formats: pairs[(seed % 4) as usize], apart: seed / 4 % 2 == 1, users, phases }
     }
 }
 
@@ -233,7 +235,12 @@ impl Display for Fault {
 
 impl Display for Plan {
     fn fmt(&self, f: &mut Formatter) -> fmt::Result {
-        writeln!(f, "seed {}: {:?} and {:?}, {} users", self.seed, self.formats.0, self.formats.1, self.users)?;
+        let network = if self.apart { "in networks of their own" } else { "on one loopback" };
+        writeln!(
+            f,
+            "seed {}: {:?} and {:?} {network}, {} users",
+            self.seed, self.formats.0, self.formats.1, self.users
+        )?;
         for (n, phase) in self.phases.iter().enumerate() {
             let steps: Vec<usize> = phase.clients.iter().map(Vec::len).collect();
             writeln!(f, "phase {}: {} is written to, clients with {steps:?} steps", n + 1, side_name(phase.writer))?;

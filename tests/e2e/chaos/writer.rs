@@ -51,8 +51,8 @@ impl Writer<'_> {
 
     /// The same connection goes on until it is lost.
     fn ask<T>(&mut self, user: usize, command: impl FnOnce(&mut Imap) -> Result<T, Lost>) -> Result<T, Lost> {
-        let (port, name) = (self.server.ports.imap, &self.users[user]);
-        let imap = self.connections.entry(user).or_insert_with(|| Imap::login(port, name));
+        let (server, name) = (self.server, &self.users[user]);
+        let imap = self.connections.entry(user).or_insert_with(|| Imap::login(server, name));
         let answer = command(imap);
         if answer.is_err() {
             self.connections.remove(&user);
@@ -89,7 +89,7 @@ impl Writer<'_> {
 
     pub fn deliver(&mut self, user: usize, size: usize) {
         let (token, text) = self.ledger().write_mail(user, self.number, size);
-        let outcome = match deliver(self.server.ports.lmtp, &self.users[user], &text) {
+        let outcome = match deliver(self.server, &self.users[user], &text) {
             Ok(reply) if reply.starts_with("250") => Outcome::Done,
             Ok(reply) => {
                 eprintln!("LMTP: {reply}");

@@ -20,8 +20,10 @@ pub struct Server<'a> {
     pub version: Version,
     pub dir: &'a str,
     pub ports: &'a Ports,
-    /// (name, relay port) of the peers.
-    pub peers: &'a [(String, u16)],
+    /// (name, address of the relay) of the peers.
+    pub peers: &'a [(String, String)],
+    /// Its relay is reached over a network.
+    pub is_apart: bool,
 }
 
 /// Name under which the example configuration lies beside the generated one.
@@ -46,18 +48,22 @@ impl Server<'_> {
 
     /// What an admin changes in the example.
     fn replication(&self) -> String {
-        let peers: Vec<String> = self.peers.iter().map(|(name, port)| format!("{name}=127.0.0.1:{port}")).collect();
+        let peers: Vec<String> = self.peers.iter().map(|(name, address)| format!("{name}={address}")).collect();
         let peers = self.setup.peers.clone().unwrap_or(peers.join(" "));
-        let settings = format!("dovetail_server = {}\ndovetail_peers = {}\n", self.setup.name, peers);
+        let mut settings = format!("dovetail_server = {}\ndovetail_peers = {}\n", self.setup.name, peers);
+        if self.is_apart {
+            settings += "dovetail_insecure_plaintext = yes\n";
+        }
+        let address = if self.is_apart { "0.0.0.0" } else { "127.0.0.1" };
         let port = self.ports.relay;
         match self.version {
             Version::V23 => format!(
                 "plugin {{\n{settings}}}\n\
-                 service dovetail {{\n  inet_listener dovetail {{\n    address = 127.0.0.1\n    port = {port}\n  }}\n}}\n"
+                 service dovetail {{\n  inet_listener dovetail {{\n    address = {address}\n    port = {port}\n  }}\n}}\n"
             ),
             Version::V24 => format!(
                 "{settings}\
-                 service dovetail {{\n  inet_listener dovetail {{\n    listen = 127.0.0.1\n    port = {port}\n  }}\n}}\n"
+                 service dovetail {{\n  inet_listener dovetail {{\n    listen = {address}\n    port = {port}\n  }}\n}}\n"
             ),
         }
     }

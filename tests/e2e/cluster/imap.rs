@@ -4,7 +4,6 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use super::ports::LOOPBACK;
 use super::PASSWORD;
 
 pub struct Imap {
@@ -60,8 +59,7 @@ pub struct Appended<'a> {
 }
 
 impl Imap {
-    pub fn login(port: u16, user: &str) -> Imap {
-        let stream = TcpStream::connect((LOOPBACK, port)).expect("connect to IMAP");
+    pub fn login(stream: TcpStream, user: &str) -> Imap {
         stream.set_read_timeout(Some(Duration::from_secs(60))).expect("timeout");
         stream.set_nodelay(true).expect("nodelay");
         let mut imap = Imap { stream: BufReader::new(stream), tags: 0 };

@@ -1,10 +1,11 @@
-//! The line between two relays, as a network: it can be slow, hang, and be cut in the middle of a frame.
+//! The line between two relays: it can be slow, hang, and be cut.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use super::network::Cable;
 use super::ports::LOOPBACK;
 
 /// Bytes that are passed on at once.
@@ -35,18 +36,49 @@ impl Shared {
     }
 }
 
+pub enum Line {
+    Proxy(Proxy),
+    Cable(Cable),
+}
+
+impl Line {
+    /// Nothing passes any more, and nobody is told.
+    pub fn hang(&self, hangs: bool) {
+        match self {
+            Line::Proxy(proxy) => proxy.shared.change(|state| state.hangs = hangs),
+            Line::Cable(cable) => cable.unplug(hangs),
+        }
+    }
+
+    /// Each few kilobytes take so much longer.
+    pub fn delay(&self, delay: Duration) {
+        match self {
+            Line::Proxy(proxy) => proxy.shared.change(|state| state.delay = delay),
+            Line::Cable(cable) => cable.delay(delay),
+        }
+    }
+
+    /// The connections end with whatever comes next, in the middle of it. A cable only loses packets.
+    pub fn cut(&self) {
+        match self {
+            Line::Proxy(proxy) => proxy.shared.change(|state| state.cuts += 1),
+            Line::Cable(cable) => [true, false].into_iter().for_each(|unplugged| cable.unplug(unplugged)),
+        }
+    }
+}
+
 /// Who connects to `port` is connected to the relay behind it, for as long as the test process lives.
-pub struct Line {
+pub struct Proxy {
     pub port: u16,
     shared: Arc<Shared>,
 }
 
-impl Line {
-    pub fn to(relay_port: u16) -> Line {
+impl Proxy {
+    pub fn to(relay_port: u16) -> Proxy {
         let listener = TcpListener::bind((LOOPBACK, 0)).expect("a port");
         let port = listener.local_addr().expect("its address").port();
         let shared = Arc::new(Shared::default());
-        let line = Line { port, shared: shared.clone() };
+        let proxy = Proxy { port, shared: shared.clone() };
         std::thread::spawn(move || {
             for near in listener.incoming().flatten() {
                 // While the relay is away, so is the connection.
@@ -61,22 +93,7 @@ impl Line {
                 }
             }
         });
-        line
-    }
-
-    /// Nothing passes any more, and nobody is told.
-    pub fn hang(&self, hangs: bool) {
-        self.shared.change(|state| state.hangs = hangs);
-    }
-
-    /// Each chunk takes so much longer.
-    pub fn delay(&self, delay: Duration) {
-        self.shared.change(|state| state.delay = delay);
-    }
-
-    /// The connections end with whatever comes next, in the middle of it.
-    pub fn cut(&self) {
-        self.shared.change(|state| state.cuts += 1);
+        proxy
     }
 }
 

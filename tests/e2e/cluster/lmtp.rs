@@ -4,15 +4,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use super::ports::LOOPBACK;
-
 pub struct Lmtp {
     stream: BufReader<TcpStream>,
 }
 
 impl Lmtp {
-    pub fn connect(port: u16) -> Lmtp {
-        let stream = TcpStream::connect((LOOPBACK, port)).expect("connect to LMTP");
+    pub fn greeted(stream: TcpStream) -> Lmtp {
         stream.set_read_timeout(Some(Duration::from_secs(60))).expect("timeout");
         stream.set_nodelay(true).expect("nodelay");
         let mut lmtp = Lmtp { stream: BufReader::new(stream) };

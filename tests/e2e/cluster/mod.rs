@@ -12,6 +12,7 @@ pub mod imap;
 pub mod janitor;
 pub mod line;
 pub mod lmtp;
+pub mod network;
 pub mod pop3;
 pub mod ports;
 pub mod server;
@@ -23,7 +24,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use self::line::Line;
+pub use self::line::{Line, Proxy};
+use self::network::{Cable, Namespace};
+use self::ports::LOOPBACK;
 pub use self::server::Server;
 pub use self::snapshot::Snapshot;
 pub use self::wait::{holds_within, holds_within_slowly, wait_until};
@@ -116,8 +119,18 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts the servers, every one a peer of every other; returns when all of them answer.
+    /// Starts the servers, every one a peer of every other; returns when all of them answer. All share the loopback network.
     pub fn start(setups: Vec<Setup>) -> Cluster {
+        Cluster::prepare(setups, false)
+    }
+
+    /// The same, each in a network of its own, with a line between each two: that of the first and the second first, then
+    /// that of the first and the third.
+    pub fn start_apart(setups: Vec<Setup>) -> Cluster {
+        Cluster::prepare(setups, true)
+    }
+
+    fn prepare(setups: Vec<Setup>, apart: bool) -> Cluster {
         server::require_root();
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let id = format!("dovetail-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -126,28 +139,22 @@ impl Cluster {
         folders.dedup();
         let janitor = Arc::new(janitor::Janitor::watch(&folders));
 
-        let mut prepared: Vec<Server> = setups
+        let servers: Vec<Server> = setups
             .into_iter()
             .zip(roots)
-            .map(|(setup, root)| Server::prepare(setup, root, &format!("/tmp/{id}"), janitor.clone()))
+            .map(|(setup, root)| {
+                let network = apart.then(Namespace::new);
+                Server::prepare(setup, root, &format!("/tmp/{id}"), network, janitor.clone())
+            })
             .collect();
-        let mut lines = Vec::new();
-        let mut port = |server: &Server| {
-            if !server.setup().line {
-                return server.ports.relay;
-            }
-            lines.push(Line::to(server.ports.relay));
-            lines[lines.len() - 1].port
+        let lines = match apart {
+            true => wire_up(&servers),
+            false => share_loopback(&servers),
         };
-        let relays: Vec<(String, u16)> = prepared.iter().map(|s| (s.name().to_owned(), port(s))).collect();
-        for server in &mut prepared {
-            let peers: Vec<_> = relays.iter().filter(|(name, _)| name != server.name()).cloned().collect();
-            server.configure(&peers);
-        }
-        for server in &prepared {
+        for server in &servers {
             server.start();
         }
-        Cluster { servers: prepared, lines, janitor }
+        Cluster { servers, lines, janitor }
     }
 
     pub fn pair(format_a: Format, format_b: Format) -> Cluster {
@@ -172,6 +179,15 @@ impl Cluster {
     }
 
     pub fn converged_within(&self, deadline: Duration, user: &str) -> Snapshot {
+        self.converge(deadline, user, false)
+    }
+
+    /// The same, where there may always be something pending of other users.
+    pub fn converged_while_busy(&self, deadline: Duration, user: &str) -> Snapshot {
+        self.converge(deadline, user, true)
+    }
+
+    fn converge(&self, deadline: Duration, user: &str, is_busy: bool) -> Snapshot {
         let (first, others) = self.servers.split_first().expect("a cluster has servers");
         let with_save_dates = self.servers.iter().all(|s| s.format() != Format::Maildir);
         let mut difference = String::new();
@@ -183,7 +199,8 @@ impl Cluster {
                 return false;
             }
             // Nor look at it while the worker is creating it: Dovecot may give it another GUID then.
-            if let Some(server) = self.servers.iter().find(|s| self.servers.len() > 1 && !s.has_nothing_pending()) {
+            let may_be_pending = is_busy || self.servers.len() == 1;
+            if let Some(server) = self.servers.iter().find(|s| !may_be_pending && !s.has_nothing_pending()) {
                 difference = format!("  changes are pending on {}\n", server.name());
                 return false;
             }
@@ -213,4 +230,43 @@ impl Cluster {
             eprintln!("---- log of {} ({}) ----\n{}", server.name(), server.version_text(), server.log());
         }
     }
+}
+
+/// Configures servers that share the loopback network. Their lines are those that their setups want.
+fn share_loopback(servers: &[Server]) -> Vec<Line> {
+    let mut lines = Vec::new();
+    let mut address = |server: &Server| {
+        let mut port = server.ports.relay;
+        if server.setup().line {
+            let proxy = Proxy::to(port);
+            port = proxy.port;
+            lines.push(Line::Proxy(proxy));
+        }
+        format!("{LOOPBACK}:{port}")
+    };
+    let relays: Vec<(String, String)> = servers.iter().map(|s| (s.name().to_owned(), address(s))).collect();
+    for server in servers {
+        let peers: Vec<_> = relays.iter().filter(|(name, _)| name != server.name()).cloned().collect();
+        server.configure(&peers);
+    }
+    lines
+}
+
+/// Configures servers with networks of their own. Their lines are cables.
+fn wire_up(servers: &[Server]) -> Vec<Line> {
+    let mut lines = Vec::new();
+    let mut peers: Vec<Vec<(String, String)>> = servers.iter().map(|_| Vec::new()).collect();
+    for (one, first) in servers.iter().enumerate() {
+        for (other, second) in servers.iter().enumerate().skip(one + 1) {
+            let ends = [first, second].map(|server| server.network().expect("each has one"));
+            let cable = Cable::between(ends[0], ends[1]);
+            let relay =
+                |server: &Server, address| (server.name().to_owned(), format!("{address}:{}", server.ports.relay));
+            peers[one].push(relay(second, &cable.addresses[1]));
+            peers[other].push(relay(first, &cable.addresses[0]));
+            lines.push(Line::Cable(cable));
+        }
+    }
+    servers.iter().zip(&peers).for_each(|(server, peers)| server.configure(peers));
+    lines
 }

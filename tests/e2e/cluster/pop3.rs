@@ -4,7 +4,6 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use super::ports::LOOPBACK;
 use super::PASSWORD;
 
 pub struct Pop3 {
@@ -12,8 +11,7 @@ pub struct Pop3 {
 }
 
 impl Pop3 {
-    pub fn login(port: u16, user: &str) -> Pop3 {
-        let stream = TcpStream::connect((LOOPBACK, port)).expect("connect to POP3");
+    pub fn login(stream: TcpStream, user: &str) -> Pop3 {
         stream.set_read_timeout(Some(Duration::from_secs(30))).expect("timeout");
         let mut pop3 = Pop3 { stream: BufReader::new(stream) };
         pop3.line();

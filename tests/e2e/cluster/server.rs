@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -13,6 +13,7 @@ use super::config::{self, Ports};
 use super::imap::Imap;
 use super::janitor::Janitor;
 use super::lmtp::Lmtp;
+use super::network::Namespace;
 use super::pop3::Pop3;
 use super::ports::{PortBlock, LOOPBACK};
 use super::snapshot::{table, Body};
@@ -73,18 +74,19 @@ pub struct Server {
     _port_block: PortBlock,
     master: Mutex<Option<Child>>,
     log_checked: Mutex<usize>,
+    /// None: that of this process.
+    network: Option<Namespace>,
     janitor: Arc<Janitor>,
 }
 
-/// Whether a program answers there: the master starts them when it has opened all of its ports.
-fn greets(port: u16) -> bool {
-    let Ok(mut stream) = TcpStream::connect((LOOPBACK, port)) else { return false };
-    let timeout = stream.set_read_timeout(Some(START_DEADLINE));
-    timeout.is_ok() && std::io::Read::read(&mut stream, &mut [0]).is_ok_and(|size| size > 0)
-}
-
 impl Server {
-    pub fn prepare(setup: Setup, root: Root, cluster_dir: &str, janitor: Arc<Janitor>) -> Server {
+    pub fn prepare(
+        setup: Setup,
+        root: Root,
+        cluster_dir: &str,
+        network: Option<Namespace>,
+        janitor: Arc<Janitor>,
+    ) -> Server {
         let (version, version_text) = root.version();
         let mut block = PortBlock::reserve();
         let ports = Ports { imap: block.take(), pop3: block.take(), lmtp: block.take(), relay: block.take() };
@@ -99,6 +101,7 @@ impl Server {
             _port_block: block,
             master: Mutex::new(None),
             log_checked: Mutex::new(0),
+            network,
             janitor,
         };
         server.make_folder();
@@ -139,11 +142,17 @@ impl Server {
         }
     }
 
-    pub fn configure(&self, peers: &[(String, u16)]) {
-        let text =
-            config::Server { setup: &self.setup, version: self.version, dir: &self.dir, ports: &self.ports, peers }
-                .text()
-                .replace("{DIR}", &self.dir);
+    pub fn configure(&self, peers: &[(String, String)]) {
+        let text = config::Server {
+            setup: &self.setup,
+            version: self.version,
+            dir: &self.dir,
+            ports: &self.ports,
+            peers,
+            is_apart: self.network.is_some(),
+        }
+        .text()
+        .replace("{DIR}", &self.dir);
         fs::write(self.outside("/dovecot.conf"), text).expect("dovecot.conf");
     }
 
@@ -153,7 +162,12 @@ impl Server {
         assert!(master.is_none(), "{} runs already", self.name());
         // The last exec makes the master the process that is spawned here.
         let script = r#"mount --bind "$1" "$2" && exec chroot "$3" dovecot -F -c "$4""#;
-        let child = Command::new("unshare")
+        let mut command = Command::new("unshare");
+        if let Some(network) = &self.network {
+            command = Command::new("nsenter");
+            command.args(["--net", "--target", &network.pid().to_string(), "unshare"]);
+        }
+        let child = command
             .args(["--mount", "--propagation", "private", "sh", "-c", script, "dovetail-test"])
             .arg(self.outside("/lib"))
             .arg(self.root.outside(PKGLIBDIR))
@@ -172,7 +186,7 @@ impl Server {
         let mut ended = None;
         let answers = holds_within(START_DEADLINE, || {
             ended = child.try_wait().expect("wait for Dovecot's master");
-            ended.is_some() || ports.iter().all(|port| greets(*port))
+            ended.is_some() || ports.iter().all(|port| self.greets(*port))
         });
         if ended.is_some() || !answers {
             let mut stderr = String::new();
@@ -181,6 +195,26 @@ impl Server {
             }
             panic!("Dovecot {} did not start ({ended:?}): {stderr}\n{}", self.name(), self.log());
         }
+    }
+
+    /// Whether a program answers there: the master starts them when it has opened all of its ports.
+    fn greets(&self, port: u16) -> bool {
+        let Ok(mut stream) = self.connect(port) else { return false };
+        let timeout = stream.set_read_timeout(Some(START_DEADLINE));
+        timeout.is_ok() && std::io::Read::read(&mut stream, &mut [0]).is_ok_and(|size| size > 0)
+    }
+
+    /// To one of its ports, as from the server itself.
+    pub fn connect(&self, port: u16) -> io::Result<TcpStream> {
+        match &self.network {
+            Some(network) => network.connect(port),
+            None => TcpStream::connect((LOOPBACK, port)),
+        }
+    }
+
+    /// Its own network, if it has one.
+    pub fn network(&self) -> Option<&Namespace> {
+        self.network.as_ref()
     }
 
     /// Stops Dovecot as `systemctl stop` does and waits for its end.
@@ -348,15 +382,15 @@ impl Server {
     // ---- Mail -------------------------------------------------------------------------------------------------------
 
     pub fn imap(&self, user: &str) -> Imap {
-        Imap::login(self.ports.imap, user)
+        Imap::login(self.connect(self.ports.imap).expect("connect to IMAP"), user)
     }
 
     pub fn lmtp(&self) -> Lmtp {
-        Lmtp::connect(self.ports.lmtp)
+        Lmtp::greeted(self.connect(self.ports.lmtp).expect("connect to LMTP"))
     }
 
     pub fn pop3(&self, user: &str) -> Pop3 {
-        Pop3::login(self.ports.pop3, user)
+        Pop3::login(self.connect(self.ports.pop3).expect("connect to POP3"), user)
     }
 
     /// Delivers one mail by LMTP; panics unless Dovecot takes it.
