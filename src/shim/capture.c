@@ -773,11 +773,22 @@ static int capture_set_subscribed(struct mailbox *box, bool set)
 	return cbox->module_ctx.super.set_subscribed(box, set);
 }
 
+/* Dovecot writes into its log of mailboxes that one was deleted when its files are gone. A process that is killed in between
+   would leave neither the mailbox nor a word about it; so it is said before, too (index_storage_mailbox_delete_post()). */
+static void capture_log_deletion(struct mailbox *box)
+{
+	guid_128_t guid;
+
+	if (box->deleting && box->marked_deleted && dt_spans_mailbox_guid(box, guid))
+		mailbox_list_add_change(box->list, MAILBOX_LOG_RECORD_DELETE_MAILBOX, guid);
+}
+
 static void capture_close(struct mailbox *box)
 {
 	struct capture_box *cbox = CAPTURE_CONTEXT(box);
 
 	capture_name_all();
+	capture_log_deletion(box);
 	cbox->module_ctx.super.close(box);
 }
 

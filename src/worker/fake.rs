@@ -42,6 +42,8 @@ pub struct FakeStorage {
     pub deleted: HashSet<Guid>,
     /// Names, and whether that is new.
     pub subscribed: BTreeMap<String, bool>,
+    /// Another process saves it to the open mailbox just before that is synced.
+    pub arriving: Option<(u32, String)>,
 }
 
 impl FakeStorage {
@@ -134,6 +136,10 @@ impl Storage for FakeStorage {
         self.steps.clear();
     }
     fn sync(&mut self) -> Result<()> {
+        if let Some((uid, guid)) = self.arriving.take() {
+            self.mailbox().messages.insert(uid, guid);
+            self.mailbox().uid_next = uid + 1;
+        }
         Ok(())
     }
     fn status(&mut self) -> Status {

@@ -247,6 +247,8 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) 
         found.missing.push(target.guid.clone());
         return Ok(());
     }
+    // Before the log is read: what UIDNEXT is by then must be told with it.
+    let status = storage.status();
     let files = storage.log_files()?;
     // All that they tell must be seen in the mailbox.
     storage.sync()?;
@@ -259,9 +261,12 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) 
         }
     };
     let rebuilt = read.rebuilt.then(|| rebuilt(&read.deltas));
-    let status = storage.status();
     let mailbox = match target.until_seq {
-        0 => Mailbox { uid_next: status.uid_next, highest_modseq: status.highest_modseq, ..named },
+        0 => Mailbox {
+            uid_next: status.uid_next.max(uid_next(&read.deltas)),
+            highest_modseq: status.highest_modseq,
+            ..named
+        },
         // What comes behind is told by others, and finds its UIDs free.
         _ => Mailbox { uid_next: uid_next(&read.deltas), ..named },
     };
@@ -619,6 +624,15 @@ mod tests {
         let again =
             LookAt { index_id: known.index_id, log_seq: known.log_seq, end: known.end, tail: known.tail, ..inbox() };
         assert_eq!(told(&look_at(&mut storage, vec![again], false)), Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_is_saved_while_the_log_is_read_keeps_its_uid_free() {
+        let mut storage = storage(&[SDBOX]);
+        storage.arriving = Some((9, "late".into()));
+        let answers = look_at(&mut storage, vec![inbox()], false);
+        let changes = answers.iter().filter_map(|answer| answer.change.as_ref()?.mailbox.as_ref());
+        assert!(changes.map(|mailbox| mailbox.uid_next).all(|uid_next| uid_next <= 9));
     }
 
     #[test]
