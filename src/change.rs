@@ -137,6 +137,18 @@ pub fn check_path(path: &[String]) -> Result<(), ChangeError> {
     Ok(())
 }
 
+/// The messages that the change names by nothing but their UIDs.
+pub fn named_by_uid(change: &Change) -> impl Iterator<Item = &MessageRange> {
+    fn messages(op: &Op) -> Option<std::slice::Iter<'_, MessageRange>> {
+        match &op.what {
+            Some(What::Flags(update)) => Some(update.messages.iter()),
+            Some(What::Expunge(expunge)) => Some(expunge.messages.iter()),
+            _ => None,
+        }
+    }
+    change.ops.iter().filter_map(messages).flatten().filter(|range| range.guid.is_empty())
+}
+
 /// The spans of one record or change.
 pub fn check_spans(spans: &[Span]) -> Result<(), ChangeError> {
     check_count("spans", spans.len(), 0, SPANS_MAX)?;

@@ -14,6 +14,7 @@
 mod changes;
 mod checkpoint;
 mod coming;
+mod elsewhere;
 mod failed;
 mod inbox;
 mod lock;
@@ -21,6 +22,7 @@ mod logs;
 mod open;
 
 pub use changes::{Stored, Trimmed};
+pub use elsewhere::Elsewhere;
 pub use failed::Failed;
 pub use lock::Lock;
 pub use logs::KnownLog;
@@ -33,7 +35,7 @@ use rusqlite::Connection;
 use checkpoint::Checkpoints;
 
 /// The format of the file that this version reads and writes.
-pub const FORMAT: i32 = 1;
+pub const FORMAT: i32 = 2;
 
 /// Why the journal cannot be used. Nothing was changed in it.
 #[derive(Debug, thiserror::Error)]

@@ -39,6 +39,10 @@ CREATE TABLE subscriptions (user TEXT NOT NULL, path BLOB NOT NULL, subscribed I
 -- What a worker may have done to a user's list of mailboxes.
 CREATE TABLE coming (user TEXT NOT NULL, peer TEXT NOT NULL, seq INTEGER NOT NULL, change BLOB NOT NULL,
     PRIMARY KEY (user, peer, seq)) STRICT, WITHOUT ROWID;
+-- Messages that are not here at the UIDs that they have, or had, on the peer.
+CREATE TABLE elsewhere (user TEXT NOT NULL, mailbox BLOB NOT NULL, peer TEXT NOT NULL, uid INTEGER NOT NULL,
+    guid TEXT NOT NULL, at_us INTEGER NOT NULL, PRIMARY KEY (user, mailbox, peer, uid)) STRICT, WITHOUT ROWID;
+CREATE INDEX elsewhere_by_age ON elsewhere (at_us);
 -- What needs a comparison or a person.
 CREATE TABLE failed (peer TEXT NOT NULL, user TEXT NOT NULL, mailbox BLOB NOT NULL, seq INTEGER NOT NULL,
     at_us INTEGER NOT NULL, error TEXT NOT NULL, frame BLOB, PRIMARY KEY (peer, user, mailbox, seq)) STRICT, WITHOUT ROWID;

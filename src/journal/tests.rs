@@ -249,8 +249,8 @@ fn foreign_files_are_refused_and_left_as_they_are() {
     let with_sql = |sql: &'static str| move |path: &Path| Connection::open(path).unwrap().execute_batch(sql).unwrap();
     assert!(refusal(&|path| std::fs::write(path, "no database").unwrap()).contains("damaged"));
     assert!(refusal(&with_sql("CREATE TABLE x (y)")).contains("no journal of Dovetail"));
-    assert!(refusal(&with_sql("PRAGMA application_id = 0x4476746c; PRAGMA user_version = 2; CREATE TABLE x (y)"))
-        .contains("its format is 2"));
+    assert!(refusal(&with_sql("PRAGMA application_id = 0x4476746c; PRAGMA user_version = 99; CREATE TABLE x (y)"))
+        .contains("its format is 99"));
     assert!(refusal(&|path| {
         drop(folder.open());
         Connection::open(path).unwrap().execute_batch("UPDATE meta SET value = 'z' WHERE key = 'server'").unwrap();
@@ -354,4 +354,31 @@ fn a_database_with_flipped_bits_or_cut_off_is_refused_or_says_nothing_wrong() {
         check(&db[..length]);
     }
     assert!(refused > 10, "{refused}");
+}
+
+#[test]
+fn what_is_elsewhere_is_known_by_its_uids_until_it_is_old() {
+    let folder = Folder::new("elsewhere");
+    let mut journal = folder.open();
+    let one = |uid: u32, guid: &str| Elsewhere { mailbox: vec![1; 16], uid, guid: guid.into() };
+    for (peer, entry, moved, at_us) in [
+        ("b", one(5, "moved"), true, 10),
+        ("b", one(5, "theirs"), false, 20),
+        ("b", one(5, "moved again"), true, 30),
+        ("b", one(9, "nine"), false, 40),
+        ("c", one(6, "of c"), false, 40),
+    ] {
+        journal.note_elsewhere("jane", peer, &entry, moved, at_us).unwrap();
+    }
+    let known = |journal: &mut Journal, peer: &str, first, last| -> Vec<(u32, String)> {
+        let found = journal.elsewhere("jane", peer, &[1; 16], (first, last)).unwrap();
+        found.into_iter().map(|one| (one.uid, one.guid)).collect()
+    };
+    assert_eq!(known(&mut journal, "b", 1, 8), [(5, "theirs".to_owned())]);
+    assert_eq!(known(&mut journal, "b", 5, u32::MAX).len(), 2);
+    journal.forget_elsewhere(40).unwrap();
+    assert_eq!(known(&mut journal, "b", 1, 9), [(9, "nine".to_owned())]);
+    assert_eq!(journal.users_elsewhere().unwrap(), ["jane"]);
+    journal.forget_elsewhere(41).unwrap();
+    assert_eq!(journal.users_elsewhere().unwrap(), Vec::<String>::new());
 }

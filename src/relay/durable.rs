@@ -73,6 +73,7 @@ impl Engine {
             peer.inbox.resume(epoch, runs);
         }
         self.counts.counters.failed = self.journal.failed_count()?;
+        self.users_elsewhere = self.journal.users_elsewhere()?.into_iter().map(Arc::from).collect();
         Ok(())
     }
 
@@ -293,6 +294,7 @@ impl Engine {
     fn trim(&mut self) -> Result<(), JournalError> {
         self.trim_at_ms = self.now_ms + TRIM_EVERY_MS;
         let oldest_us = wall_clock_us().saturating_sub(self.config.journal_age_us_max);
+        self.journal.forget_elsewhere(oldest_us)?;
         while let Some((name, trimmed)) = self.journal.trim(self.config.journal_bytes_max, oldest_us)? {
             log::error!(
                 "Peer {name}: {} changes did not fit into the journal any more (dovetail_journal_size, \

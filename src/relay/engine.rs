@@ -1,6 +1,6 @@
 //! The loop: polls, reads, lets each connection's role handle its frames, writes. The roles are in the files beside.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io::{self, Read};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -104,6 +104,8 @@ pub struct Engine {
     pub heals: Heals,
     /// Users up to this one have been looked at since the start; none: all.
     pub swept: Option<String>,
+    /// Who has messages that are not here where a peer has them.
+    pub users_elsewhere: HashSet<Arc<str>>,
     /// Mailboxes without a name, and when it is time to look for it; the next one first.
     pub unnamed: VecDeque<(u64, Arc<str>, Vec<u8>)>,
     pub clock: Clock,
@@ -171,6 +173,7 @@ impl Engine {
             spans: Spans::default(),
             heals: Heals::default(),
             swept: Some(String::new()),
+            users_elsewhere: HashSet::new(),
             unnamed: VecDeque::new(),
             clock: Clock::default(),
             journal,

@@ -16,14 +16,17 @@ use super::connection::Stream;
 use super::engine::{wall_clock_us, Close, Engine, Role};
 use super::looks::LookJob;
 use super::order::{Arrival, Release};
+use super::peers::PeerState;
 use super::work::Received;
 use crate::change::{self, USER_BYTES_MAX};
-use crate::journal::{Failed, JournalError};
+use crate::journal::{Elsewhere, Failed, JournalError};
 use crate::wire::proto::frame::Kind;
-use crate::wire::proto::{Applied, Apply, Change, Frame, Refused, Span};
+use crate::wire::proto::{self, Applied, Apply, Change, Frame, Refused, Span};
 
 /// Encoded changes in one frame of a job; a single change may have more.
 const APPLY_BYTES_MAX: usize = 60_000;
+/// Messages that are elsewhere in one frame: with GUIDs of 255 bytes they fit.
+const ELSEWHERE_MAX: usize = 128;
 /// Tries of a change that can never be applied, and such changes that are remembered.
 const POISON_TRIES: u32 = 3;
 const POISON_MAX: usize = 1_000;
@@ -245,13 +248,61 @@ impl Engine {
         if let Err(error) = self.note_coming(peer, &user, &items) {
             return self.fail(error);
         }
+        let elsewhere = match self.elsewhere(peer, &user, received.iter().map(|received| &received.change)) {
+            Ok(elsewhere) => elsewhere,
+            Err(error) => return self.fail(error),
+        };
         let job = Job { id: self.last_job, user, peer, items, done: 0 };
-        let frames = apply_frames(&job, self.resolves(), received.into_iter().map(|r| r.change));
+        let frames = apply_frames(&job, self.resolves(), elsewhere, received.into_iter().map(|r| r.change));
         self.workers[index].task = Task::Apply(job);
         let Some(token) = self.workers[index].token else { return };
         for frame in frames {
             self.send(token, &frame);
         }
+    }
+
+    /// Of the messages that the changes name by their UIDs alone, those that are not here at these.
+    fn elsewhere<'a>(
+        &self,
+        peer: usize,
+        user: &str,
+        changes: impl Iterator<Item = &'a Change>,
+    ) -> Result<Vec<proto::Elsewhere>, JournalError> {
+        let mut found = Vec::new();
+        if !self.users_elsewhere.contains(user) {
+            return Ok(found);
+        }
+        for change in changes {
+            let Some(mailbox) = &change.mailbox else { continue };
+            for range in change::named_by_uid(change) {
+                let uids = (range.first_uid, range.last_uid);
+                let of_range = self.journal.elsewhere(user, &self.peers[peer].name, &mailbox.guid, uids)?;
+                let told = |one: Elsewhere| {
+                    let Elsewhere { mailbox: mailbox_guid, uid, guid } = one;
+                    proto::Elsewhere { mailbox_guid, uid, guid, moved: false }
+                };
+                found.extend(of_range.into_iter().map(told));
+            }
+        }
+        Ok(found)
+    }
+
+    fn note_elsewhere(
+        &mut self,
+        peer: usize,
+        user: &Arc<str>,
+        elsewhere: proto::Elsewhere,
+    ) -> Result<(), JournalError> {
+        let now_us = wall_clock_us();
+        let proto::Elsewhere { mailbox_guid: mailbox, uid, guid, moved } = elsewhere;
+        let noted = Elsewhere { mailbox, uid, guid };
+        for (index, PeerState { name, .. }) in self.peers.iter().enumerate() {
+            if moved || index == peer {
+                self.journal.note_elsewhere(user, name, &noted, moved, now_us)?;
+            }
+        }
+        self.users_elsewhere.insert(user.clone());
+        Ok(())
     }
 
     /// Whether this server is the acting resolver where UIDs clash: see [`crate::merge::uid`].
@@ -321,6 +372,11 @@ impl Engine {
             // In one commit of the journal with the acknowledgement, or before it.
             let release = Release { user: job.user.clone(), change: Some(change.clone()), spans: Vec::new() };
             self.ship_all(vec![release]);
+        }
+        for elsewhere in &applied.elsewhere {
+            if let Err(error) = self.note_elsewhere(job.peer, &job.user, elsewhere.clone()) {
+                self.fail(error);
+            }
         }
         for item in &job.items[job.done..done] {
             let inbox = &mut self.peers[job.peer].inbox;
@@ -475,15 +531,22 @@ impl Engine {
 }
 
 /// The job as frames, none too long.
-fn apply_frames(job: &Job, resolves: bool, changes: impl Iterator<Item = Change>) -> Vec<Frame> {
-    let apply = || Apply { job: job.id, user: job.user.to_string(), resolves, ..Default::default() };
-    let mut frames = vec![apply()];
+fn apply_frames(
+    job: &Job,
+    resolves: bool,
+    elsewhere: Vec<proto::Elsewhere>,
+    changes: impl Iterator<Item = Change>,
+) -> Vec<Frame> {
+    let empty = || Apply { job: job.id, user: job.user.to_string(), resolves, more: true, ..Default::default() };
+    let mut frames: Vec<Apply> =
+        elsewhere.chunks(ELSEWHERE_MAX).map(|some| Apply { elsewhere: some.to_vec(), ..empty() }).collect();
+    frames.push(empty());
     let mut bytes = 0;
     for change in changes {
         // With the field's tag and length.
         let length = change.encoded_len() + 8;
         if bytes > 0 && bytes + length > APPLY_BYTES_MAX {
-            frames.push(apply());
+            frames.push(empty());
             bytes = 0;
         }
         bytes += length;
@@ -491,9 +554,8 @@ fn apply_frames(job: &Job, resolves: bool, changes: impl Iterator<Item = Change>
             last.changes.push(change);
         }
     }
-    let last = frames.len() - 1;
-    for frame in &mut frames[..last] {
-        frame.more = true;
+    if let Some(last) = frames.last_mut() {
+        last.more = false;
     }
     frames.into_iter().map(|frame| Kind::Apply(frame).into()).collect()
 }
@@ -501,24 +563,28 @@ fn apply_frames(job: &Job, resolves: bool, changes: impl Iterator<Item = Change>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::change::{CHANGE_BYTES_MAX, USER_BYTES_MAX};
+    use crate::change::{CHANGE_BYTES_MAX, MESSAGE_GUID_BYTES_MAX, USER_BYTES_MAX};
     use crate::wire::frame;
 
     #[test]
     fn a_job_of_any_changes_fits_into_frames() {
         let job = Job { id: u64::MAX, user: "u".repeat(USER_BYTES_MAX).into(), peer: 0, items: vec![], done: 0 };
+        let guid = "g".repeat(MESSAGE_GUID_BYTES_MAX);
+        let one = proto::Elsewhere { mailbox_guid: vec![1; 16], uid: u32::MAX, guid, moved: true };
+        let elsewhere = vec![one; 1_000];
         for length in [10, 1_000, 30_000, CHANGE_BYTES_MAX - 8] {
             let change = Change { user: "x".repeat(length), ..Default::default() };
             assert!(change.encoded_len() <= CHANGE_BYTES_MAX);
-            let frames = apply_frames(&job, true, std::iter::repeat_n(change, 64));
-            let mut changes = 0;
+            let frames = apply_frames(&job, true, elsewhere.clone(), std::iter::repeat_n(change, 64));
+            let (mut changes, mut others) = (0, 0);
             for (at, frame) in frames.iter().enumerate() {
                 frame::encode(frame).unwrap();
                 let Some(Kind::Apply(apply)) = &frame.kind else { panic!() };
                 assert_eq!(apply.more, at + 1 < frames.len());
                 changes += apply.changes.len();
+                others += apply.elsewhere.len();
             }
-            assert_eq!(changes, 64);
+            assert_eq!((changes, others), (64, elsewhere.len()));
         }
     }
 }

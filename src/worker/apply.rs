@@ -9,6 +9,7 @@ use std::io::{Read, Write};
 
 use super::body::{self, Fetched};
 use super::connection::Connection;
+use super::elsewhere::{Elsewhere, Resolved};
 use super::mark::Marks;
 use super::name;
 use super::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Storage, Update};
@@ -132,6 +133,8 @@ pub struct Committed {
     pub done: u32,
     /// The peers must be told.
     pub tell: Vec<proto::Change>,
+    /// The relay must keep it.
+    pub elsewhere: Vec<proto::Elsewhere>,
 }
 
 type OnCommit<'a, S, C> = &'a mut dyn FnMut(&mut S, &mut Connection<C>, Committed) -> body::Link<()>;
@@ -161,6 +164,8 @@ pub struct Apply<'a, S, C> {
     resolves: bool,
     /// What the peers must be told because of what is applied.
     pub tell: Vec<proto::Change>,
+    /// Messages that are not where the changes' origin has them.
+    pub elsewhere: Elsewhere,
     /// Called after each commit while the job goes on.
     on_commit: OnCommit<'a, S, C>,
 }
@@ -172,6 +177,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         connection: &'a mut Connection<C>,
         user: &'a str,
         resolves: bool,
+        elsewhere: Elsewhere,
         next_body: &'a mut u64,
         on_commit: OnCommit<'a, S, C>,
     ) -> Result<Self> {
@@ -193,6 +199,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             doubts: Vec::new(),
             resolves,
             tell: Vec::new(),
+            elsewhere,
             on_commit,
         })
     }
@@ -308,7 +315,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         self.done = self.complete;
         self.seqs = vec![self.current.clone()];
         self.storage.applying(&self.seqs);
-        let committed = Committed { done: self.done, tell: std::mem::take(&mut self.tell) };
+        let committed =
+            Committed { done: self.done, tell: std::mem::take(&mut self.tell), elsewhere: self.elsewhere.take_new() };
         (self.on_commit)(self.storage, self.connection, committed)?;
         Ok(())
     }
@@ -323,9 +331,17 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         for (asked, uid) in asked.iter().zip(saved).filter(|(asked, uid)| asked.there != 0 && asked.there != **uid) {
             self.note("uid_conflict");
+            self.note_elsewhere(asked.there, &asked.guid, false);
             self.tell_uid(&asked.guid, *uid, There { uid: asked.there, next: 0, raised: 0 }, vec![asked.there], true);
         }
         Ok(())
+    }
+
+    /// The changes' origin has the message at this UID of the open mailbox. `moved`: it was there here, too.
+    fn note_elsewhere(&mut self, uid: u32, guid: &str, moved: bool) {
+        if let Some(open) = self.open.as_ref().filter(|open| !open.conflict) {
+            self.elsewhere.note(&open.mailbox.0, uid, guid, moved);
+        }
     }
 
     /// With the transaction: what it completes, and that UIDs are not the same any more.
@@ -581,6 +597,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         // It was given another UID. A lower one is another message: copied inside of the mailbox, it has the same GUID.
         if self.storage.find_messages(guid)?.into_iter().any(|uid| uid > wanted) {
+            self.note_elsewhere(wanted, guid, false);
             self.tell_if_elsewhere(guid, wanted)?;
             return Ok(None);
         }
@@ -591,6 +608,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             return Ok(Some(0));
         }
         // Given to another message here, or jumped over.
+        self.note_elsewhere(wanted, guid, false);
         self.diverge();
         Ok(match uid::place(self.here(None), There { uid: wanted, next: mailbox.uid_next, raised: 0 }) {
             Put::At(uid) => Some(uid),
@@ -645,15 +663,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     fn find(&mut self, messages: &[proto::MessageRange]) -> Outcome<Vec<(u32, u32)>> {
         let mut found = Vec::new();
         let moved = self.has_diverged();
-        let conflict = moved || self.open.as_ref().is_some_and(|open| open.conflict);
         for range in messages {
             if range.guid.is_empty() {
-                if conflict {
-                    // These UIDs may be other messages here.
-                    self.note("messages_unknown");
-                } else {
-                    found.push((range.first_uid, range.last_uid));
-                }
+                self.find_by_uid(range, &mut found)?;
                 continue;
             }
             match self.storage.message_guid(range.first_uid)? {
@@ -668,6 +680,21 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             }
         }
         Ok(found)
+    }
+
+    /// Of messages that the origin names by their UIDs alone.
+    fn find_by_uid(&mut self, range: &proto::MessageRange, found: &mut Vec<(u32, u32)>) -> Result<()> {
+        let Some(open) = self.open.as_ref().filter(|open| !open.conflict) else {
+            // These UIDs may be other messages here.
+            self.note("messages_unknown");
+            return Ok(());
+        };
+        let Resolved { uids, guids } = self.elsewhere.resolve(&open.mailbox.0, range.first_uid, range.last_uid);
+        found.extend(uids);
+        for guid in guids {
+            found.extend(self.storage.find_messages(guid)?.last().map(|uid| (*uid, *uid)));
+        }
+        Ok(())
     }
 
     fn update_flags(&mut self, mailbox: &proto::Mailbox, update: &proto::FlagUpdate) -> Outcome<()> {
@@ -855,15 +882,21 @@ mod tests {
 
     fn apply_as(resolves: bool, storage: &mut FakeStorage, script: Script, changes: &[proto::Change]) -> Outcome {
         let mut connection = Connection::new(script);
-        let (mut next_body, mut told) = (0, Vec::new());
+        let (mut next_body, mut told, mut elsewhere) = (0, Vec::new(), Vec::new());
         let mut on_commit = |_: &mut FakeStorage, _: &mut Connection<Script>, committed: Committed| {
             told.extend(committed.tell);
+            elsewhere.extend(committed.elsewhere);
             Ok(())
         };
-        let mut apply = Apply::new(storage, &mut connection, "jane", resolves, &mut next_body, &mut on_commit).unwrap();
+        let known = Elsewhere::of(std::mem::take(&mut storage.elsewhere));
+        let mut apply =
+            Apply::new(storage, &mut connection, "jane", resolves, known, &mut next_body, &mut on_commit).unwrap();
         let result = apply.run(changes);
         let (done, notes, rest) = (apply.done, apply.notes.clone(), std::mem::take(&mut apply.tell));
+        let noted = apply.elsewhere.take_new();
         told.extend(rest);
+        elsewhere.extend(noted);
+        storage.elsewhere = elsewhere;
         storage.close();
         let error = match result {
             Ok(()) => None,
@@ -906,8 +939,48 @@ mod tests {
             apply(&mut storage, Script::default(), &[save(1, 2, "two"), save(2, 1, "one"), expunge(3, 1, "one")]);
         assert_eq!(outcome.notes, ["uid_conflict"]);
         assert_eq!(storage.messages("INBOX"), [(2, "two".to_string())]);
-        apply(&mut storage, Script::default(), &[expunge(4, 2, "")]);
-        assert_eq!(storage.messages("INBOX"), [(2, "two".to_string())], "a UID alone is not enough");
+    }
+
+    #[test]
+    fn what_names_a_message_by_its_uid_there_finds_it_where_it_is_here() {
+        // Their 5 is our 6, and their 7 is our 7.
+        let ours = || {
+            let mut storage = FakeStorage::default();
+            storage.add("INBOX", GUID, 9, &[(5, "ours")]);
+            storage
+        };
+        let saves = [save(1, 5, "theirs"), save(2, 7, "both")];
+        let mut together = ours();
+        apply(&mut together, Script::default(), &[&saves[..], &[expunge(3, 5, "")]].concat());
+        let mut later = ours();
+        apply(&mut later, Script::default(), &saves);
+        apply(&mut later, Script::default(), &[expunge(3, 5, "")]);
+        for mut storage in [together, later] {
+            assert_eq!(storage.messages("INBOX"), named(&[(5, "ours"), (7, "both")]));
+            apply(&mut storage, Script::default(), &[expunge(4, 7, "")]);
+            assert_eq!(storage.messages("INBOX"), named(&[(5, "ours")]));
+        }
+    }
+
+    #[test]
+    fn what_names_a_message_that_could_not_be_had_takes_no_other() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "ours")]);
+        let mut large = save(1, 5, "theirs");
+        let Some(What::Save(save)) = &mut large.ops[0].what else { unreachable!() };
+        (save.body_inline, save.body) = (false, Vec::new());
+        apply(&mut storage, gone(1), &[large]);
+        apply(&mut storage, Script::default(), &[expunge(2, 5, "")]);
+        assert_eq!(storage.messages("INBOX"), named(&[(5, "ours")]));
+    }
+
+    #[test]
+    fn a_message_that_moved_here_is_found_by_its_old_uid() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "one"), (6, "two")]);
+        apply(&mut storage, Script::default(), &[claim(1, "one", 9, &[5])]);
+        apply(&mut storage, Script::default(), &[expunge(2, 5, "")]);
+        assert_eq!(storage.messages("INBOX"), named(&[(6, "two")]));
     }
 
     fn claim(seq: u64, guid: &str, uid: u32, was: &[u32]) -> proto::Change {

@@ -42,6 +42,8 @@ pub struct FakeStorage {
     pub deleted: HashSet<Guid>,
     /// Names, and whether that is new.
     pub subscribed: BTreeMap<String, bool>,
+    /// What the relay keeps.
+    pub elsewhere: Vec<proto::Elsewhere>,
     /// Another process saves it to the open mailbox just before that is synced.
     pub arriving: Option<(u32, String)>,
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use super::apply::{Apply, Committed, Failure};
 use super::body::{self, Link};
 use super::connection::Connection;
+use super::elsewhere::Elsewhere;
 use super::look::{self, Wanted};
 use super::storage::Storage;
 use crate::wire::proto::{self, frame::Kind};
@@ -17,6 +18,8 @@ const CHANGES_BYTES_MAX: usize = 64 << 20;
 const SPANS_DELAY_MAX: Duration = Duration::from_millis(20);
 /// Also the most that fit into a frame, each with the changes that it belongs to.
 const SPANS_MAX: usize = 32;
+/// Messages that are elsewhere in one frame: with GUIDs of 255 bytes they fit.
+const ELSEWHERE_MAX: usize = 128;
 /// Changes named by the spans of one frame at most.
 const SPANS_APPLIED_MAX: usize = 512;
 
@@ -36,6 +39,7 @@ struct Collecting {
     changes: Vec<proto::Change>,
     bytes: usize,
     resolves: bool,
+    elsewhere: Vec<proto::Elsewhere>,
     error: Option<String>,
 }
 
@@ -100,6 +104,7 @@ impl Jobs {
                 changes: vec![],
                 bytes: 0,
                 resolves: apply.resolves,
+                elsewhere: vec![],
                 error: None,
             },
         };
@@ -113,6 +118,7 @@ impl Jobs {
         }
         if whole.error.is_none() {
             whole.changes.extend(apply.changes);
+            whole.elsewhere.extend(apply.elsewhere);
         }
         if apply.more {
             self.collecting = Some(whole);
@@ -125,13 +131,13 @@ impl Jobs {
         &mut self,
         storage: &mut S,
         connection: &mut Connection<C>,
-        whole: Collecting,
+        mut whole: Collecting,
     ) -> Link<proto::Applied> {
         let mut answer = proto::Applied { job: whole.job, ..Default::default() };
         storage.applying(&[]);
-        let result = match whole.error {
+        let result = match whole.error.take() {
             Some(error) => Err(Failure::User(error)),
-            None => self.apply_changes(storage, connection, &whole, &mut answer),
+            None => self.apply_changes(storage, connection, whole, &mut answer),
         };
         storage.close_user();
         storage.unlock_user();
@@ -148,15 +154,15 @@ impl Jobs {
         &mut self,
         storage: &mut S,
         connection: &mut Connection<C>,
-        whole: &Collecting,
+        whole: Collecting,
         answer: &mut proto::Applied,
     ) -> Result<(), Failure> {
-        let Collecting { user, changes, resolves, .. } = whole;
-        if !storage.lock_user(user)? {
+        let Collecting { user, changes, resolves, elsewhere, .. } = whole;
+        if !storage.lock_user(&user)? {
             // Left behind by a relay that was killed: both would save the same mail.
             return Err("another worker still applies changes of this user".to_string().into());
         }
-        if !storage.open_user(user)? {
+        if !storage.open_user(&user)? {
             return Err("unknown here".to_string().into());
         }
         let job = answer.job;
@@ -164,8 +170,8 @@ impl Jobs {
         let mut unreported = Vec::new();
         let mut before = 0;
         let mut on_commit = |storage: &mut S, connection: &mut Connection<C>, committed: Committed| {
-            let Committed { done, tell } = committed;
-            send_tell(connection, job, std::mem::replace(&mut before, done), tell)?;
+            let Committed { done, tell, elsewhere } = committed;
+            send_news(connection, job, std::mem::replace(&mut before, done), tell, elsewhere)?;
             unreported.extend(storage.take_spans());
             if unreported.len() < SPANS_MAX && reported.elapsed() < SPANS_DELAY_MAX {
                 return Ok(());
@@ -174,28 +180,34 @@ impl Jobs {
             let spans = std::mem::take(&mut unreported);
             send_spans(connection, proto::Applied { job, done, more: true, spans, ..Default::default() }).map(drop)
         };
-        let mut apply = Apply::new(storage, connection, user, *resolves, &mut self.next_body, &mut on_commit)?;
-        let result = apply.run(changes);
+        let elsewhere = Elsewhere::of(elsewhere);
+        let mut apply =
+            Apply::new(storage, connection, &user, resolves, elsewhere, &mut self.next_body, &mut on_commit)?;
+        let result = apply.run(&changes);
         answer.done = apply.done;
         answer.notes = std::mem::take(&mut apply.notes);
         answer.doubts = std::mem::take(&mut apply.doubts);
-        let tell = std::mem::take(&mut apply.tell);
-        send_tell(connection, job, before, tell).map_err(Failure::Link)?;
+        let (tell, elsewhere) = (std::mem::take(&mut apply.tell), apply.elsewhere.take_new());
+        send_news(connection, job, before, tell, elsewhere).map_err(Failure::Link)?;
         answer.spans = unreported;
         result
     }
 }
 
-/// What the peers must be told is said before `done` counts what gave rise to it.
-fn send_tell<C: Read + Write>(
+/// What the peers must be told, and what the relay must keep, is said before `done` counts what gave rise to it.
+fn send_news<C: Read + Write>(
     connection: &mut Connection<C>,
     job: u64,
     done: u32,
     tell: Vec<proto::Change>,
+    elsewhere: Vec<proto::Elsewhere>,
 ) -> Link<()> {
+    let empty = || proto::Applied { job, done, more: true, ..Default::default() };
+    for some in elsewhere.chunks(ELSEWHERE_MAX) {
+        connection.send(Kind::Applied(proto::Applied { elsewhere: some.to_vec(), ..empty() }))?;
+    }
     for change in tell {
-        let applied = proto::Applied { job, done, more: true, changes: vec![change], ..Default::default() };
-        connection.send(Kind::Applied(applied))?;
+        connection.send(Kind::Applied(proto::Applied { changes: vec![change], ..empty() }))?;
     }
     Ok(())
 }
@@ -257,7 +269,15 @@ mod tests {
         let mut storage = FakeStorage::default();
         storage.is_locked = true;
         let mut connection = Connection::new(Script::default());
-        let whole = Collecting { job: 1, user: "jane".into(), changes: vec![], bytes: 0, resolves: false, error: None };
+        let whole = Collecting {
+            job: 1,
+            user: "jane".into(),
+            changes: vec![],
+            bytes: 0,
+            resolves: false,
+            elsewhere: vec![],
+            error: None,
+        };
         let answer = Jobs::default().apply(&mut storage, &mut connection, whole).unwrap();
         assert_eq!(answer.done, 0);
         assert!(answer.error.contains("another worker"), "{}", answer.error);

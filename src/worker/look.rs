@@ -510,11 +510,11 @@ fn named<S: Storage>(
     ranges: &[UidRange],
     moves: Option<&[(u32, u32)]>,
 ) -> Result<Vec<Vec<MessageRange>>> {
-    let whole = |range: &UidRange| MessageRange { first_uid: range.first, last_uid: range.last, guid: String::new() };
     let Some(moves) = moves else {
-        return Ok(ranges.chunks(RANGES_MAX).map(|chunk| chunk.iter().map(whole).collect()).collect());
+        let messages = without_gaps(storage, ranges)?;
+        return Ok(messages.chunks(RANGES_MAX).map(<[_]>::to_vec).collect());
     };
-    let is_meant = |uid: u32| ranges.iter().any(|range| (range.first..=range.last).contains(&uid));
+    let is_meant = |uid: u32| is_in(ranges, uid);
     let mut uids: BTreeSet<u32> = storage.uids()?.into_iter().filter(|uid| is_meant(*uid)).collect();
     for (at, (_, to)) in moves.iter().enumerate().filter(|(_, (from, _))| is_meant(*from)) {
         uids.insert(moves[at..].iter().fold(*to, |to, next| if next.0 == to { next.1 } else { to }));
@@ -526,6 +526,28 @@ fn named<S: Storage>(
         }
     }
     Ok(messages.chunks(RANGES_MAX).map(<[_]>::to_vec).collect())
+}
+
+/// The ranges of a log's record are in order.
+fn is_in(ranges: &[UidRange], uid: u32) -> bool {
+    let at = ranges.partition_point(|range| range.last < uid);
+    ranges.get(at).is_some_and(|range| range.first <= uid)
+}
+
+/// Where a log's range has a gap, the peer may have a message.
+fn without_gaps<S: Storage>(storage: &mut S, ranges: &[UidRange]) -> Result<Vec<MessageRange>> {
+    let range = |first_uid, last_uid| MessageRange { first_uid, last_uid, guid: String::new() };
+    if ranges.iter().all(|range| range.first == range.last) {
+        return Ok(ranges.iter().map(|single| range(single.first, single.last)).collect());
+    }
+    let mut messages: Vec<MessageRange> = Vec::new();
+    for uid in storage.uids()?.into_iter().filter(|uid| is_in(ranges, *uid)) {
+        match messages.last_mut() {
+            Some(last) if last.last_uid == uid.wrapping_sub(1) => last.last_uid = uid,
+            _ => messages.push(range(uid, uid)),
+        }
+    }
+    Ok(messages)
 }
 
 /// None if the message has gone meanwhile.

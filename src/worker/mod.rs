@@ -11,6 +11,7 @@
 pub mod apply;
 pub mod body;
 pub mod connection;
+pub mod elsewhere;
 #[cfg(test)]
 mod fake;
 pub mod job;

@@ -1,9 +1,14 @@
 //! Two servers that are written to at the same time.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
+use crate::cluster::server::signal;
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
 use crate::scene::{mail, stories, Scene, SOON};
+
+/// For what was lost with a killed process to be looked for and sent.
+const KILLED_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Every mail is there once, on both servers, at UIDs that no other ever had.
 fn assert_each_once(t: &Scene, snapshot: &Snapshot, count: usize) {
@@ -93,4 +98,40 @@ fn both_accept_mail_while_they_are_cut_mdbox() {
 #[test]
 fn both_accept_mail_while_they_are_cut_maildir() {
     both_accept_mail_while_they_are_cut(Format::Maildir, Format::Maildir, "story-cut-maildir");
+}
+
+/// What a look finds in a log names messages by their UIDs, while the other server has its own at these.
+fn what_is_found_in_the_log_follows_mails_that_are_given_other_uids(writer: usize, user: &str) {
+    let t = pair_over_lines(Format::Sdbox, Format::Sdbox, user);
+    t.expects_in_log("dovetail");
+    t.expects_in_log("killed with signal 9");
+    t.a().deliver(&t.user, &mail("before"));
+    t.settled();
+    t.lines.iter().for_each(|line| line.hang(true));
+    t.servers().iter().for_each(|server| deliver(server, &t.user, 0..3));
+    let server = &t.servers()[writer];
+    // The mails are told, what is done to them is not.
+    wait_until(SOON, "the deliveries are journaled", || server.status().iter().all(|peer| peer["pending"] == "3"));
+    server.pids("dovetail").iter().for_each(|pid| signal(*pid, "STOP"));
+    let mut imap = server.imap(&t.user).select("INBOX");
+    imap.ok("STORE 2:4 +FLAGS (\\Flagged $Important)");
+    imap.ok("STORE 3 +FLAGS.SILENT (\\Deleted)");
+    imap.ok("EXPUNGE");
+    let killed = server.kill("imap") + server.kill("dovetail");
+    assert!(killed >= 2);
+    t.lines.iter().for_each(|line| line.hang(false));
+    let snapshot = t.converged_within(KILLED_DEADLINE, &t.user);
+    assert_each_once(&t, &snapshot, 6);
+    let flagged = snapshot.messages("INBOX").iter().filter(|m| m.flags == ["$Important", "\\Flagged"]).count();
+    assert_eq!(flagged, 2);
+}
+
+#[test]
+fn what_is_found_in_the_log_of_a_follows_mails_that_are_given_other_uids() {
+    what_is_found_in_the_log_follows_mails_that_are_given_other_uids(0, "story-found-a");
+}
+
+#[test]
+fn what_is_found_in_the_log_of_b_follows_mails_that_are_given_other_uids() {
+    what_is_found_in_the_log_follows_mails_that_are_given_other_uids(1, "story-found-b");
 }

@@ -153,6 +153,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             self.note_moving(Some((from, uid)))?;
             self.storage.commit()?;
         }
+        self.note_elsewhere(from, guid, true);
         self.finish_moving(from)?;
         if self.redo_since(begin, from, uid)? {
             return Ok(Some(uid));
@@ -205,8 +206,10 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         match old.is_some() && old == new {
             true => {
                 self.finish_moving(from)?;
-                if let (Some(guid), true) = (new, self.resolves) {
-                    // Perhaps it was not told.
+                let Some(guid) = new else { return Ok(()) };
+                // Perhaps it was not told.
+                self.note_elsewhere(from, &guid, true);
+                if self.resolves {
                     self.tell_uid(&guid, to, There { uid: from, next: 0, raised: 0 }, vec![from], false);
                 }
                 Ok(())

@@ -1,0 +1,78 @@
+//! Messages that are not here where a peer has them, for as long as it may name them by the UIDs that they have there.
+
+use super::{to_sql, Journal, JournalError};
+
+/// A message by the UID that it has, or had, on a peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Elsewhere {
+    pub mailbox: Vec<u8>,
+    pub uid: u32,
+    pub guid: String,
+}
+
+impl Journal {
+    /// A worker has found out. `moved`: it had this UID here, too.
+    pub fn note_elsewhere(
+        &mut self,
+        user: &str,
+        peer: &str,
+        elsewhere: &Elsewhere,
+        moved: bool,
+        at_us: u64,
+    ) -> Result<(), JournalError> {
+        // With the acknowledgement, or before it.
+        self.write()?;
+        // Where the peer's own message has this UID, that is meant, not one that was moved here.
+        let or = if moved { "IGNORE" } else { "REPLACE" };
+        self.run(|db| {
+            db.prepare_cached(&format!(
+                "INSERT OR {or} INTO elsewhere (user, mailbox, peer, uid, guid, at_us) VALUES (?, ?, ?, ?, ?, ?)"
+            ))?
+            .execute((user, &elsewhere.mailbox, peer, elsewhere.uid, &elsewhere.guid, to_sql(at_us)))
+        })
+        .map(drop)
+    }
+
+    /// What is known of these UIDs of the peer.
+    pub fn elsewhere(
+        &self,
+        user: &str,
+        peer: &str,
+        mailbox: &[u8],
+        (first, last): (u32, u32),
+    ) -> Result<Vec<Elsewhere>, JournalError> {
+        self.run(|db| {
+            let mut rows = db.prepare_cached(
+                "SELECT uid, guid FROM elsewhere WHERE user = ? AND mailbox = ? AND peer = ? AND uid BETWEEN ? AND ?",
+            )?;
+            let rows = rows.query_map((user, mailbox, peer, first, last), |row| {
+                Ok(Elsewhere { mailbox: mailbox.to_vec(), uid: row.get(0)?, guid: row.get(1)? })
+            })?;
+            rows.collect()
+        })
+    }
+
+    /// Users of whom something is known.
+    pub fn users_elsewhere(&self) -> Result<Vec<String>, JournalError> {
+        self.run(|db| {
+            let mut rows = db.prepare("SELECT DISTINCT user FROM elsewhere")?;
+            let rows = rows.query_map([], |row| row.get(0))?;
+            rows.collect()
+        })
+    }
+
+    /// Changes as old as this are not sent any more.
+    pub fn forget_elsewhere(&mut self, oldest_us: u64) -> Result<(), JournalError> {
+        let mut is_any = false;
+        self.run(|db| {
+            is_any =
+                db.prepare_cached("SELECT 1 FROM elsewhere WHERE at_us < ? LIMIT 1")?.exists([to_sql(oldest_us)])?;
+            Ok(())
+        })?;
+        if is_any {
+            self.write_sometime()?;
+            self.run(|db| db.execute("DELETE FROM elsewhere WHERE at_us < ?", [to_sql(oldest_us)]))?;
+        }
+        Ok(())
+    }
+}

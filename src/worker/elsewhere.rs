@@ -1,0 +1,102 @@
+//! Messages that are not here where the peer has them: what it names by UIDs alone is not at these UIDs.
+//!
+//! Until a peer knows that a message got another UID here, it may name it by the old one. On the peer this one never names
+//! another message, so what is noted here is never wrong, only no longer needed. Pure.
+use std::collections::BTreeMap;
+
+use crate::wire::proto;
+
+/// Of the peer whose changes are applied.
+#[derive(Default)]
+pub struct Elsewhere {
+    known: BTreeMap<(Vec<u8>, u32), String>,
+    new: Vec<proto::Elsewhere>,
+}
+
+/// A range of the peer's UIDs, resolved.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Resolved<'a> {
+    /// These are the same messages here.
+    pub uids: Vec<(u32, u32)>,
+    /// GUIDs of those that are elsewhere.
+    pub guids: Vec<&'a str>,
+}
+
+impl Elsewhere {
+    /// What the relay knows.
+    pub fn of(known: Vec<proto::Elsewhere>) -> Elsewhere {
+        let known = known.into_iter().map(|one| ((one.mailbox_guid, one.uid), one.guid)).collect();
+        Elsewhere { known, new: Vec::new() }
+    }
+
+    /// The peer's message `uid` of the mailbox is the one with this GUID. `moved`: it got another UID than it had here.
+    pub fn note(&mut self, mailbox_guid: &[u8], uid: u32, guid: &str, moved: bool) {
+        let key = (mailbox_guid.to_vec(), uid);
+        // Where the peer's own message has this UID, that is meant.
+        if !moved || !self.known.contains_key(&key) {
+            self.known.insert(key, guid.to_owned());
+        }
+        let (mailbox_guid, guid) = (mailbox_guid.to_vec(), guid.to_owned());
+        self.new.push(proto::Elsewhere { mailbox_guid, uid, guid, moved });
+    }
+
+    /// What was noted since the last call.
+    pub fn take_new(&mut self) -> Vec<proto::Elsewhere> {
+        std::mem::take(&mut self.new)
+    }
+
+    /// What the peer means by the UIDs from `first` to `last`.
+    pub fn resolve(&self, mailbox_guid: &[u8], first: u32, last: u32) -> Resolved<'_> {
+        let mut resolved = Resolved::default();
+        let mut next = Some(first);
+        let key = |uid| (mailbox_guid.to_vec(), uid);
+        let inside = (first <= last).then(|| self.known.range(key(first)..=key(last)));
+        for ((_, uid), guid) in inside.into_iter().flatten() {
+            resolved.uids.extend(next.filter(|next| next < uid).map(|next| (next, uid - 1)));
+            resolved.guids.push(guid);
+            next = uid.checked_add(1);
+        }
+        resolved.uids.extend(next.filter(|next| *next <= last).map(|next| (next, last)));
+        resolved
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn known(all: &[(u8, u32, &str)]) -> Elsewhere {
+        let one = |(mailbox, uid, guid): &(u8, u32, &str)| proto::Elsewhere {
+            mailbox_guid: vec![*mailbox; 16],
+            uid: *uid,
+            guid: guid.to_string(),
+            moved: false,
+        };
+        Elsewhere::of(all.iter().map(one).collect())
+    }
+
+    #[test]
+    fn a_range_is_what_is_there_and_what_is_elsewhere() {
+        let elsewhere = known(&[(1, 3, "three"), (1, 5, "five"), (1, u32::MAX, "last"), (2, 4, "other")]);
+        let resolve = |first, last| {
+            let Resolved { uids, guids } = elsewhere.resolve(&[1; 16], first, last);
+            (uids, guids)
+        };
+        assert_eq!(resolve(1, 2), (vec![(1, 2)], vec![]));
+        assert_eq!(resolve(3, 3), (vec![], vec!["three"]));
+        assert_eq!(resolve(1, 9), (vec![(1, 2), (4, 4), (6, 9)], vec!["three", "five"]));
+        assert_eq!(resolve(7, u32::MAX), (vec![(7, u32::MAX - 1)], vec!["last"]));
+        assert_eq!(resolve(9, 7), (vec![], vec![]));
+    }
+
+    #[test]
+    fn the_peers_own_message_is_meant_before_one_that_was_moved_here() {
+        let mut elsewhere = Elsewhere::default();
+        for (guid, moved) in [("moved", true), ("theirs", false), ("moved again", true)] {
+            elsewhere.note(&[1; 16], 5, guid, moved);
+        }
+        assert_eq!(elsewhere.resolve(&[1; 16], 5, 5).guids, ["theirs"]);
+        assert_eq!(elsewhere.take_new().len(), 3);
+        assert_eq!(elsewhere.take_new(), []);
+    }
+}
