@@ -333,6 +333,10 @@ struct dt_message_info {
   int64_t received_date;
   int64_t save_date;
   uint64_t size;
+  /*
+   See stray.h.
+   */
+  bool is_stray;
 };
 
 /*

@@ -89,6 +89,8 @@ pub struct DtMessageInfo {
     pub received_date: i64,
     pub save_date: i64,
     pub size: u64,
+    /// See stray.h.
+    pub is_stray: bool,
 }
 
 /// Bytes that the mailbox's index keeps for us.
@@ -108,6 +110,9 @@ extern "C" {
     fn dt_worker_log_path() -> *const c_char;
     fn dt_worker_uids(each: extern "C" fn(u32, u32, *mut c_void), context: *mut c_void);
     fn dt_worker_message_info(uid: u32, info_r: *mut DtMessageInfo) -> c_int;
+    fn dt_worker_is_saved_alone(guid: *const c_char) -> bool;
+    fn dt_worker_stray(guid: *const c_char, uid_r: *mut u32) -> c_int;
+    fn dt_worker_adopt(uid: u32, guid: *const c_char) -> c_int;
     fn dt_worker_mark_read(mark_r: *mut u8);
     fn dt_worker_mark_write(offset: u32, data: *const u8, size: usize);
     fn dt_worker_allow_plugins(plugins: *const c_char);
@@ -728,8 +733,14 @@ impl Storage for DovecotStorage {
 
     fn message_info(&mut self, uid: u32) -> Result<Option<MessageInfo>> {
         self.need_mailbox()?;
-        let mut info =
-            DtMessageInfo { guid: std::ptr::null(), guid_128: [0; 16], received_date: 0, save_date: 0, size: 0 };
+        let mut info = DtMessageInfo {
+            guid: std::ptr::null(),
+            guid_128: [0; 16],
+            received_date: 0,
+            save_date: 0,
+            size: 0,
+            is_stray: false,
+        };
         // SAFETY: a mailbox is open; the GUID is valid until the next call.
         let found = check(unsafe { dt_worker_message_info(uid, &raw mut info) })?;
         Ok(found.then(|| MessageInfo {
@@ -738,7 +749,31 @@ impl Storage for DovecotStorage {
             received_date: info.received_date,
             save_date: info.save_date,
             size: info.size,
+            is_stray: info.is_stray,
         }))
+    }
+
+    fn is_saved_alone(&mut self, guid: &str) -> Result<bool> {
+        self.need_mailbox()?;
+        let guid = c_string(guid)?;
+        // SAFETY: a mailbox is open.
+        Ok(unsafe { dt_worker_is_saved_alone(guid.as_ptr()) })
+    }
+
+    fn stray(&mut self, guid: &str) -> Result<Option<u32>> {
+        self.need_mailbox()?;
+        let guid = c_string(guid)?;
+        let mut uid = 0;
+        // SAFETY: a mailbox is open.
+        let found = check(unsafe { dt_worker_stray(guid.as_ptr(), &raw mut uid) })?;
+        Ok(found.then_some(uid))
+    }
+
+    fn adopt(&mut self, uid: u32, guid: &str) -> Result<()> {
+        self.need_mailbox()?;
+        let guid = c_string(guid)?;
+        // SAFETY: a mailbox is open, and stray() found the message in it.
+        check(unsafe { dt_worker_adopt(uid, guid.as_ptr()) }).map(drop)
     }
 
     fn mark(&mut self) -> Result<[u8; MARK_BYTES]> {

@@ -15,6 +15,7 @@
 #include "inbox.h"
 #include "mark.h"
 #include "spans.h"
+#include "stray.h"
 #include "worker.h"
 
 /* -- The list of mailboxes */
@@ -62,6 +63,9 @@ look_list_mailbox(struct mail_namespace *ns, const struct mailbox_info *info, in
 		if (mailbox_get_last_mail_error(box) != MAIL_ERROR_NOTFOUND)
 			ret = dt_worker_set_box_error(box, t_strdup_printf("Looking at mailbox %s", info->vname));
 	} else {
+		/* maildir gives a new mailbox its UIDVALIDITY only when it is first synced. */
+		if (status.uidvalidity == 0 && mailbox_sync(box, 0) == 0)
+			mailbox_get_open_status(box, STATUS_UIDVALIDITY, &status);
 		memcpy(listed.guid, metadata.guid, sizeof(listed.guid));
 		listed.uid_validity = status.uidvalidity;
 		listed.subscription_changed = look_subscription_changed(ns->list, info->vname, since);
@@ -178,6 +182,7 @@ int dt_worker_message_info(uint32_t uid, struct dt_message_info *info_r)
 		}
 		if (ret > 0) {
 			info_r->guid = dt_worker_keep(info_r->guid);
+			info_r->is_stray = dt_stray_is(info_r->guid);
 			mail_generate_guid_128_hash(info_r->guid, info_r->guid_128);
 			info_r->received_date = received;
 			info_r->size = size;

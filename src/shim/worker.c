@@ -16,6 +16,7 @@
 #include "index-mail.h"
 #include "inbox.h"
 #include "spans.h"
+#include "stray.h"
 #include "worker.h"
 
 #include <unistd.h>
@@ -44,6 +45,9 @@ static struct {
 	struct mail *mail;
 	/* `trans` saves messages, otherwise it changes them. */
 	bool saving;
+	/* So many, and the GUID if it is one. */
+	unsigned int saves;
+	char *saved_guid;
 	/* What is written now was asked for by the relay; otherwise it was found in the mailbox. */
 	bool writing;
 
@@ -650,6 +654,7 @@ static void dt_worker_begin(bool saving)
 		flags |= MAILBOX_TRANSACTION_FLAG_EXTERNAL |
 			MAILBOX_TRANSACTION_FLAG_ASSIGN_UIDS;
 	w.saving = saving;
+	w.saves = 0;
 	w.trans = mailbox_transaction_begin(w.box, flags, "dovetail");
 	if (!saving)
 		w.mail = mail_alloc(w.trans, 0, NULL);
@@ -660,6 +665,26 @@ struct mailbox_transaction_context *dt_worker_transaction(void)
 	if (w.trans == NULL)
 		dt_worker_begin(FALSE);
 	return w.trans;
+}
+
+/* Before the names of files that are saved are made. Only for one message at a time. */
+static void dt_worker_sign(const char *guid, struct dt_stray_signing *signing_r)
+{
+	i_zero(signing_r);
+	if (guid != NULL && dt_spans_is_maildir(w.box))
+		dt_stray_sign(w.box, guid, signing_r);
+}
+
+static void dt_worker_unsign(struct dt_stray_signing *signing)
+{
+	if (signing->hostname != NULL)
+		dt_stray_unsign(signing);
+}
+
+bool dt_worker_is_saved_alone(const char *guid)
+{
+	/* With its size it can be a file's name. */
+	return dt_spans_is_maildir(w.box) && strstr(guid, ",S=") == NULL;
 }
 
 static struct mail_save_context *
@@ -680,6 +705,9 @@ dt_worker_save_alloc(const struct dt_worker_save *save, struct mail_keywords **k
 		mailbox_save_set_uid(ctx, save->uid);
 	if (*save->guid != '\0')
 		mailbox_save_set_guid(ctx, save->guid);
+	i_free(w.saved_guid);
+	if (w.saves++ == 0)
+		w.saved_guid = i_strdup(save->guid);
 	return ctx;
 }
 
@@ -745,6 +773,7 @@ static int dt_worker_copy_mail(const struct dt_worker_save *save, struct mail *m
 {
 	struct mail_save_context *ctx;
 	struct mail_keywords *keywords;
+	struct dt_stray_signing signing;
 	time_t now = ioloop_time;
 	int ret;
 
@@ -752,7 +781,9 @@ static int dt_worker_copy_mail(const struct dt_worker_save *save, struct mail *m
 	/* Copies without reading the body take their save date from here, not from the context. */
 	if (save->save_date != 0)
 		ioloop_time = save->save_date;
+	dt_worker_sign(save->guid, &signing);
 	ret = mailbox_copy(&ctx, mail) < 0 ? -1 : 1;
+	dt_worker_unsign(&signing);
 	ioloop_time = now;
 	if (ret < 0) {
 		/* It may have been expunged just now. */
@@ -931,6 +962,7 @@ int dt_worker_commit(void (*saved)(uint32_t first_uid, uint32_t last_uid,
 {
 	struct mail_transaction_commit_changes changes;
 	const struct seq_range *range;
+	struct dt_stray_signing signing;
 	int ret = 1;
 
 	if (w.trans == NULL)
@@ -939,7 +971,10 @@ int dt_worker_commit(void (*saved)(uint32_t first_uid, uint32_t last_uid,
 		if (w.mail != NULL)
 			mail_free(&w.mail);
 		w.writing = TRUE;
+		dt_worker_sign(w.saved_guid, &signing);
 		ret = mailbox_transaction_commit_get_changes(&w.trans, &changes);
+		dt_worker_unsign(&signing);
+		i_free(w.saved_guid);
 		w.writing = FALSE;
 		if (ret < 0) {
 			ret = dt_worker_set_box_error(w.box, "Commit");
@@ -964,6 +999,7 @@ void dt_worker_rollback(void)
 		if (w.mail != NULL)
 			mail_free(&w.mail);
 		mailbox_transaction_rollback(&w.trans);
+		i_free(w.saved_guid);
 	} T_END;
 }
 

@@ -134,6 +134,12 @@ const char *dt_worker_log_path(void);
 void dt_worker_uids(void (*each)(uint32_t first_uid, uint32_t last_uid, void *context), void *context);
 /* 1 = found, its GUID is valid until the next call; 0 = no such message (any more) */
 int dt_worker_message_info(uint32_t uid, struct dt_message_info *info_r);
+/* Only one such message may be in a transaction. */
+bool dt_worker_is_saved_alone(const char *guid);
+/* The open mailbox's stray (see stray.h) for this GUID. 1 = found, 0 = there is none */
+int dt_worker_stray(const char *guid, uint32_t *uid_r);
+/* Gives a stray its GUID. */
+int dt_worker_adopt(uint32_t uid, const char *guid);
 /* What the open mailbox's index keeps for us; all zero: nothing. */
 void dt_worker_mark_read(unsigned char mark_r[DT_MARK_SIZE]);
 /* In the transaction that is being built. */

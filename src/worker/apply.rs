@@ -510,6 +510,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             min_uid_next: 0,
             min_highest_modseq: 0,
         });
+        if reason == Reason::Create && same && status.uid_validity > mailbox.uid_validity {
+            // It may not have heard of ours: this mailbox may have come into being by its own creation without one. Not as a
+            // creation: it may have been deleted there since. No message is missing, but the UIDVALIDITY comes along.
+            self.tell_op(What::Rebuilt(proto::MailboxRebuilt { present: vec![], uid_next: 1 }));
+        }
         if diverges && !self.has_diverged() {
             self.diverge();
             self.pending = Pending::Changes;
@@ -535,9 +540,15 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if let Pending::Changes = self.pending {
             self.flush()?;
         }
+        if wanted != 0 && self.has_uid(wanted) && self.adopt_stray(save, wanted)? {
+            return Ok(());
+        }
         let Some(uid) = self.place(mailbox, wanted, &save.guid)? else {
             return Ok(());
         };
+        if self.storage.is_saved_alone(&save.guid)? {
+            self.flush()?;
+        }
         let message = NewMessage {
             guid: &save.guid,
             uid,
@@ -573,16 +584,40 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             Pending::Saves(all) => all.push(asked),
             pending => *pending = Pending::Saves(vec![asked]),
         }
-        match &self.pending {
-            Pending::Saves(all) if all.len() >= SAVES_MAX => self.flush(),
-            _ => Ok(()),
+        let is_full = matches!(&self.pending, Pending::Saves(all) if all.len() >= SAVES_MAX);
+        match is_full || self.storage.is_saved_alone(&save.guid)? {
+            true => self.flush(),
+            false => Ok(()),
         }
+    }
+
+    /// Whether some message here has this UID, had it, or can not have it any more.
+    fn has_uid(&self, uid: u32) -> bool {
+        self.open.as_ref().is_some_and(|open| uid < open.uid_next)
+    }
+
+    /// True if a worker that was killed has saved the message, all but its GUID.
+    fn adopt_stray(&mut self, save: &proto::Save, wanted: u32) -> Outcome<bool> {
+        self.flush()?;
+        let Some(uid) = self.storage.stray(&save.guid)? else { return Ok(false) };
+        if !self.storage.find_messages(&save.guid)?.is_empty() {
+            return Ok(false);
+        }
+        self.storage.adopt(uid, &save.guid)?;
+        if uid != wanted {
+            self.diverge();
+            self.write_marks()?;
+            self.storage.commit()?;
+            self.note("uid_conflict");
+            self.note_elsewhere(wanted, &save.guid, false);
+            self.tell_uid(&save.guid, uid, There { uid: wanted, next: 0, raised: 0 }, vec![wanted], true);
+        }
+        Ok(true)
     }
 
     /// The UID to save the message with, 0 for the next one; None if it was saved already.
     fn place(&mut self, mailbox: &proto::Mailbox, wanted: u32, guid: &str) -> Outcome<Option<u32>> {
-        let uid_next = self.open.as_ref().map_or(1, |open| open.uid_next);
-        if wanted >= uid_next {
+        if wanted != 0 && !self.has_uid(wanted) {
             return Ok(Some(wanted));
         }
         // What is pending must be seen.
@@ -915,7 +950,12 @@ mod tests {
             let mut create = change(1, What::Create(proto::MailboxCreate::default()));
             create.mailbox.as_mut().unwrap().uid_validity = theirs;
             let outcome = apply(&mut storage, Script::default(), &[create]);
-            assert_eq!((outcome.error, outcome.notes), (None, vec![]));
+            let told = if ours > theirs {
+                vec![What::Rebuilt(proto::MailboxRebuilt { present: vec![], uid_next: 1 })]
+            } else {
+                vec![]
+            };
+            assert_eq!((outcome.error, outcome.notes, outcome.told), (None, vec![], told));
             assert_eq!(storage.uid_validity("INBOX"), expected);
         }
     }
@@ -1139,6 +1179,20 @@ mod tests {
         create.mailbox.as_mut().unwrap().uid_validity = 0;
         apply(&mut storage, Script::default(), &[create, save(2, 1, "one")]);
         assert_eq!(storage.uid_validity("INBOX"), 9);
+    }
+
+    #[test]
+    fn what_a_killed_worker_saved_without_its_guid_is_not_saved_again() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "stray one")]);
+        let outcome = apply(&mut storage, Script::default(), &[save(1, 1, "one"), save(2, 2, "two")]);
+        assert_eq!((outcome.notes, outcome.told), (vec![], vec![]));
+        assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (2, "two")]));
+
+        storage.add("INBOX", GUID, 9, &[(1, "other"), (2, "stray one")]);
+        let outcome = apply(&mut storage, Script::default(), &[save(3, 1, "one")]);
+        assert_eq!(outcome.notes, ["uid_conflict"]);
+        assert_eq!(storage.messages("INBOX"), named(&[(1, "other"), (2, "one")]));
     }
 
     #[test]

@@ -48,6 +48,10 @@ pub struct FakeStorage {
     pub arriving: Option<(u32, String)>,
 }
 
+fn is_stray(guid: &str) -> bool {
+    guid.starts_with("stray")
+}
+
 impl FakeStorage {
     pub fn add(&mut self, vname: &str, guid: Guid, uid_validity: u32, messages: &[(u32, &str)]) {
         let messages: BTreeMap<_, _> = messages.iter().map(|(uid, guid)| (*uid, guid.to_string())).collect();
@@ -247,8 +251,20 @@ impl Storage for FakeStorage {
             received_date: 7,
             save_date: 8,
             size: 9,
+            is_stray: is_stray(guid),
         };
         Ok(self.mailbox().messages.get(&uid).map(info))
+    }
+    fn is_saved_alone(&mut self, _guid: &str) -> Result<bool> {
+        Ok(false)
+    }
+    fn stray(&mut self, guid: &str) -> Result<Option<u32>> {
+        let name = format!("stray {guid}");
+        Ok(self.mailbox().messages.iter().find(|(_, guid)| **guid == name).map(|(uid, _)| *uid))
+    }
+    fn adopt(&mut self, uid: u32, guid: &str) -> Result<()> {
+        self.mailbox().messages.insert(uid, guid.into());
+        Ok(())
     }
     fn mark(&mut self) -> Result<[u8; MARK_BYTES]> {
         Ok(self.mailbox().mark.unwrap_or([0; MARK_BYTES]))

@@ -550,9 +550,9 @@ fn without_gaps<S: Storage>(storage: &mut S, ranges: &[UidRange]) -> Result<Vec<
     Ok(messages)
 }
 
-/// None if the message has gone meanwhile.
+/// None if the message has gone meanwhile, or if it is one that a peer sends again.
 fn save<S: Storage>(storage: &mut S, uid: u32, flags: u8) -> Result<Option<proto::Save>> {
-    let Some(info) = storage.message_info(uid)? else { return Ok(None) };
+    let Some(info) = storage.message_info(uid)?.filter(|info| !info.is_stray) else { return Ok(None) };
     Ok(Some(proto::Save {
         birth: Some(proto::Birth { guid: info.guid_128.to_vec(), origin: String::new(), uid }),
         guid: info.guid,
@@ -646,6 +646,15 @@ mod tests {
         let again =
             LookAt { index_id: known.index_id, log_seq: known.log_seq, end: known.end, tail: known.tail, ..inbox() };
         assert_eq!(told(&look_at(&mut storage, vec![again], false)), Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_a_killed_worker_saved_without_its_guid_is_no_news() {
+        let mut storage = storage(&[SDBOX]);
+        storage.arriving = Some((3, "stray".into()));
+        let words = told(&look_at(&mut storage, vec![inbox()], false));
+        assert_eq!(words[0], "save 1");
+        assert!(!words.contains(&"save 3".to_owned()), "{words:?}");
     }
 
     #[test]

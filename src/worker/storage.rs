@@ -59,6 +59,8 @@ pub struct MessageInfo {
     pub save_date: i64,
     /// Bytes of its body.
     pub size: u64,
+    /// A worker was killed before it could give the message its GUID (maildir).
+    pub is_stray: bool,
 }
 
 /// Bytes that a mailbox's index keeps for us, see [`crate::worker::mark`].
@@ -160,6 +162,12 @@ pub trait Storage {
     /// The open mailbox's transaction logs, the oldest first.
     fn log_files(&mut self) -> Result<Vec<Vec<u8>>>;
     fn message_info(&mut self, uid: u32) -> Result<Option<MessageInfo>>;
+    /// A message with this GUID must be committed alone, or it could not be known again if this worker were killed then.
+    fn is_saved_alone(&mut self, guid: &str) -> Result<bool>;
+    /// The message that has not got this GUID yet because a worker was killed.
+    fn stray(&mut self, guid: &str) -> Result<Option<u32>>;
+    /// Gives a stray its GUID.
+    fn adopt(&mut self, uid: u32, guid: &str) -> Result<()>;
     /// What the open mailbox's index keeps for us; all zero: nothing.
     fn mark(&mut self) -> Result<[u8; MARK_BYTES]>;
     /// In the transaction that is being built; begins one.

@@ -24,9 +24,9 @@ use self::writer::{token, was_rebuilt, Writer};
 use crate::cluster::{holds_within_slowly, wait_until, Cluster, Server, Setup};
 use crate::scene::Scene;
 
-/// For what was cut and killed to be found and sent: the pauses between attempts, of a minute at most, and the lock that a
-/// killed process leaves on a maildir, which Dovecot respects for two.
-const DEADLINE: Duration = Duration::from_secs(240);
+/// For what was cut and killed to be found and sent: the pauses between attempts, of a minute at most, the locks that a killed
+/// process leaves, which Dovecot respects for three, and mailboxes that were half deleted, which it brings back after five.
+const DEADLINE: Duration = Duration::from_secs(420);
 
 #[test]
 fn a_dozen_seeds_converge() {

@@ -250,3 +250,37 @@ fn a_full_disk_on_the_peer() {
     wait_until(SOON, "nothing is pending", || t.a().status()[0]["pending"] == "0");
     t.b().stop();
 }
+
+/// Maildir moves the files of new mails to their place before dovecot-uidlist knows their GUIDs.
+#[test]
+fn a_worker_killed_when_a_maildir_has_the_mails_and_not_yet_their_guids() {
+    let t = Scene::on(Cluster::pair(Format::Sdbox, Format::Maildir), "story-stray");
+    t.expects_in_log("killed with signal 9");
+    t.expects_in_log("dovetail");
+    t.a().deliver(&t.user, &mail("stays"));
+    settled(&t);
+    let folder = t.b().outside(&format!("/home/{}/Maildir/cur", t.user));
+    let files = || fs::read_dir(&folder).map_or(0, Iterator::count);
+    for round in 1..=20 {
+        let before = files();
+        let pids = t.b().pids("dovetail-worker");
+        let mails: Vec<Vec<u8>> = (0..4).map(|n| mail(&format!("round {round}, mail {n}"))).collect();
+        let appended: Vec<Appended> = mails.iter().map(|mail| Appended { flags: "", date: "", mail }).collect();
+        std::thread::scope(|scope| {
+            scope.spawn(|| t.a().imap(&t.user).append_all("INBOX", &appended));
+            let deadline = std::time::Instant::now() + SOON;
+            // No pause: the moment is short.
+            while files() == before && std::time::Instant::now() < deadline {}
+            kill_at_once(&pids);
+        });
+    }
+    let snapshot = settled(&t);
+    assert_eq!(snapshot.messages("INBOX").len(), 81);
+}
+
+fn kill_at_once(pids: &[u32]) {
+    for pid in pids {
+        // SAFETY: no memory is involved; the processes were started by this test.
+        unsafe { libc::kill(*pid as i32, libc::SIGKILL) };
+    }
+}

@@ -30,7 +30,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         });
     }
 
-    fn tell_op(&mut self, what: What) {
+    pub(super) fn tell_op(&mut self, what: What) {
         let Some(open) = self.open.as_ref().filter(|open| !open.conflict) else { return };
         let mailbox = proto::Mailbox {
             guid: open.mailbox.0.clone(),
@@ -138,6 +138,12 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let begin = mark::end(&self.storage.log_files()?);
         // Whatever others do to it is in what is copied, or behind this place.
         self.storage.sync()?;
+        if let Some(stray) = self.storage.stray(guid)? {
+            // A copy, as a worker that was killed left it.
+            self.storage.expunge(stray, stray)?;
+            self.pending = Pending::Changes;
+            self.flush()?;
+        }
         if !self.storage.duplicate(from, to)? {
             return Ok(None);
         }

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use crate::cluster::{holds_within, Server, PASSWORD};
 
-/// Far above any answer's time, locks of killed processes included.
-/// A killed process leaves maildir's dovecot-uidlist.lock behind, which Dovecot respects for two minutes.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(150);
+/// Far above any answer's time, the locks included that Dovecot respects when their process was killed: maildir's
+/// dovecot-uidlist.lock for two minutes, the lock of a new dovecot.index.log for three.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(240);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// The connection ended before the answer came.

@@ -204,10 +204,17 @@ impl Cluster {
                 difference = format!("  changes are pending on {}\n", server.name());
                 return false;
             }
-            let wanted = Snapshot::take(first, user, with_save_dates);
+            let take = |server| Snapshot::try_take(server, user, with_save_dates);
+            let wanted = match take(first) {
+                Ok(wanted) => wanted,
+                Err(error) => {
+                    difference = error;
+                    return false;
+                }
+            };
             difference.clear();
             for other in others {
-                difference += &wanted.difference(&Snapshot::take(other, user, with_save_dates));
+                difference += &take(other).map_or_else(|error| error, |theirs| wanted.difference(&theirs));
             }
             result = Some(wanted);
             difference.is_empty()

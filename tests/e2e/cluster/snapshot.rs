@@ -39,16 +39,30 @@ pub struct Message {
 
 impl Snapshot {
     pub fn take(server: &Server, user: &str, with_save_dates: bool) -> Snapshot {
-        let lines = |args: &[&str]| -> Vec<String> {
-            let mut lines: Vec<String> = server.doveadm(args).lines().map(str::to_owned).collect();
-            lines.sort();
-            lines
+        Snapshot::try_take(server, user, with_save_dates).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Fails where doveadm does: on a mailbox whose deletion was killed half-way, for the five minutes after which Dovecot
+    /// brings it back (mailbox_try_undelete()).
+    pub fn try_take(server: &Server, user: &str, with_save_dates: bool) -> Result<Snapshot, String> {
+        let doveadm = |args: &[&str]| {
+            let output = server.try_doveadm(args);
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            match output.status.success() {
+                true => Ok(text(&output.stdout)),
+                false => Err(format!("{}: doveadm {args:?}: {}", server.name(), text(&output.stderr))),
+            }
         };
-        let names = lines(&["mailbox", "list", "-u", user]);
-        let subscriptions = lines(&["mailbox", "list", "-s", "-u", user]);
+        let lines = |args: &[&str]| -> Result<Vec<String>, String> {
+            let mut lines: Vec<String> = doveadm(args)?.lines().map(str::to_owned).collect();
+            lines.sort();
+            Ok(lines)
+        };
+        let names = lines(&["mailbox", "list", "-u", user])?;
+        let subscriptions = lines(&["mailbox", "list", "-s", "-u", user])?;
 
         let fields = "guid uidvalidity uidnext highestmodseq";
-        let status = server.doveadm(&["-f", "tab", "mailbox", "status", "-u", user, fields, "*"]);
+        let status = doveadm(&["-f", "tab", "mailbox", "status", "-u", user, fields, "*"])?;
         let mut mailboxes: BTreeMap<String, Mailbox> = table(&status)
             .map(|row| {
                 let mailbox = Mailbox {
@@ -63,7 +77,7 @@ impl Snapshot {
             .collect();
 
         let fields = "mailbox uid guid flags date.received.unixtime date.saved.unixtime size.virtual";
-        let fetched = server.doveadm(&["-f", "tab", "fetch", "-u", user, fields, "mailbox", "*", "all"]);
+        let fetched = doveadm(&["-f", "tab", "fetch", "-u", user, fields, "mailbox", "*", "all"])?;
         for row in table(&fetched) {
             let mut flags: Vec<String> =
                 row["flags"].split(' ').filter(|f| !f.is_empty() && *f != "\\Recent").map(str::to_owned).collect();
@@ -81,7 +95,7 @@ impl Snapshot {
                 mailbox.messages.insert(row["uid"].parse().expect("UID"), message);
             }
         }
-        Snapshot { server: server.name().to_owned(), names, subscriptions, mailboxes }
+        Ok(Snapshot { server: server.name().to_owned(), names, subscriptions, mailboxes })
     }
 
     pub fn messages(&self, mailbox: &str) -> Vec<&Message> {
@@ -101,8 +115,11 @@ impl Snapshot {
         if self.subscriptions != other.subscriptions {
             say("subscriptions", &self.subscriptions, &other.subscriptions);
         }
+        let only_theirs = other.mailboxes.keys().filter(|name| !self.mailboxes.contains_key(*name));
+        only_theirs.for_each(|name| say("a mailbox", &"none", name));
         for (name, mine) in &self.mailboxes {
             let Some(theirs) = other.mailboxes.get(name) else {
+                say("a mailbox", &name, &"none");
                 continue;
             };
             if mine.guid != theirs.guid {
