@@ -436,6 +436,7 @@ unsafe fn owned_save(save: &ffi::DtSave) -> proto::Save {
         body_inline: !save.body.is_null(),
         body,
         copied_from,
+        found: false,
     }
 }
 

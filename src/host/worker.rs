@@ -110,6 +110,7 @@ extern "C" {
     fn dt_worker_log_path() -> *const c_char;
     fn dt_worker_uids(each: extern "C" fn(u32, u32, *mut c_void), context: *mut c_void);
     fn dt_worker_message_info(uid: u32, info_r: *mut DtMessageInfo) -> c_int;
+    fn dt_worker_is_maildir() -> bool;
     fn dt_worker_is_saved_alone(guid: *const c_char) -> bool;
     fn dt_worker_stray(guid: *const c_char, uid_r: *mut u32) -> c_int;
     fn dt_worker_adopt(uid: u32, guid: *const c_char) -> c_int;
@@ -751,6 +752,11 @@ impl Storage for DovecotStorage {
             size: info.size,
             is_stray: info.is_stray,
         }))
+    }
+
+    fn is_torn_when_killed(&self) -> bool {
+        // SAFETY: a mailbox is open.
+        self.mailbox_open && unsafe { dt_worker_is_maildir() }
     }
 
     fn is_saved_alone(&mut self, guid: &str) -> Result<bool> {

@@ -681,6 +681,11 @@ static void dt_worker_unsign(struct dt_stray_signing *signing)
 		dt_stray_unsign(signing);
 }
 
+bool dt_worker_is_maildir(void)
+{
+	return dt_spans_is_maildir(w.box);
+}
+
 bool dt_worker_is_saved_alone(const char *guid)
 {
 	/* With its size it can be a file's name. */

@@ -134,6 +134,8 @@ const char *dt_worker_log_path(void);
 void dt_worker_uids(void (*each)(uint32_t first_uid, uint32_t last_uid, void *context), void *context);
 /* 1 = found, its GUID is valid until the next call; 0 = no such message (any more) */
 int dt_worker_message_info(uint32_t uid, struct dt_message_info *info_r);
+/* Of the open mailbox. */
+bool dt_worker_is_maildir(void);
 /* Only one such message may be in a transaction. */
 bool dt_worker_is_saved_alone(const char *guid);
 /* The open mailbox's stray (see stray.h) for this GUID. 1 = found, 0 = there is none */

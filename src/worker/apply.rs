@@ -540,10 +540,10 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if let Pending::Changes = self.pending {
             self.flush()?;
         }
-        if wanted != 0 && self.has_uid(wanted) && self.adopt_stray(save, wanted)? {
+        if wanted != 0 && self.has_uid(wanted) && self.complete_torn(save, wanted)? {
             return Ok(());
         }
-        let Some(uid) = self.place(mailbox, wanted, &save.guid)? else {
+        let Some(uid) = self.place(mailbox, wanted, save)? else {
             return Ok(());
         };
         if self.storage.is_saved_alone(&save.guid)? {
@@ -596,27 +596,38 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         self.open.as_ref().is_some_and(|open| uid < open.uid_next)
     }
 
-    /// True if a worker that was killed has saved the message, all but its GUID.
-    fn adopt_stray(&mut self, save: &proto::Save, wanted: u32) -> Outcome<bool> {
-        self.flush()?;
-        let Some(uid) = self.storage.stray(&save.guid)? else { return Ok(false) };
-        if !self.storage.find_messages(&save.guid)?.is_empty() {
+    /// True if a worker that was killed has saved the message, but perhaps not all that belongs to it.
+    fn complete_torn(&mut self, save: &proto::Save, wanted: u32) -> Outcome<bool> {
+        if !self.storage.is_torn_when_killed() {
             return Ok(false);
         }
-        self.storage.adopt(uid, &save.guid)?;
+        self.flush()?;
+        let uid = match self.is_at(wanted, &save.guid)? {
+            true => wanted,
+            false => match self.storage.stray(&save.guid)? {
+                Some(stray) if self.storage.find_messages(&save.guid)?.is_empty() => stray,
+                _ => return Ok(false),
+            },
+        };
+        if !self.is_at(uid, &save.guid)? {
+            self.storage.adopt(uid, &save.guid)?;
+        }
+        let all = proto::FlagUpdate { add: save.flags, add_keywords: save.keywords.clone(), ..Default::default() };
+        self.storage.update_flags(uid, uid, &all)?;
+        self.pending = Pending::Changes;
         if uid != wanted {
             self.diverge();
-            self.write_marks()?;
-            self.storage.commit()?;
             self.note("uid_conflict");
             self.note_elsewhere(wanted, &save.guid, false);
             self.tell_uid(&save.guid, uid, There { uid: wanted, next: 0, raised: 0 }, vec![wanted], true);
         }
+        self.flush()?;
         Ok(true)
     }
 
     /// The UID to save the message with, 0 for the next one; None if it was saved already.
-    fn place(&mut self, mailbox: &proto::Mailbox, wanted: u32, guid: &str) -> Outcome<Option<u32>> {
+    fn place(&mut self, mailbox: &proto::Mailbox, wanted: u32, save: &proto::Save) -> Outcome<Option<u32>> {
+        let guid = &save.guid;
         if wanted != 0 && !self.has_uid(wanted) {
             return Ok(Some(wanted));
         }
@@ -626,7 +637,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             return Ok(None);
         }
         // From this UID; where messages move it may only have gone to another one.
-        let was_expunged = self.storage.was_expunged(wanted, guid)?;
+        let was_expunged = !save.found && self.storage.was_expunged(wanted, guid)?;
         if was_expunged && !self.has_diverged() {
             return Ok(None);
         }
@@ -1179,6 +1190,18 @@ mod tests {
         create.mailbox.as_mut().unwrap().uid_validity = 0;
         apply(&mut storage, Script::default(), &[create, save(2, 1, "one")]);
         assert_eq!(storage.uid_validity("INBOX"), 9);
+    }
+
+    #[test]
+    fn what_a_rebuilt_index_found_again_comes_back() {
+        let mut storage = FakeStorage::default();
+        let saves = [save(1, 1, "one"), save(2, 2, "two")];
+        apply(&mut storage, Script::default(), &[&saves[..], &[expunge(3, 1, "one")]].concat());
+        let mut found = save(4, 1, "one");
+        let Some(What::Save(save)) = &mut found.ops[0].what else { unreachable!() };
+        save.found = true;
+        apply(&mut storage, Script::default(), &[found]);
+        assert_eq!(storage.messages("INBOX"), named(&[(2, "two"), (3, "one")]));
     }
 
     #[test]

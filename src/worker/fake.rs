@@ -255,6 +255,9 @@ impl Storage for FakeStorage {
         };
         Ok(self.mailbox().messages.get(&uid).map(info))
     }
+    fn is_torn_when_killed(&self) -> bool {
+        true
+    }
     fn is_saved_alone(&mut self, _guid: &str) -> Result<bool> {
         Ok(false)
     }

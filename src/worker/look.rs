@@ -276,6 +276,13 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) 
     let mut deltas = read.deltas;
     deltas.retain(|delta| !is_end_of_move(delta, moves.as_deref().unwrap_or_default()));
     let (mut of_messages, expunges) = operations(storage, deltas, moves.as_deref())?;
+    if rebuilt.is_some() {
+        let saves = of_messages.iter_mut().filter_map(|what| match what {
+            What::Save(save) => Some(save),
+            _ => None,
+        });
+        saves.for_each(|save| save.found = true);
+    }
     match rebuilt {
         Some(rebuilt) if rebuilt.present.len() > RANGES_MAX => {
             found.doubt(target, "its index was rebuilt, and there are too many messages to tell which");
