@@ -19,6 +19,8 @@ const NAMED_UPDATES_MAX: usize = 100;
 /// What one mailbox transaction has done so far.
 #[derive(Debug, Default)]
 pub struct Transaction {
+    /// The only update so far; here it needs no memory of its own.
+    single: Option<Single>,
     saves: Vec<proto::Save>,
     flags: Vec<proto::FlagUpdate>,
     /// Messages in them.
@@ -28,6 +30,14 @@ pub struct Transaction {
     body_bytes: usize,
     bytes_max: usize,
     overflowed: bool,
+}
+
+/// What most transactions do: system flags of one message change.
+#[derive(Debug, Clone, Copy)]
+struct Single {
+    uid: u32,
+    add: u32,
+    remove: u32,
 }
 
 /// A message that got its UID at the commit.
@@ -96,6 +106,11 @@ impl Transaction {
             return;
         }
         self.updates += 1;
+        if self.updates == 1 && guid.is_empty() && delta.add_keywords.is_empty() && delta.remove_keywords.is_empty() {
+            self.single = Some(Single { uid, add: delta.add, remove: delta.remove });
+            return;
+        }
+        self.list_single();
         // The first ones stand for themselves: they may get a GUID.
         let apart = self.updates <= NAMED_UPDATES_MAX + 1 || !guid.is_empty();
         match self.flags.last_mut() {
@@ -110,8 +125,17 @@ impl Transaction {
         }
     }
 
+    /// The single update becomes one like any other.
+    fn list_single(&mut self) {
+        if let Some(Single { uid, add, remove }) = self.single.take() {
+            let message = proto::MessageRange { first_uid: uid, last_uid: uid, guid: String::new() };
+            self.flags.push(proto::FlagUpdate { messages: vec![message], add, remove, ..Default::default() });
+        }
+    }
+
     /// Asks for the GUIDs of messages whose flags were changed, so that the peer finds them even if it gave them another UID.
     pub fn name(&mut self, mut guid_of: impl FnMut(u32) -> Option<String>) {
+        self.list_single();
         let messages = self.flags.iter_mut().flat_map(|update| &mut update.messages);
         for message in messages.take(NAMED_UPDATES_MAX) {
             if message.guid.is_empty() {
@@ -124,6 +148,7 @@ impl Transaction {
     /// Calls `follow` with what is done to which messages that were there before. It returns the message's GUID if its UID
     /// names it no more; None otherwise.
     pub fn follow(&mut self, mut follow: impl FnMut(&proto::MessageRange, Done) -> Option<String>) {
+        self.list_single();
         for update in &mut self.flags {
             let mut messages = std::mem::take(&mut update.messages);
             name_moved(&mut messages, |range| follow(range, Done::Flags(update)));
@@ -149,7 +174,7 @@ impl Transaction {
     ///
     /// Why it cannot be told.
     pub fn into_changes(
-        self,
+        mut self,
         user: &str,
         mailbox: &proto::Mailbox,
         saved: &[Saved],
@@ -162,6 +187,7 @@ impl Transaction {
         if self.saves.len() != saved.len() {
             return Err(Untold::Uids { saves: self.saves.len(), uids: saved.len() });
         }
+        self.list_single();
         let mut ops = Vec::new();
         ops.extend(self.flags.into_iter().map(proto::op::What::Flags));
         for (mut save, saved) in self.saves.into_iter().zip(saved) {
@@ -255,6 +281,17 @@ mod tests {
         expected[6].guid.clear();
         expected.push(range(101, 100_000, ""));
         assert_eq!(flags.messages, expected);
+    }
+
+    #[test]
+    fn a_single_update_is_named_and_told_like_any_other() {
+        let mut transaction = Transaction::new(64 << 20);
+        transaction.flags(7, None, proto::FlagUpdate { add: 2, remove: 4, ..Default::default() });
+        transaction.name(|uid| Some(format!("guid {uid}")));
+        let changes = changes(transaction, &[]);
+        let message = proto::MessageRange { first_uid: 7, last_uid: 7, guid: "guid 7".into() };
+        let expected = proto::FlagUpdate { messages: vec![message], add: 2, remove: 4, ..Default::default() };
+        assert_eq!(changes[0].ops[0].what, Some(proto::op::What::Flags(expected)));
     }
 
     #[test]

@@ -449,7 +449,9 @@ static void capture_committed(struct capture_txn *txn, struct mail_transaction_c
 	bool maildir = capture_is_maildir(box);
 
 	capture_box_ref(box, &ref);
-	t_array_init(&saved, 8);
+	i_zero(&saved);
+	if (array_count(&changes->saved_uids) > 0)
+		t_array_init(&saved, 8);
 	array_foreach(&changes->saved_uids, range) {
 		for (uint32_t uid = range->seq1; uid <= range->seq2; uid++) {
 			s = array_append_space(&saved);
@@ -464,7 +466,10 @@ static void capture_committed(struct capture_txn *txn, struct mail_transaction_c
 		ref.uid_validity = mail_index_get_header(box->view)->uid_validity;
 	if (box->index->log->head != NULL)
 		ref.highest_modseq = box->index->log->head->sync_highest_modseq;
-	dt_rs_commit(txn->rs, &ref, array_count(&saved) == 0 ? NULL : array_front(&saved), array_count(&saved));
+	if (array_is_created(&saved))
+		dt_rs_commit(txn->rs, &ref, array_front(&saved), array_count(&saved));
+	else
+		dt_rs_commit(txn->rs, &ref, NULL, 0);
 	capture_unnamed = TRUE;
 	capture_noted();
 }
