@@ -7,7 +7,7 @@
 
 use prost::Message;
 
-use crate::wire::proto::{op::What, Change, FlagUpdate, Mailbox, MessageRange, Op, Save, Span, Stamp};
+use crate::wire::proto::{op::What, Change, FlagUpdate, Mailbox, MailboxRebuilt, MessageRange, Op, Save, Span, Stamp};
 
 /// Longest user name.
 pub const USER_BYTES_MAX: usize = 512;
@@ -193,6 +193,26 @@ pub fn is_of_list(change: &Change) -> bool {
 pub fn is_of_messages(change: &Change) -> bool {
     let of_messages = |op: &Op| matches!(op.what, Some(What::Save(_) | What::Flags(_) | What::Expunge(_)));
     change.ops.iter().all(of_messages)
+}
+
+/// What of the change is about flags; None: nothing.
+pub fn flags_of(change: &Change) -> Option<Change> {
+    let is_of_flags = |op: &&Op| matches!(op.what, Some(What::Flags(_)));
+    let ops: Vec<Op> = change.ops.iter().filter(is_of_flags).cloned().collect();
+    let Change { stamp, user, mailbox, spans, .. } = change;
+    let flags = || Change {
+        stamp: stamp.clone(),
+        user: user.clone(),
+        mailbox: mailbox.clone(),
+        spans: spans.clone(),
+        ops: ops.clone(),
+    };
+    (!ops.is_empty()).then(flags)
+}
+
+/// An operation that does nothing: of the messages before the first one, all are there.
+pub fn nothing() -> What {
+    What::Rebuilt(MailboxRebuilt { present: vec![], uid_next: 1 })
 }
 
 /// Whether the change brings messages.

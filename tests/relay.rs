@@ -113,7 +113,7 @@ fn a_peer_that_is_cut_in_mid_frame_gets_everything_again() {
     lmtp.save("jane", 1);
     lmtp.save("jane", 2);
     let first = b.next_change();
-    b.send(Kind::Ack(Ack { epoch: first.epoch, seqs: vec![first.seq] }));
+    b.send(Kind::Ack(Ack { epoch: first.epoch, seqs: vec![first.seq], heard_clock: 0 }));
     until("the first is acknowledged", || a.peer("b").acked == 1);
     b.send_bytes(&[1, 0, 0, 50, 1, 2]);
     drop(b);
@@ -125,7 +125,7 @@ fn a_peer_that_is_cut_in_mid_frame_gets_everything_again() {
     b.greet("b");
     let seqs = [b.next_change().seq, b.next_change().seq];
     assert_eq!(seqs, [2, 3], "what was not acknowledged, and what came since");
-    b.send(Kind::Ack(Ack { epoch: first.epoch, seqs: seqs.to_vec() }));
+    b.send(Kind::Ack(Ack { epoch: first.epoch, seqs: seqs.to_vec(), heard_clock: 0 }));
     until("nothing is pending", || a.peer("b").pending == 0);
     assert_eq!(a.peer("b").dropped, 0);
 }
@@ -225,7 +225,7 @@ fn what_does_not_fit_into_memory_comes_from_the_journal() {
     let mut seqs = Vec::new();
     while seqs.len() < 100 {
         let change = b.next_change();
-        b.send(Kind::Ack(Ack { epoch: change.epoch, seqs: vec![change.seq] }));
+        b.send(Kind::Ack(Ack { epoch: change.epoch, seqs: vec![change.seq], heard_clock: 0 }));
         seqs.push(change.seq);
     }
     assert!(seqs.iter().filter(|seq| *seq % 3 == 0).is_sorted(), "{seqs:?}");
@@ -245,7 +245,7 @@ fn after_a_restart_the_stream_goes_on_where_it_was() {
     let mut lmtp = a.process("lmtp");
     (1..=3).for_each(|uid| lmtp.save("jane", uid));
     let first = b.next_change();
-    b.send(Kind::Ack(Ack { epoch: first.epoch, seqs: vec![first.seq] }));
+    b.send(Kind::Ack(Ack { epoch: first.epoch, seqs: vec![first.seq], heard_clock: 0 }));
     until("the first is acknowledged", || a.peer("b").acked == 1);
     drop(a);
 

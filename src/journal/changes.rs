@@ -112,6 +112,16 @@ impl Journal {
         Ok(again)
     }
 
+    /// The hybrid clock as it was last noted; 0 at first.
+    pub fn clock(&self) -> Result<u64, JournalError> {
+        Ok(self.meta::<i64>("clock")?.map_or(0, from_sql))
+    }
+
+    /// Notes the clock, with what it gave a time to or what was heard.
+    pub fn note_clock(&mut self, clock: u64) -> Result<(), JournalError> {
+        self.put("clock", to_sql(clock))
+    }
+
     /// The number of the first change that the peer has not acknowledged.
     pub fn first_pending(&self, peer: &str) -> Result<Option<u64>, JournalError> {
         let bit = self.bit_of(peer);

@@ -43,6 +43,10 @@ CREATE TABLE coming (user TEXT NOT NULL, peer TEXT NOT NULL, seq INTEGER NOT NUL
 CREATE TABLE elsewhere (user TEXT NOT NULL, mailbox BLOB NOT NULL, peer TEXT NOT NULL, uid INTEGER NOT NULL,
     guid TEXT NOT NULL, at_us INTEGER NOT NULL, PRIMARY KEY (user, mailbox, peer, uid)) STRICT, WITHOUT ROWID;
 CREATE INDEX elsewhere_by_age ON elsewhere (at_us);
+-- Changes of flags that a peer may not have heard of when it made what is still to come.
+CREATE TABLE flags (user TEXT NOT NULL, clock INTEGER NOT NULL, origin TEXT NOT NULL, change BLOB NOT NULL,
+    at_us INTEGER NOT NULL, PRIMARY KEY (user, clock, origin)) STRICT, WITHOUT ROWID;
+CREATE INDEX flags_by_clock ON flags (clock);
 -- What needs a comparison or a person.
 CREATE TABLE failed (peer TEXT NOT NULL, user TEXT NOT NULL, mailbox BLOB NOT NULL, seq INTEGER NOT NULL,
     at_us INTEGER NOT NULL, error TEXT NOT NULL, frame BLOB, PRIMARY KEY (peer, user, mailbox, seq)) STRICT, WITHOUT ROWID;
@@ -189,7 +193,7 @@ impl Journal {
         number.map(from_sql).ok_or_else(|| self.damaged(format!("it has no '{key}'")))
     }
 
-    fn meta<T: rusqlite::types::FromSql>(&self, key: &str) -> Result<Option<T>, JournalError> {
+    pub(super) fn meta<T: rusqlite::types::FromSql>(&self, key: &str) -> Result<Option<T>, JournalError> {
         self.run(|db| db.query_row("SELECT value FROM meta WHERE key = ?", [key], |row| row.get(0)).optional())
     }
 

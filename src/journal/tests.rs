@@ -382,3 +382,29 @@ fn what_is_elsewhere_is_known_by_its_uids_until_it_is_old() {
     journal.forget_elsewhere(41).unwrap();
     assert_eq!(journal.users_elsewhere().unwrap(), Vec::<String>::new());
 }
+
+#[test]
+fn flags_are_kept_until_all_peers_have_heard_of_them() {
+    let folder = Folder::new("flags");
+    let mut journal = folder.open();
+    let change = |clock: u64, origin: &str| FlagChange { clock, origin: origin.into(), change: vec![7; 100] };
+    for (clock, origin) in [(10, "a"), (20, "b"), (20, "a"), (30, "a")] {
+        journal.note_flags("jane", &change(clock, origin), clock).unwrap();
+    }
+    journal.note_flags("joe", &change(15, "a"), 15).unwrap();
+    let from = |journal: &Journal, clock| journal.flags_from("jane", clock).unwrap();
+    assert_eq!(from(&journal, 20), [change(20, "a"), change(20, "b"), change(30, "a")]);
+    assert_eq!(journal.users_with_flags().unwrap(), [("jane".to_owned(), 30), ("joe".to_owned(), 15)]);
+    journal.forget_flags(15).unwrap();
+    assert_eq!((from(&journal, 0).len(), journal.users_with_flags().unwrap().len()), (3, 1));
+    journal.trim_flags(300, 0).unwrap();
+    assert_eq!(from(&journal, 0).len(), 3);
+    journal.trim_flags(299, 0).unwrap();
+    assert_eq!(from(&journal, 0), [change(30, "a")]);
+    journal.trim_flags(299, 31).unwrap();
+    assert_eq!(from(&journal, 0), []);
+    journal.note_clock(77).unwrap();
+    journal.commit().unwrap();
+    drop(journal);
+    assert_eq!(folder.open().clock().unwrap(), 77);
+}

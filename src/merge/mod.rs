@@ -3,4 +3,5 @@
 //! Pure: no clock, no files, no sockets. What is here decides the same on every server, whatever order things come in.
 #![forbid(unsafe_code)]
 
+pub mod flags;
 pub mod uid;

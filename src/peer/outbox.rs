@@ -395,6 +395,11 @@ impl Outbox {
         self.streams.get(user).map(|stream| (&**user, stream.error.as_str()))
     }
 
+    /// Whether the peer lacks something, here or in the journal.
+    pub fn has_pending(&self) -> bool {
+        self.pending > 0
+    }
+
     pub fn stats(&self) -> OutboxStats {
         OutboxStats {
             pending: self.pending,

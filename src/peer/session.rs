@@ -108,6 +108,8 @@ pub struct Session {
     acks: Vec<u64>,
     bodies: VecDeque<BodyChunk>,
     frames_since_body: u32,
+    heard_clock: u64,
+    peers_heard_clock: u64,
 }
 
 impl Session {
@@ -125,12 +127,25 @@ impl Session {
             acks: Vec::new(),
             bodies: VecDeque::new(),
             frames_since_body: 0,
+            heard_clock: 0,
+            peers_heard_clock: 0,
         }
     }
 
+    /// The peer has acknowledged all of our changes up to this clock.
+    pub fn set_heard_clock(&mut self, clock: u64) {
+        self.heard_clock = clock;
+    }
+
+    /// All changes of the peer up to this clock are acknowledged; those to come have later ones.
+    pub fn peers_heard_clock(&self) -> u64 {
+        self.peers_heard_clock
+    }
+
     /// Says who we are, how far we have applied the peer's changes, and from which of ours on we will send.
-    pub fn greet(&mut self, applied_epoch: u64, applied_seq: u64, first_pending: u64) {
+    pub fn greet(&mut self, applied: (u64, u64), first_pending: u64, clock: u64, now_us: u64) {
         self.greeted = true;
+        let (applied_epoch, applied_seq) = applied;
         let hello = Hello {
             server: self.me.server.clone(),
             instance: self.me.instance.clone(),
@@ -139,6 +154,8 @@ impl Session {
             applied_epoch,
             applied_seq,
             first_pending,
+            clock,
+            now_us,
         };
         self.control.push_back(Kind::Hello(hello).into());
     }
@@ -159,13 +176,17 @@ impl Session {
         }
         Ok(Some(match kind {
             Kind::Change(change) => Event::Change(change),
-            Kind::Ack(ack) => Event::Ack(ack),
+            Kind::Ack(ack) => {
+                self.peers_heard_clock = self.peers_heard_clock.max(ack.heard_clock);
+                Event::Ack(ack)
+            }
             Kind::Refused(refused) => Event::Refused(refused),
             Kind::BodyRequest(request) => Event::BodyRequest(request),
             Kind::BodyChunk(chunk) => Event::BodyChunk(chunk),
             Kind::BodyMore(more) => Event::BodyMore(more),
             Kind::BodyCancel(cancel) => Event::BodyCancel(cancel),
             Kind::Ping(ping) => {
+                self.peers_heard_clock = self.peers_heard_clock.max(ping.heard_clock);
                 self.answer(ping);
                 return Ok(None);
             }
@@ -185,7 +206,7 @@ impl Session {
         }
         if self.is_up() && now_ms >= self.heard_ms.max(self.pinged_ms) + PING_MS {
             self.pinged_ms = now_ms;
-            self.control.push_back(Kind::Ping(Ping { id: now_ms }).into());
+            self.control.push_back(Kind::Ping(Ping { id: now_ms, heard_clock: self.heard_clock }).into());
         }
         Ok(())
     }
@@ -289,7 +310,8 @@ impl Session {
 
     fn flush_acks(&mut self) {
         for seqs in self.acks.chunks(ACKS_PER_FRAME) {
-            self.control.push_back(Kind::Ack(Ack { epoch: self.ack_epoch, seqs: seqs.to_vec() }).into());
+            let ack = Ack { epoch: self.ack_epoch, seqs: seqs.to_vec(), heard_clock: self.heard_clock };
+            self.control.push_back(Kind::Ack(ack).into());
         }
         self.acks.clear();
     }
@@ -310,7 +332,7 @@ mod tests {
 
     fn connecting_to_b() -> Session {
         let mut session = Session::new(identity("a"), Admits::Only("b".into()), 0);
-        session.greet(0, 0, 1);
+        session.greet((0, 0), 1, 0, 0);
         session
     }
 
@@ -353,7 +375,7 @@ mod tests {
         let from_a = sent(&mut a, &mut outbox_with(1), 0);
         assert!(matches!(&from_a[..], [Kind::Hello(_)]), "no change before the peer greeted");
         b.receive(from_a[0].clone().into(), 0).unwrap();
-        b.greet(1, 5, 1);
+        b.greet((1, 5), 1, 0, 0);
         let from_b = sent(&mut b, &mut Outbox::new(0), 0);
         let event = a.receive(from_b[0].clone().into(), 0).unwrap();
         assert!(matches!(event, Some(Event::Hello(Hello { applied_seq: 5, .. }))));
@@ -370,7 +392,7 @@ mod tests {
         assert_eq!(listen(hello("a\nb")), SessionError::BadName);
         assert_eq!(listen(hello("x")), SessionError::UnknownName("x".into()));
         assert_eq!(listen(hello("c")), SessionError::WrongDirection("c".into()));
-        assert_eq!(connect(Kind::Ping(Ping { id: 1 }).into()), SessionError::NoGreeting);
+        assert_eq!(connect(Kind::Ping(Ping { id: 1, heard_clock: 0 }).into()), SessionError::NoGreeting);
         let refused = Kind::Refused(Refused { error: "no".into(), ..Default::default() });
         assert_eq!(connect(refused.into()), SessionError::RefusedByPeer("no".into()));
         let me = Kind::Hello(Hello { server: "b".into(), instance: b"a".to_vec(), ..Default::default() });
@@ -423,7 +445,7 @@ mod tests {
     fn questions_are_answered_once() {
         let mut session = up();
         for id in 1..=1000 {
-            session.receive(Kind::Ping(Ping { id }).into(), 0).unwrap();
+            session.receive(Kind::Ping(Ping { id, heard_clock: 0 }).into(), 0).unwrap();
         }
         assert_eq!(sent(&mut session, &mut Outbox::new(0), 0), [Kind::Pong(Pong { id: 1000 })]);
     }

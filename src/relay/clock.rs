@@ -1,8 +1,8 @@
 //! The hybrid logical clock: microseconds since 1970 that never go back and never repeat, not even when the machine's
 //! clock does, and that stand behind every clock value seen so far.
 
-/// A value this far in the future is a broken clock and would drag ours along.
-const AHEAD_US_MAX: u64 = 3_600 * 1_000_000;
+/// A value this far in the future is no clock's: a hundred years.
+const AHEAD_US_MAX: u64 = 100 * 365 * 86_400 * 1_000_000;
 
 /// See the module.
 #[derive(Default)]
@@ -11,14 +11,25 @@ pub struct Clock {
 }
 
 impl Clock {
+    /// Goes on where an earlier one was.
+    pub fn resume(last: u64) -> Clock {
+        Clock { last }
+    }
+
+    /// All that comes is later.
+    pub fn last(&self) -> u64 {
+        self.last
+    }
+
     /// The clock of a change that was made here at `given` (0: not known).
     pub fn stamp(&mut self, given: u64, now_us: u64) -> u64 {
-        let made = if given == 0 || given > now_us.saturating_add(AHEAD_US_MAX) { now_us } else { given };
+        let made = if given == 0 || given > now_us { now_us } else { given };
         self.last = made.max(self.last.saturating_add(1));
         self.last
     }
 
-    /// A change of another server came. False if its clock is too far ahead to be followed.
+    /// A clock of another server was heard of: ours is behind it from now on, however far ahead it is; the order of changes
+    /// is what matters. False if it cannot be one.
     pub fn observe(&mut self, clock: u64, now_us: u64) -> bool {
         if clock > now_us.saturating_add(AHEAD_US_MAX) {
             return false;
@@ -43,9 +54,12 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_far_ahead_is_not_followed() {
+    fn a_clock_hours_ahead_is_followed_and_one_that_cannot_be_is_not() {
         let mut clock = Clock::default();
         assert!(!clock.observe(u64::MAX, 1_000));
         assert_eq!(clock.stamp(u64::MAX, 1_000), 1_000);
+        let ahead = 5 * 3_600 * 1_000_000;
+        assert!(clock.observe(ahead, 2_000));
+        assert_eq!(Clock::resume(clock.last()).stamp(2_001, 2_001), ahead + 1);
     }
 }

@@ -9,11 +9,12 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use prost::Message;
 
+use super::clock::Clock;
 use super::engine::{wall_clock_us, Command, Engine, Fatal};
 use super::order::Release;
 use super::spans::Need;
 use super::Config;
-use crate::change::{CHANGE_BYTES_MAX, USER_BYTES_MAX};
+use crate::change::{self, CHANGE_BYTES_MAX, USER_BYTES_MAX};
 use crate::journal::{Failed, Journal, JournalError, KnownLog, Lock, Options, Start};
 use crate::peer::Loaded;
 use crate::wire::frame;
@@ -23,6 +24,8 @@ use crate::wire::proto::{frame::Kind, op::What, Change, Frame, SeqOf, Span, Stam
 const LOAD_BYTES: usize = 1 << 20;
 /// Between two looks for changes that are too old.
 const TRIM_EVERY_MS: u64 = 60_000;
+/// Of the journal's size, one part in so many is for changes of flags that peers may not have heard of.
+const FLAGS_SHARE: u64 = 8;
 /// Between two commits that peers wait for: what a busy server does meanwhile shares one.
 const COMMIT_EVERY: Duration = Duration::from_millis(2);
 /// What nobody waits for is committed after so long at the latest.
@@ -63,6 +66,14 @@ pub fn open(config: &Config, commands: &Receiver<Command>) -> Result<Opened, Fat
     Ok(Opened { journal: Some(Journal::open(&options, lock)?), waiting })
 }
 
+/// The change in a frame of the journal.
+pub fn sent_change(bytes: &[u8]) -> Option<Change> {
+    match Frame::decode(bytes.get(frame::HEADER_BYTES..)?).ok()?.kind {
+        Some(Kind::Change(change)) => Some(change),
+        _ => None,
+    }
+}
+
 impl Engine {
     /// Takes over what the journal has of the last start.
     pub fn resume(&mut self) -> Result<(), Fatal> {
@@ -73,6 +84,9 @@ impl Engine {
             peer.inbox.resume(epoch, runs);
         }
         self.counts.counters.failed = self.journal.failed_count()?;
+        self.flags_clocks =
+            self.journal.users_with_flags()?.into_iter().map(|(user, clock)| (user.into(), clock)).collect();
+        self.clock = Clock::resume(self.journal.clock()?);
         self.users_elsewhere = self.journal.users_elsewhere()?.into_iter().map(Arc::from).collect();
         Ok(())
     }
@@ -175,6 +189,7 @@ impl Engine {
             change.spans.clear();
         }
         let mailbox = change.mailbox.as_ref().map(|mailbox| mailbox.guid.clone()).unwrap_or_default();
+        let flags = change::flags_of(&change);
         if change.encoded_len() > CHANGE_BYTES_MAX {
             self.counts.note("bad_change", 1);
             self.fail_to_tell(user, mailbox, "it is too long with its stamp");
@@ -189,8 +204,21 @@ impl Engine {
         };
         let names: Vec<&str> = self.peers.iter().map(|peer| peer.name.as_str()).collect();
         self.journal.append(user, now_us, &encoded, &names)?;
+        self.note_clock()?;
         for peer in &mut self.peers {
             peer.outbox.append(user, seq, encoded.clone(), now_us);
+        }
+        match flags {
+            Some(flags) => self.note_own_flags(user, &flags),
+            None => Ok(()),
+        }
+    }
+
+    /// A clock that goes back would let older changes win.
+    fn note_clock(&mut self) -> Result<(), JournalError> {
+        if self.clock_noted != self.clock.last() {
+            self.clock_noted = self.clock.last();
+            self.journal.note_clock(self.clock_noted)?;
         }
         Ok(())
     }
@@ -223,8 +251,7 @@ impl Engine {
         let name = self.peers[peer].name.clone();
         let outcome = self.journal.skip_numbers(applied_seq).and_then(|again| {
             again.into_iter().try_for_each(|stored| {
-                let frame = stored.frame.get(frame::HEADER_BYTES..).map(Frame::decode);
-                let Some(Ok(Frame { kind: Some(Kind::Change(change)) })) = frame else { return Ok(()) };
+                let Some(change) = sent_change(&stored.frame) else { return Ok(()) };
                 self.ship_change(&stored.user.as_str().into(), change)
             })
         });
@@ -243,11 +270,17 @@ impl Engine {
 
     /// Commits what the last rounds brought if it is time to, and loads what there is room for.
     pub fn keep_journal(&mut self) -> Result<(), Fatal> {
+        let mut has_applied = false;
         for peer in &mut self.peers {
             for (first, last) in peer.inbox.take_changed() {
                 self.journal.set_applied(&peer.name, first, last)?;
+                has_applied = true;
             }
         }
+        if has_applied {
+            self.note_clock()?;
+        }
+        self.settle_flags()?;
         if self.trim_at_ms <= self.now_ms || self.journal.bytes() > self.config.journal_bytes_max {
             self.trim()?;
         }
@@ -295,6 +328,7 @@ impl Engine {
         self.trim_at_ms = self.now_ms + TRIM_EVERY_MS;
         let oldest_us = wall_clock_us().saturating_sub(self.config.journal_age_us_max);
         self.journal.forget_elsewhere(oldest_us)?;
+        self.journal.trim_flags(self.config.journal_bytes_max / FLAGS_SHARE, oldest_us)?;
         while let Some((name, trimmed)) = self.journal.trim(self.config.journal_bytes_max, oldest_us)? {
             log::error!(
                 "Peer {name}: {} changes did not fit into the journal any more (dovetail_journal_size, \

@@ -14,6 +14,7 @@ use mio::{Events, Poll, Token, Waker};
 use super::bodies::Bodies;
 use super::clock::Clock;
 use super::connection::{Connection, Incoming, Stream, READ_BYTES};
+use super::flags::Races;
 use super::heal::Heals;
 use super::local::Local;
 use super::order::Order;
@@ -104,6 +105,12 @@ pub struct Engine {
     pub heals: Heals,
     /// Users up to this one have been looked at since the start; none: all.
     pub swept: Option<String>,
+    pub races: Races,
+    /// Users with changes of flags that some peer may not have heard of, and the clock of the last.
+    pub flags_clocks: HashMap<Arc<str>, u64>,
+    pub flags_settled_ms: u64,
+    /// What the journal knows of our clock.
+    pub clock_noted: u64,
     /// Who has messages that are not here where a peer has them.
     pub users_elsewhere: HashSet<Arc<str>>,
     /// Mailboxes without a name, and when it is time to look for it; the next one first.
@@ -173,6 +180,10 @@ impl Engine {
             spans: Spans::default(),
             heals: Heals::default(),
             swept: Some(String::new()),
+            races: Races::default(),
+            flags_clocks: HashMap::new(),
+            flags_settled_ms: 0,
+            clock_noted: 0,
             users_elsewhere: HashSet::new(),
             unnamed: VecDeque::new(),
             clock: Clock::default(),

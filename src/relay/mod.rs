@@ -15,6 +15,7 @@ mod clock;
 mod connection;
 mod durable;
 mod engine;
+mod flags;
 mod heal;
 mod local;
 mod looks;

@@ -26,6 +26,8 @@ use crate::wire::proto::{Ack, Change, Frame, Hello, Refused};
 /// Pauses between attempts to connect.
 const RETRY_MS_MIN: u64 = 50;
 const RETRY_MS_MAX: u64 = 30_000;
+/// Clocks that differ more are reported.
+const CLOCK_SECS_MAX: u128 = 60;
 /// A session that was up for this long was a good one: the pauses begin again.
 const GOOD_SESSION_MS: u64 = 2_000;
 
@@ -45,6 +47,10 @@ pub struct PeerState {
     pub inbox: Inbox,
     pub link: Option<Link>,
     pub last_error: String,
+    /// For people; empty: its clock is right.
+    pub clock_error: String,
+    /// It had acknowledged to us what it knows of us up to this clock; see [`Session::peers_heard_clock`].
+    pub heard_clock: u64,
     is_resolving: bool,
     is_refused: bool,
     retry_at_ms: u64,
@@ -63,6 +69,8 @@ impl PeerState {
             inbox: Inbox::default(),
             link: None,
             last_error: String::new(),
+            clock_error: String::new(),
+            heard_clock: 0,
             is_resolving: false,
             is_refused: false,
             retry_at_ms: 0,
@@ -254,9 +262,11 @@ impl Engine {
         match connected.and_then(|stream| self.add(stream, true, Role::Peer(index))) {
             Ok(token) => {
                 let first_pending = self.first_pending(index);
+                let clock = self.clock.last();
                 let peer = &mut self.peers[index];
                 let mut session = Session::new(self.me.clone(), Admits::Only(peer.name.clone()), self.now_ms);
-                session.greet(peer.inbox.epoch(), peer.inbox.applied_up_to(), first_pending);
+                let applied = (peer.inbox.epoch(), peer.inbox.applied_up_to());
+                session.greet(applied, first_pending, clock, wall_clock_us());
                 peer.link = Some(Link { token, session, up_since_ms: None });
             }
             Err(error) => self.retry(index, format!("connect({address}) failed: {error}"), false),
@@ -299,6 +309,7 @@ impl Engine {
             self.fail(error);
             return Err(Close::Ended("the journal was set back".into()));
         }
+        self.look_at_clock(index, hello);
         let first_pending = self.first_pending(index);
         let peer = &mut self.peers[index];
         let Some(link) = &mut peer.link else { return Ok(()) };
@@ -309,7 +320,8 @@ impl Engine {
             }
         }
         if !link.session.is_up() {
-            link.session.greet(peer.inbox.epoch(), peer.inbox.applied_up_to(), first_pending);
+            let applied = (peer.inbox.epoch(), peer.inbox.applied_up_to());
+            link.session.greet(applied, first_pending, self.clock.last(), wall_clock_us());
         }
         peer.outbox.restart();
         if hello.applied_epoch == self.me.epoch {
@@ -324,6 +336,27 @@ impl Engine {
         let held = peer.outbox.stats().pending;
         log::info!("Peer {} ({}): connected to its relay ({software}), {held} changes held.", peer.name, peer.address);
         Ok(())
+    }
+
+    /// Its clock may be wrong. Nothing depends on that but which of two changes counts as the later one.
+    fn look_at_clock(&mut self, index: usize, hello: &Hello) {
+        let now_us = wall_clock_us();
+        let is_clock = self.clock.observe(hello.clock, now_us);
+        let seconds = (i128::from(hello.now_us) - i128::from(now_us)) / 1_000_000;
+        let peer = &mut self.peers[index];
+        peer.clock_error = match seconds.unsigned_abs() >= CLOCK_SECS_MAX && hello.now_us != 0 {
+            true if seconds > 0 => format!("its clock is {seconds} seconds ahead of this server's"),
+            true => format!("its clock is {} seconds behind this server's", -seconds),
+            false if !is_clock => "its clock is years ahead of this server's".into(),
+            false => String::new(),
+        };
+        if !peer.clock_error.is_empty() {
+            log::warn!(
+                "Peer {}: {}; where both change the same, the wrong one may count as later.",
+                peer.name,
+                peer.clock_error
+            );
+        }
     }
 
     fn take_change(&mut self, index: usize, change: Change) -> Result<(), Close> {
@@ -351,7 +384,7 @@ impl Engine {
         let checked = change::check_change(&change).map_err(|error| error.to_string()).and_then(|()| {
             match self.clock.observe(clock, wall_clock_us()) {
                 true => Ok(()),
-                false => Err("its clock is more than an hour ahead of this server's".to_owned()),
+                false => Err("its clock is years ahead of this server's".to_owned()),
             }
         });
         if let Err(error) = checked {

@@ -48,7 +48,8 @@ impl Engine {
         let held = self.order.held() as u64;
         let stats = peer.outbox.stats();
         let refusal = peer.outbox.refusal().map(|(user, error)| format!("user {user}: {error}"));
-        let errors = [peer.last_error.clone(), refusal.unwrap_or_default(), look_error.to_owned()];
+        let errors =
+            [peer.last_error.clone(), refusal.unwrap_or_default(), look_error.to_owned(), peer.clock_error.clone()];
         let last_error = errors.into_iter().find(|error| !error.is_empty()).unwrap_or_default();
         PeerStatus {
             peer: peer.name.clone(),

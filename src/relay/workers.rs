@@ -48,6 +48,8 @@ struct Item {
     path: Vec<String>,
     /// What it does to the list of mailboxes.
     of_list: Option<Box<Change>>,
+    /// What it does to flags, if others may do it at the same time.
+    flags: Option<Box<Change>>,
 }
 
 impl Item {
@@ -55,7 +57,7 @@ impl Item {
         let Received { epoch, seq, bytes, ref change, .. } = *received;
         let of_list = change::is_of_list(change).then(|| Box::new(change.clone()));
         let (mailbox, path) = change.mailbox.as_ref().map(|m| (m.guid.clone(), m.path.clone())).unwrap_or_default();
-        Item { epoch, seq, bytes, mailbox, path, of_list }
+        Item { epoch, seq, bytes, mailbox, path, of_list, flags: None }
     }
 }
 
@@ -243,8 +245,16 @@ impl Engine {
         if received.is_empty() {
             return self.work.finish(&user);
         }
+        let mut received = received;
+        let mut items = Vec::with_capacity(received.len());
+        for one in &mut received {
+            if let Err(error) = self.reduce_flags(&user, &mut one.change) {
+                return self.fail(error);
+            }
+            let flags = if self.peers.len() > 1 { change::flags_of(&one.change) } else { None };
+            items.push(Item { flags: flags.map(Box::new), ..Item::of(one) });
+        }
         self.last_job += 1;
-        let items: Vec<Item> = received.iter().map(Item::of).collect();
         if let Err(error) = self.note_coming(peer, &user, &items) {
             return self.fail(error);
         }
@@ -385,6 +395,9 @@ impl Engine {
             self.counts.counters.applied += 1;
             self.last_refusals.remove(&job.user);
             self.acknowledge(job.peer, item.epoch, item.seq);
+            if let Some(Err(error)) = item.flags.as_ref().map(|change| self.keep_flags(&job.user, change)) {
+                self.fail(error);
+            }
             if let Some(change) = &item.of_list {
                 self.note_list(change);
                 self.forget_coming(job.peer, &job.user, item.seq, change);
@@ -419,6 +432,7 @@ impl Engine {
     /// Our own commits tile the logs, too: what waits for them can go on.
     pub fn take_own_spans(&mut self, index: usize, spans: Vec<Span>) {
         self.counts.counters.spans += spans.len() as u64;
+        self.note_where_flags_stand(&spans);
         let Some(token) = self.workers[index].token else { return };
         let Some(user) = spans.first().map(|span| span.user.as_str().into()) else { return };
         let mut released = Vec::new();

@@ -127,7 +127,7 @@ mod tests {
     use crate::wire::proto::{BodyChunk, Ping};
 
     fn ping(id: u64) -> Frame {
-        Kind::Ping(Ping { id }).into()
+        Kind::Ping(Ping { id, heard_clock: 0 }).into()
     }
 
     #[test]

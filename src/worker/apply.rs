@@ -512,8 +512,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         });
         if reason == Reason::Create && same && status.uid_validity > mailbox.uid_validity {
             // It may not have heard of ours: this mailbox may have come into being by its own creation without one. Not as a
-            // creation: it may have been deleted there since. No message is missing, but the UIDVALIDITY comes along.
-            self.tell_op(What::Rebuilt(proto::MailboxRebuilt { present: vec![], uid_next: 1 }));
+            // creation: it may have been deleted there since. The UIDVALIDITY comes along with whatever is told.
+            self.tell_op(change::nothing());
         }
         if diverges && !self.has_diverged() {
             self.diverge();
@@ -961,11 +961,7 @@ mod tests {
             let mut create = change(1, What::Create(proto::MailboxCreate::default()));
             create.mailbox.as_mut().unwrap().uid_validity = theirs;
             let outcome = apply(&mut storage, Script::default(), &[create]);
-            let told = if ours > theirs {
-                vec![What::Rebuilt(proto::MailboxRebuilt { present: vec![], uid_next: 1 })]
-            } else {
-                vec![]
-            };
+            let told = if ours > theirs { vec![change::nothing()] } else { vec![] };
             assert_eq!((outcome.error, outcome.notes, outcome.told), (None, vec![], told));
             assert_eq!(storage.uid_validity("INBOX"), expected);
         }

@@ -36,6 +36,23 @@ stories! {
         assert_each_once(t, &t.settled(), 51);
     }
 
+    fn flags_that_both_flip_at_once_end_equal(t) {
+        (0..3).for_each(|n| t.here().deliver(&t.user, &mail(&format!("mail {n}"))));
+        t.settled();
+        std::thread::scope(|scope| {
+            for server in [t.here(), t.there()] {
+                scope.spawn(|| {
+                    let mut imap = server.imap(&t.user).select("INBOX");
+                    for n in 0..60 {
+                        let sign = ["+", "-"][n / 3 % 2];
+                        imap.ok(&format!("STORE {} {sign}FLAGS.SILENT (\\Flagged $Important)", ["1", "2", "1:3"][n % 3]));
+                    }
+                });
+            }
+        });
+        t.settled();
+    }
+
     fn flags_and_expunges_follow_mails_that_are_given_other_uids(t) {
         // Dovecot's maildir, of \Recent alone, which it counts in each handle: of a message that came and went while it was open.
         t.expects_in_log("Recent flags state corrupted");
@@ -98,6 +115,51 @@ fn both_accept_mail_while_they_are_cut_mdbox() {
 #[test]
 fn both_accept_mail_while_they_are_cut_maildir() {
     both_accept_mail_while_they_are_cut(Format::Maildir, Format::Maildir, "story-cut-maildir");
+}
+
+fn of_one_flag_the_later_change_holds(format_a: Format, format_b: Format, user: &str) {
+    let t = pair_over_lines(format_a, format_b, user);
+    t.expects_in_log("dovetail");
+    (0..4).for_each(|n| t.a().deliver(&t.user, &mail(&format!("mail {n}"))));
+    t.a().imap(&t.user).select("INBOX").ok("STORE 1:4 FLAGS (\\Flagged $Important)");
+    t.settled();
+    t.lines.iter().for_each(|line| line.hang(true));
+    let store = |server: &Server, what: &str| {
+        server.imap(&t.user).select("INBOX").ok(&format!("STORE {what}"));
+    };
+    // One after the other, each time on the other server.
+    store(t.a(), "1:2 -FLAGS (\\Flagged $Important)");
+    store(t.b(), "1:3 -FLAGS (\\Flagged $Important)");
+    store(t.b(), "1:2 +FLAGS (\\Flagged $Important)");
+    store(t.b(), "4 +FLAGS (\\Answered)");
+    store(t.a(), "2 +FLAGS (\\Seen $Work)");
+    store(t.a(), "1 -FLAGS (\\Flagged $Important)");
+    store(t.a(), "4 +FLAGS (\\Draft)");
+    store(t.a(), "1 +FLAGS (\\Flagged)");
+    t.lines.iter().for_each(|line| line.hang(false));
+    let snapshot = t.settled();
+    let flags: Vec<Vec<String>> = snapshot.messages("INBOX").iter().map(|message| message.flags.clone()).collect();
+    assert_eq!(
+        flags,
+        [
+            // Taking away what is not there any more is no change.
+            vec!["$Important", "\\Flagged"],
+            vec!["$Important", "$Work", "\\Flagged", "\\Seen"],
+            vec![],
+            vec!["$Important", "\\Answered", "\\Draft", "\\Flagged"],
+        ]
+    );
+    wait_until(SOON, "nothing is pending", || t.servers().iter().all(Server::has_nothing_pending));
+}
+
+#[test]
+fn of_one_flag_the_later_change_holds_sdbox() {
+    of_one_flag_the_later_change_holds(Format::Sdbox, Format::Sdbox, "story-flag-sdbox");
+}
+
+#[test]
+fn of_one_flag_the_later_change_holds_maildir_and_mdbox() {
+    of_one_flag_the_later_change_holds(Format::Maildir, Format::Mdbox, "story-flag-maildir");
 }
 
 /// What a look finds in a log names messages by their UIDs, while the other server has its own at these.

@@ -1,0 +1,354 @@
+//! Changes of flags that servers made before they had heard of each other's: [`crate::merge::flags`] decides which holds.
+//!
+//! What comes is compared with what was changed here later, and only the rest of it is applied. And as a change gets its clock
+//! when it is told, not when it is made, one of ours may be told with a later clock than a peer's that was applied to the
+//! mailbox behind it. Then the peer's stands here, and is told as ours once more.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use prost::Message;
+
+use super::durable::sent_change;
+use super::engine::{wall_clock_us, Engine};
+use super::order::Release;
+use super::spans::Place;
+use crate::change;
+use crate::journal::{FlagChange, JournalError};
+use crate::merge::flags::{Range, Update};
+use crate::wire::proto::op::What;
+use crate::wire::proto::{Change, FlagUpdate, Mailbox, MessageRange, Op, SeqOf, Span};
+
+/// Longer than a change of ours waits until it is told, mostly.
+const RACE_MS_MAX: u64 = 60_000;
+/// Changes of one user that are compared, and users.
+const RACES_PER_USER_MAX: usize = 256;
+const USERS_MAX: usize = 10_000;
+/// Between two looks at what can be forgotten.
+const FORGET_EVERY_MS: u64 = 1_000;
+
+fn update(flags: &FlagUpdate) -> Update {
+    let range = |range: &MessageRange| Range { first: range.first_uid, last: range.last_uid, guid: range.guid.clone() };
+    Update {
+        messages: flags.messages.iter().map(range).collect(),
+        add: flags.add,
+        remove: flags.remove,
+        add_keywords: flags.add_keywords.iter().cloned().collect(),
+        remove_keywords: flags.remove_keywords.iter().cloned().collect(),
+    }
+}
+
+fn operation(update: Update) -> Op {
+    let range = |Range { first, last, guid }| MessageRange { first_uid: first, last_uid: last, guid };
+    let flags = FlagUpdate {
+        messages: update.messages.into_iter().map(range).collect(),
+        add: update.add,
+        remove: update.remove,
+        add_keywords: update.add_keywords.into_iter().collect(),
+        remove_keywords: update.remove_keywords.into_iter().collect(),
+    };
+    Op { what: Some(What::Flags(flags)) }
+}
+
+fn updates(change: &Change) -> Vec<Update> {
+    let of_op = |op: &Op| match &op.what {
+        Some(What::Flags(flags)) => Some(update(flags)),
+        _ => None,
+    };
+    change.ops.iter().filter_map(of_op).collect()
+}
+
+fn mailbox_guid(change: &Change) -> &[u8] {
+    change.mailbox.as_ref().map(|mailbox| mailbox.guid.as_slice()).unwrap_or_default()
+}
+
+/// One of the two in a race.
+struct Runner {
+    at_ms: u64,
+    /// In which order they were given to a worker or told.
+    turn: u64,
+    mailbox: Mailbox,
+    updates: Vec<Update>,
+    /// Whose it is; none: ours.
+    applied: Option<SeqOf>,
+    /// Where it stands in the mailbox's log: an applied one's last byte, one of ours' first.
+    place: Option<Place>,
+}
+
+/// A change of a peer that stands in a mailbox behind one of ours, and what both touch.
+pub struct Lost {
+    mailbox: Mailbox,
+    update: Update,
+}
+
+/// What races, of each user.
+#[derive(Default)]
+pub struct Races {
+    users: HashMap<Arc<str>, VecDeque<Runner>>,
+    turn: u64,
+}
+
+impl Races {
+    fn add(&mut self, user: &Arc<str>, runner: Runner) {
+        if self.users.len() >= USERS_MAX {
+            self.users.retain(|_, of_user| of_user.back().is_some_and(|last| last.at_ms + RACE_MS_MAX > runner.at_ms));
+        }
+        let of_user = self.users.entry(user.clone()).or_default();
+        while of_user.front().is_some_and(|first| first.at_ms + RACE_MS_MAX < runner.at_ms)
+            || of_user.len() >= RACES_PER_USER_MAX
+        {
+            of_user.pop_front();
+        }
+        of_user.push_back(runner);
+    }
+
+    /// A worker is given a peer's change.
+    fn is_applied(&mut self, user: &Arc<str>, applied: SeqOf, mailbox: Mailbox, updates: Vec<Update>, now_ms: u64) {
+        self.turn += 1;
+        let turn = self.turn;
+        self.add(user, Runner { at_ms: now_ms, turn, mailbox, updates, applied: Some(applied), place: None });
+    }
+
+    /// Where it stands in the log now. What of it comes behind changes of ours that were told meanwhile.
+    fn stands(&mut self, user: &str, applied: &SeqOf, place: Place) -> Vec<Lost> {
+        let Some(of_user) = self.users.get_mut(user) else { return vec![] };
+        let Some(at) = of_user.iter().rposition(|runner| runner.applied.as_ref() == Some(applied)) else {
+            return vec![];
+        };
+        of_user[at].place = of_user[at].place.max(Some(place));
+        let ours = of_user.iter().filter(|runner| runner.applied.is_none());
+        ours.flat_map(|ours| lost(&of_user[at], ours)).collect()
+    }
+
+    /// One of ours is told. What of the peers' changes that were applied comes behind it.
+    fn is_told(
+        &mut self,
+        user: &Arc<str>,
+        mailbox: Mailbox,
+        updates: Vec<Update>,
+        place: Place,
+        now_ms: u64,
+    ) -> Vec<Lost> {
+        self.turn += 1;
+        let ours = Runner { at_ms: now_ms, turn: self.turn, mailbox, updates, applied: None, place: Some(place) };
+        let of_user = self.users.get(user).into_iter().flatten();
+        let lost = of_user.filter(|runner| runner.applied.is_some()).flat_map(|theirs| lost(theirs, &ours)).collect();
+        self.add(user, ours);
+        lost
+    }
+}
+
+/// What stands behind one of ours that was told after the worker was given it.
+fn lost(theirs: &Runner, ours: &Runner) -> Vec<Lost> {
+    let is_behind = theirs.place.is_some_and(|place| Some(place) > ours.place);
+    if !is_behind || ours.turn < theirs.turn || theirs.mailbox.guid != ours.mailbox.guid {
+        return vec![];
+    }
+    let pairs = theirs.updates.iter().flat_map(|theirs| ours.updates.iter().filter_map(|ours| theirs.common(ours)));
+    pairs.map(|update| Lost { mailbox: ours.mailbox.clone(), update }).collect()
+}
+
+impl Engine {
+    /// Takes out of a peer's change what later changes of the same flags have decided. To be called before it is applied.
+    pub fn reduce_flags(&mut self, user: &Arc<str>, change: &mut Change) -> Result<(), JournalError> {
+        let Some((clock, applied)) = change.stamp.as_ref().map(|stamp| {
+            let applied = SeqOf { origin: stamp.origin.clone(), epoch: stamp.epoch, seq: stamp.seq };
+            (stamp.clock, applied)
+        }) else {
+            return Ok(());
+        };
+        if updates(change).is_empty() {
+            return Ok(());
+        }
+        if self.flags_clocks.get(user).is_some_and(|last| *last >= clock) {
+            let mailbox = mailbox_guid(change);
+            let later: Vec<Update> = self
+                .journal
+                .flags_from(user, clock)?
+                .into_iter()
+                .filter(|later| (later.clock, &later.origin) > (clock, &applied.origin))
+                .filter_map(|later| Change::decode(&later.change[..]).ok())
+                .filter(|later| mailbox_guid(later) == mailbox)
+                .flat_map(|later| updates(&later))
+                .collect();
+            self.take_out(change, &later);
+        }
+        let mailbox = change.mailbox.clone().unwrap_or_default();
+        self.races.is_applied(user, applied, mailbox, updates(change), self.now_ms);
+        Ok(())
+    }
+
+    fn take_out(&mut self, change: &mut Change, later: &[Update]) {
+        let mut ops = Vec::with_capacity(change.ops.len());
+        let mut is_less = false;
+        for op in &change.ops {
+            let Some(What::Flags(flags)) = &op.what else {
+                ops.push(op.clone());
+                continue;
+            };
+            let left = later.iter().fold(vec![update(flags)], |left, later| {
+                left.into_iter().flat_map(|update| update.without(later)).collect()
+            });
+            is_less |= left != [update(flags)];
+            ops.extend(left.into_iter().map(operation));
+        }
+        if !is_less {
+            return;
+        }
+        self.counts.note("flags_conflict", 1);
+        if ops.is_empty() {
+            ops.push(Op { what: Some(change::nothing()) });
+        }
+        let reduced = Change { ops, ..change.clone() };
+        // In too many pieces it stays whole: then what comes last holds.
+        if change::check_change(&reduced).is_ok() {
+            *change = reduced;
+        }
+    }
+
+    /// A change of this server has its clock and is in the journal: peers may have made changes of the same flags meanwhile.
+    pub fn note_own_flags(&mut self, user: &Arc<str>, change: &Change) -> Result<(), JournalError> {
+        self.keep_flags(user, change)?;
+        let updates = updates(change);
+        let mailbox = change.mailbox.clone().unwrap_or_default();
+        let of_mailbox = change.spans.iter().filter(|span| span.mailbox_guid == mailbox.guid);
+        let Some(place) = of_mailbox.map(|span| (span.log_seq, span.begin)).min() else { return Ok(()) };
+        if updates.is_empty() {
+            return Ok(());
+        }
+        let lost = self.races.is_told(user, mailbox, updates, place, self.now_ms);
+        self.tell_lost(user, lost);
+        Ok(())
+    }
+
+    /// For what is still to come, from peers that have not heard of it.
+    pub fn keep_flags(&mut self, user: &Arc<str>, change: &Change) -> Result<(), JournalError> {
+        let is_of_flags = |op: &&Op| matches!(op.what, Some(What::Flags(_)));
+        let ops: Vec<Op> = change.ops.iter().filter(is_of_flags).cloned().collect();
+        let Some(stamp) = change.stamp.as_ref().filter(|_| !ops.is_empty()) else { return Ok(()) };
+        let mailbox = Mailbox { guid: mailbox_guid(change).to_vec(), ..Default::default() };
+        let kept = Change { mailbox: Some(mailbox), ops, ..Default::default() }.encode_to_vec();
+        let kept = FlagChange { clock: stamp.clock, origin: stamp.origin.clone(), change: kept };
+        self.journal.note_flags(user, &kept, wall_clock_us())?;
+        let last = self.flags_clocks.entry(user.clone()).or_default();
+        *last = stamp.clock.max(*last);
+        Ok(())
+    }
+
+    /// Workers said what they wrote.
+    pub fn note_where_flags_stand(&mut self, spans: &[Span]) {
+        for span in spans {
+            let user: Arc<str> = span.user.as_str().into();
+            for applied in &span.applied {
+                let lost = self.races.stands(&user, applied, (span.log_seq, span.end));
+                self.tell_lost(&user, lost);
+            }
+        }
+    }
+
+    fn tell_lost(&mut self, user: &Arc<str>, lost: Vec<Lost>) {
+        for Lost { mailbox, update } in lost {
+            self.counts.note("flags_conflict", 1);
+            let Some(what) = operation(update).what else { continue };
+            let mailbox = Mailbox { uid_next: 0, highest_modseq: 0, ..mailbox };
+            let told = change::split(vec![what], user, &mailbox, 0);
+            let released =
+                told.into_iter().map(|change| Release { user: user.clone(), change: Some(change), spans: vec![] });
+            self.ship_all(released.collect());
+        }
+    }
+
+    /// Says to each peer what it has heard of, and forgets what all have.
+    pub fn settle_flags(&mut self) -> Result<(), JournalError> {
+        let is_time = self.flags_settled_ms + FORGET_EVERY_MS <= self.now_ms;
+        for peer in &mut self.peers {
+            let Some(link) = &mut peer.link else { continue };
+            if !peer.outbox.has_pending() {
+                link.session.set_heard_clock(self.clock.last());
+            } else if is_time {
+                let first = self.journal.unacknowledged(&peer.name, None, 0, 1)?.pop();
+                let clock = first.and_then(|first| sent_change(&first.frame)?.stamp).map_or(0, |stamp| stamp.clock);
+                link.session.set_heard_clock(clock.saturating_sub(1));
+            }
+            peer.heard_clock = peer.heard_clock.max(link.session.peers_heard_clock());
+        }
+        if !is_time {
+            return Ok(());
+        }
+        self.flags_settled_ms = self.now_ms;
+        let heard = self.peers.iter().map(|peer| peer.heard_clock).min().unwrap_or(0);
+        if self.flags_clocks.values().any(|clock| *clock <= heard) {
+            self.journal.forget_flags(heard)?;
+            self.flags_clocks.retain(|_, clock| *clock > heard);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(first: u32, last: u32, is_added: bool) -> Update {
+        let (add, remove) = if is_added { (1, 0) } else { (0, 1) };
+        let messages = vec![Range { first, last, guid: String::new() }];
+        Update { messages, add, remove, ..Default::default() }
+    }
+
+    fn inbox() -> Mailbox {
+        Mailbox { guid: vec![1; 16], ..Default::default() }
+    }
+
+    fn theirs(seq: u64) -> SeqOf {
+        SeqOf { origin: "b".into(), epoch: 1, seq }
+    }
+
+    fn updates_of(lost: Vec<Lost>) -> Vec<Update> {
+        lost.into_iter().map(|lost| lost.update).collect()
+    }
+
+    #[test]
+    fn what_stands_behind_a_change_that_is_told_later_is_told_again() {
+        let jane: Arc<str> = "jane".into();
+        let told =
+            |races: &mut Races, at| updates_of(races.is_told(&jane, inbox(), vec![seen(2, 9, true)], (2, at), 0));
+        // Whichever is heard of first.
+        for place_comes_first in [true, false] {
+            let mut races = Races::default();
+            races.is_applied(&jane, theirs(1), inbox(), vec![seen(1, 4, false)], 0);
+            let (mut lost, mut stands) = (vec![], vec![]);
+            if place_comes_first {
+                stands = updates_of(races.stands(&jane, &theirs(1), (2, 100)));
+                lost = told(&mut races, 50);
+            } else {
+                lost.extend(told(&mut races, 50));
+                stands.extend(updates_of(races.stands(&jane, &theirs(1), (2, 100))));
+            }
+            assert_eq!([lost, stands].concat(), [seen(2, 4, false)]);
+            assert_eq!(told(&mut races, 100), [], "made when it had been applied");
+        }
+    }
+
+    #[test]
+    fn what_was_told_before_a_change_is_applied_was_taken_out_of_that() {
+        let jane: Arc<str> = "jane".into();
+        let mut races = Races::default();
+        races.is_told(&jane, inbox(), vec![seen(1, 4, true)], (2, 50), 0);
+        races.is_applied(&jane, theirs(1), inbox(), vec![seen(1, 4, false)], 0);
+        assert_eq!(updates_of(races.stands(&jane, &theirs(1), (2, 100))), []);
+        assert_eq!(updates_of(races.stands("joe", &theirs(1), (2, 100))), []);
+        assert_eq!(updates_of(races.stands(&jane, &theirs(2), (2, 100))), []);
+    }
+
+    #[test]
+    fn races_are_bounded() {
+        let jane: Arc<str> = "jane".into();
+        let mut races = Races::default();
+        for n in 0..1_000 {
+            races.is_told(&jane, inbox(), vec![seen(1, 1, true)], (2, n), n);
+        }
+        assert_eq!(races.users[&jane].len(), RACES_PER_USER_MAX);
+        races.is_told(&jane, inbox(), vec![seen(1, 1, true)], (2, 0), 10 * RACE_MS_MAX);
+        assert_eq!(races.users[&jane].len(), 1);
+    }
+}
