@@ -31,6 +31,17 @@ impl Journal {
         .map(drop)
     }
 
+    /// Whether a worker was given it before.
+    pub fn is_coming(&self, user: &str, peer: &str, seq: u64) -> Result<bool, JournalError> {
+        self.run(|db| {
+            db.prepare_cached("SELECT 1 FROM coming WHERE user = ? AND peer = ? AND seq = ?")?.exists((
+                user,
+                peer,
+                to_sql(seq),
+            ))
+        })
+    }
+
     /// The encoded changes of this user.
     pub fn coming(&self, user: &str) -> Result<Vec<Vec<u8>>, JournalError> {
         self.run(|db| {

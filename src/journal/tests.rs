@@ -58,6 +58,7 @@ fn what_a_worker_was_given_for_the_list_of_mailboxes_is_known_at_the_next_start(
     drop(journal);
     let (mut journal, _) = folder.try_open("boot").unwrap();
     assert_eq!(journal.coming("jane").unwrap(), [b"two".to_vec(), b"three".to_vec()]);
+    assert!(journal.is_coming("jane", "b", 2).unwrap() && !journal.is_coming("jane", "b", 1).unwrap());
     journal.begin_epoch("b", 5).unwrap();
     assert_eq!(journal.coming("jane").unwrap(), [b"three".to_vec()]);
     assert!(journal.coming("joe").unwrap().is_empty());

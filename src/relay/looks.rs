@@ -275,7 +275,8 @@ fn brings(applied: &Change, found: &Change) -> bool {
     let pairs = applied.ops.iter().flat_map(|applied| found.ops.iter().map(|found| (&applied.what, &found.what)));
     let mut pairs = pairs.filter_map(|(applied, found)| applied.as_ref().zip(found.as_ref()));
     pairs.any(|pair| match pair {
-        (What::Create(_), What::Create(_)) => at.guid == there.guid && at.path == there.path,
+        // One whose creation was killed may not have had its GUID yet.
+        (What::Create(_), What::Create(_)) => at.path == there.path,
         (What::Delete(_), What::Delete(_)) => at.guid == there.guid,
         (What::Subscription(applied), What::Subscription(found)) => {
             at.path == there.path && applied.subscribed == found.subscribed

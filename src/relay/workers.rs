@@ -255,15 +255,17 @@ impl Engine {
             items.push(Item { flags: flags.map(Box::new), ..Item::of(one) });
         }
         self.last_job += 1;
-        if let Err(error) = self.note_coming(peer, &user, &items) {
-            return self.fail(error);
-        }
+        let again = match self.note_coming(peer, &user, &items) {
+            Ok(again) => again,
+            Err(error) => return self.fail(error),
+        };
         let elsewhere = match self.elsewhere(peer, &user, received.iter().map(|received| &received.change)) {
             Ok(elsewhere) => elsewhere,
             Err(error) => return self.fail(error),
         };
         let job = Job { id: self.last_job, user, peer, items, done: 0 };
-        let frames = apply_frames(&job, self.resolves(), elsewhere, received.into_iter().map(|r| r.change));
+        let first = Apply { resolves: self.resolves(), again, ..Default::default() };
+        let frames = apply_frames(&job, first, elsewhere, received.into_iter().map(|r| r.change));
         self.workers[index].task = Task::Apply(job);
         let Some(token) = self.workers[index].token else { return };
         for frame in frames {
@@ -320,18 +322,23 @@ impl Engine {
         self.peers.iter().filter(|peer| peer.is_up()).all(|peer| self.me.server < peer.name)
     }
 
-    /// What the job does to the list of mailboxes must be known if its worker dies.
-    fn note_coming(&mut self, peer: usize, user: &str, items: &[Item]) -> Result<(), JournalError> {
+    /// What the job does to the list of mailboxes must be known if its worker dies. Which of it was given to another before.
+    fn note_coming(&mut self, peer: usize, user: &str, items: &[Item]) -> Result<Vec<u64>, JournalError> {
+        let mut again = Vec::new();
         let mut any = false;
         for item in items {
             let Some(change) = &item.of_list else { continue };
+            if self.journal.is_coming(user, &self.peers[peer].name, item.seq)? {
+                again.push(item.seq);
+                continue;
+            }
             self.journal.note_coming(user, &self.peers[peer].name, item.seq, &change.encode_to_vec())?;
             any = true;
         }
         if any {
             self.journal.commit()?;
         }
-        Ok(())
+        Ok(again)
     }
 
     /// The change is applied, or never will be.
@@ -544,17 +551,19 @@ impl Engine {
     }
 }
 
-/// The job as frames, none too long.
+/// The job as frames, none too long. `first`: what is said once.
 fn apply_frames(
     job: &Job,
-    resolves: bool,
+    first: Apply,
     elsewhere: Vec<proto::Elsewhere>,
     changes: impl Iterator<Item = Change>,
 ) -> Vec<Frame> {
-    let empty = || Apply { job: job.id, user: job.user.to_string(), resolves, more: true, ..Default::default() };
-    let mut frames: Vec<Apply> =
-        elsewhere.chunks(ELSEWHERE_MAX).map(|some| Apply { elsewhere: some.to_vec(), ..empty() }).collect();
-    frames.push(empty());
+    let empty = || Apply { job: job.id, user: job.user.to_string(), more: true, ..Default::default() };
+    let mut frames = vec![Apply { again: first.again, resolves: first.resolves, ..empty() }];
+    if !elsewhere.is_empty() {
+        frames.extend(elsewhere.chunks(ELSEWHERE_MAX).map(|some| Apply { elsewhere: some.to_vec(), ..empty() }));
+        frames.push(empty());
+    }
     let mut bytes = 0;
     for change in changes {
         // With the field's tag and length.
@@ -589,7 +598,7 @@ mod tests {
         for length in [10, 1_000, 30_000, CHANGE_BYTES_MAX - 8] {
             let change = Change { user: "x".repeat(length), ..Default::default() };
             assert!(change.encoded_len() <= CHANGE_BYTES_MAX);
-            let frames = apply_frames(&job, true, elsewhere.clone(), std::iter::repeat_n(change, 64));
+            let frames = apply_frames(&job, Apply::default(), elsewhere.clone(), std::iter::repeat_n(change, 64));
             let (mut changes, mut others) = (0, 0);
             for (at, frame) in frames.iter().enumerate() {
                 frame::encode(frame).unwrap();

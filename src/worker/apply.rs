@@ -162,6 +162,8 @@ pub struct Apply<'a, S, C> {
     pub doubts: Vec<proto::Doubt>,
     /// This server decides where UIDs clash.
     resolves: bool,
+    /// Numbers of changes that a worker was given before: what it made and did not complete is not ours to keep.
+    pub again: Vec<u64>,
     /// What the peers must be told because of what is applied.
     pub tell: Vec<proto::Change>,
     /// Messages that are not where the changes' origin has them.
@@ -198,6 +200,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             notes: Vec::new(),
             doubts: Vec::new(),
             resolves,
+            again: Vec::new(),
             tell: Vec::new(),
             elsewhere,
             on_commit,
@@ -245,6 +248,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 self.flush()?;
             }
             if let Pending::Nothing = self.pending {
+                self.raise_uid_next()?;
                 self.done = self.complete;
                 self.seqs.clear();
             }
@@ -312,12 +316,23 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if let Pending::Saves(asked) = pending {
             self.look_where_saved(&asked, &saved)?;
         }
+        self.raise_uid_next()?;
         self.done = self.complete;
         self.seqs = vec![self.current.clone()];
         self.storage.applying(&self.seqs);
         let committed =
             Committed { done: self.done, tell: std::mem::take(&mut self.tell), elsewhere: self.elsewhere.take_new() };
         (self.on_commit)(self.storage, self.connection, committed)?;
+        Ok(())
+    }
+
+    /// Before changes that say so count as done.
+    fn raise_uid_next(&mut self) -> Result<()> {
+        let Some(open) = &mut self.open else { return Ok(()) };
+        if open.min_uid_next > open.uid_next {
+            self.storage.update(&Update { min_uid_next: open.min_uid_next, ..Update::default() })?;
+            open.uid_next = self.storage.status().uid_next;
+        }
         Ok(())
     }
 
@@ -460,7 +475,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         let status = self.storage.status();
         // Nobody can miss ours.
-        let empty = status.messages == 0 && (reason != Reason::Create || *guid > status.guid);
+        let is_half_made = self.again.contains(&self.current.seq);
+        let empty = status.messages == 0 && (reason != Reason::Create || is_half_made || *guid > status.guid);
         // A program of Dovecot that opens INBOX while another creates it gives it a GUID by chance.
         let born_everywhere = mailbox.path == ["INBOX"] && *guid == self.storage.inbox_guid()?;
         if empty || born_everywhere {
@@ -571,7 +587,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                     if let Some(open) = &mut self.open {
                         open.min_uid_next = open.min_uid_next.max(uid.saturating_add(1));
                     }
-                    return Ok(());
+                    return Ok(self.raise_uid_next()?);
                 };
                 self.storage.save(&message, body)?;
             }
@@ -935,8 +951,10 @@ mod tests {
             Ok(())
         };
         let known = Elsewhere::of(std::mem::take(&mut storage.elsewhere));
+        let again = std::mem::take(&mut storage.again);
         let mut apply =
             Apply::new(storage, &mut connection, "jane", resolves, known, &mut next_body, &mut on_commit).unwrap();
+        apply.again = again;
         let result = apply.run(changes);
         let (done, notes, rest) = (apply.done, apply.notes.clone(), std::mem::take(&mut apply.tell));
         let noted = apply.elsewhere.take_new();
@@ -1186,6 +1204,28 @@ mod tests {
         create.mailbox.as_mut().unwrap().uid_validity = 0;
         apply(&mut storage, Script::default(), &[create, save(2, 1, "one")]);
         assert_eq!(storage.uid_validity("INBOX"), 9);
+    }
+
+    #[test]
+    fn a_mailbox_that_a_killed_worker_half_made_becomes_theirs() {
+        let create = change(1, What::Create(proto::MailboxCreate::default()));
+        for (again, expected) in [(vec![], [9; 16]), (vec![1], GUID)] {
+            let mut storage = FakeStorage::default();
+            storage.add("INBOX", [9; 16], 9, &[]);
+            storage.again = again;
+            apply(&mut storage, Script::default(), std::slice::from_ref(&create));
+            assert_eq!(storage.guid("INBOX"), expected);
+        }
+    }
+
+    #[test]
+    fn uidnext_is_raised_before_what_says_so_is_done() {
+        let mut storage = FakeStorage::default();
+        let mut seen = change(2, change::nothing());
+        seen.mailbox.as_mut().unwrap().uid_next = 9;
+        let outcome = apply(&mut storage, Script::default(), &[save(1, 1, "one"), seen, save(3, 10, "../two")]);
+        assert_eq!(outcome.done, 2);
+        assert_eq!(storage.uid_next("INBOX"), 9);
     }
 
     #[test]

@@ -42,6 +42,10 @@ pub struct FakeStorage {
     pub deleted: HashSet<Guid>,
     /// Names, and whether that is new.
     pub subscribed: BTreeMap<String, bool>,
+    /// Names of mailboxes that are there and cannot be opened.
+    pub half_deleted: HashSet<String>,
+    /// Changes that a worker was given before.
+    pub again: Vec<u64>,
     /// What the relay keeps.
     pub elsewhere: Vec<proto::Elsewhere>,
     /// Another process saves it to the open mailbox just before that is synced.
@@ -108,7 +112,8 @@ impl Storage for FakeStorage {
         Err("no files here".into())
     }
     fn existence(&mut self, vname: &str) -> Result<Existence> {
-        Ok(if self.mailboxes.contains_key(vname) { Existence::Mailbox } else { Existence::None })
+        let is_there = self.mailboxes.contains_key(vname) || self.half_deleted.contains(vname);
+        Ok(if is_there { Existence::Mailbox } else { Existence::None })
     }
     fn find_guid(&mut self, guid: &Guid) -> Result<Option<String>> {
         Ok(self.mailboxes.iter().find(|(_, mailbox)| mailbox.guid == *guid).map(|(vname, _)| vname.clone()))

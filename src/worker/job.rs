@@ -39,6 +39,7 @@ struct Collecting {
     changes: Vec<proto::Change>,
     bytes: usize,
     resolves: bool,
+    again: Vec<u64>,
     elsewhere: Vec<proto::Elsewhere>,
     error: Option<String>,
 }
@@ -104,6 +105,7 @@ impl Jobs {
                 changes: vec![],
                 bytes: 0,
                 resolves: apply.resolves,
+                again: apply.again,
                 elsewhere: vec![],
                 error: None,
             },
@@ -157,7 +159,7 @@ impl Jobs {
         whole: Collecting,
         answer: &mut proto::Applied,
     ) -> Result<(), Failure> {
-        let Collecting { user, changes, resolves, elsewhere, .. } = whole;
+        let Collecting { user, changes, resolves, again, elsewhere, .. } = whole;
         if !storage.lock_user(&user)? {
             // Left behind by a relay that was killed: both would save the same mail.
             return Err("another worker still applies changes of this user".to_string().into());
@@ -183,6 +185,7 @@ impl Jobs {
         let elsewhere = Elsewhere::of(elsewhere);
         let mut apply =
             Apply::new(storage, connection, &user, resolves, elsewhere, &mut self.next_body, &mut on_commit)?;
+        apply.again = again;
         let result = apply.run(&changes);
         answer.done = apply.done;
         answer.notes = std::mem::take(&mut apply.notes);
@@ -275,6 +278,7 @@ mod tests {
             changes: vec![],
             bytes: 0,
             resolves: false,
+            again: vec![],
             elsewhere: vec![],
             error: None,
         };

@@ -12,7 +12,7 @@ use super::body::Link;
 use super::connection::Connection;
 use super::mark::{is_ours, moves, Marks};
 use super::name;
-use super::storage::{Guid, Listed, Namespace, Result, Storage};
+use super::storage::{Existence, Guid, Listed, Namespace, Result, Storage};
 use crate::change;
 use crate::indexlog::{fold, Commit, Commits, Delta, Header, UidRange, What as Written};
 use crate::wire::proto::{self, frame::Kind, op::What, Doubt, LookAt, Looked, Mailbox, MessageRange};
@@ -57,7 +57,7 @@ pub fn look<S: Storage, C: Read + Write>(
             connection.send(Kind::Looked(Looked { job, more: true, spans: vec![span], ..Default::default() }))?;
         }
     }
-    let error = outcome.err().unwrap_or_default().chars().take(1000).collect();
+    let error = outcome.err().or(found.later).unwrap_or_default().chars().take(1000).collect();
     let looked_at = if wanted.whole { now_secs } else { 0 };
     connection.send(Kind::Looked(Looked { job, error, looked_at, ..Default::default() }))
 }
@@ -91,6 +91,8 @@ struct Found {
     known: Vec<(proto::Span, Vec<String>)>,
     doubts: Vec<Doubt>,
     missing: Vec<Vec<u8>>,
+    /// Why there must be another look soon.
+    later: Option<String>,
 }
 
 impl Found {
@@ -149,6 +151,10 @@ fn find_in_list<S: Storage>(
             elsewhere.push(known.clone());
             continue;
         }
+        if is_half_deleted(storage, &known.path, namespace, &listed)? {
+            found.later = Some(format!("mailbox {} is half deleted", change::printable(&known.path.join("/"))));
+            continue;
+        }
         found.missing.push(known.guid.clone());
         if known.path.is_empty() {
             // It was never told of.
@@ -173,6 +179,22 @@ fn find_in_list<S: Storage>(
         find_subscriptions(storage, wanted, namespace, &listed, found)?;
     }
     Ok(targets)
+}
+
+/// A process was killed while it deleted the mailbox: nobody can open it, until Dovecot brings it back after five minutes
+/// (mailbox_try_undelete()).
+fn is_half_deleted<S: Storage>(
+    storage: &mut S,
+    path: &[String],
+    namespace: &Namespace,
+    listed: &[Listed],
+) -> Result<bool> {
+    if path.is_empty() {
+        return Ok(false);
+    }
+    let vname = name::vname(path, namespace)?;
+    let is_another = listed.iter().any(|listed| listed.vname == vname);
+    Ok(!is_another && storage.existence(&vname)? == Existence::Mailbox)
 }
 
 /// Tells the names whose subscription was changed since the last look, those that are known as subscribed and are not, and the
@@ -653,6 +675,23 @@ mod tests {
         let again =
             LookAt { index_id: known.index_id, log_seq: known.log_seq, end: known.end, tail: known.tail, ..inbox() };
         assert_eq!(told(&look_at(&mut storage, vec![again], false)), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_half_deleted_mailbox_is_looked_at_later() {
+        let mut storage = storage(&[SDBOX]);
+        storage.deleted.insert([9; 16]);
+        storage.half_deleted.insert("Old".into());
+        let old = LookAt { guid: vec![9; 16], path: vec!["Old".into()], ..Default::default() };
+        let wanted = Wanted { job: 1, user: "jane".into(), mailboxes: vec![old], whole: true, since: i64::MAX };
+        let mut found = Found::default();
+        find(&mut storage, &wanted, &mut found).unwrap();
+        assert_eq!(found.later.as_deref(), Some("mailbox Old is half deleted"));
+        assert!(found.missing.is_empty() && found.of_list.iter().all(|(_, what)| !matches!(what, What::Delete(_))));
+        storage.half_deleted.clear();
+        let mut found = Found::default();
+        find(&mut storage, &wanted, &mut found).unwrap();
+        assert!(found.later.is_none() && found.of_list.iter().any(|(_, what)| matches!(what, What::Delete(_))));
     }
 
     #[test]
