@@ -199,15 +199,12 @@ pub fn is_of_messages(change: &Change) -> bool {
 pub fn flags_of(change: &Change) -> Option<Change> {
     let is_of_flags = |op: &&Op| matches!(op.what, Some(What::Flags(_)));
     let ops: Vec<Op> = change.ops.iter().filter(is_of_flags).cloned().collect();
+    if ops.is_empty() {
+        return None;
+    }
     let Change { stamp, user, mailbox, spans, .. } = change;
-    let flags = || Change {
-        stamp: stamp.clone(),
-        user: user.clone(),
-        mailbox: mailbox.clone(),
-        spans: spans.clone(),
-        ops: ops.clone(),
-    };
-    (!ops.is_empty()).then(flags)
+    let (stamp, user, mailbox, spans) = (stamp.clone(), user.clone(), mailbox.clone(), spans.clone());
+    Some(Change { stamp, user, mailbox, spans, ops })
 }
 
 /// An operation that does nothing: of the messages before the first one, all are there.

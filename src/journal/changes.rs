@@ -119,7 +119,11 @@ impl Journal {
 
     /// Notes the clock, with what it gave a time to or what was heard.
     pub fn note_clock(&mut self, clock: u64) -> Result<(), JournalError> {
-        self.put("clock", to_sql(clock))
+        self.write_sometime()?;
+        self.run(|db| {
+            db.prepare_cached("INSERT OR REPLACE INTO meta (key, value) VALUES ('clock', ?)")?.execute([to_sql(clock)])
+        })
+        .map(drop)
     }
 
     /// The number of the first change that the peer has not acknowledged.

@@ -204,7 +204,6 @@ impl Engine {
         };
         let names: Vec<&str> = self.peers.iter().map(|peer| peer.name.as_str()).collect();
         self.journal.append(user, now_us, &encoded, &names)?;
-        self.note_clock()?;
         for peer in &mut self.peers {
             peer.outbox.append(user, seq, encoded.clone(), now_us);
         }
@@ -214,9 +213,9 @@ impl Engine {
         }
     }
 
-    /// A clock that goes back would let older changes win.
+    /// With what it gave a time to, or what was heard: one that goes back would let older changes win.
     fn note_clock(&mut self) -> Result<(), JournalError> {
-        if self.clock_noted != self.clock.last() {
+        if self.journal.is_writing() && self.clock_noted != self.clock.last() {
             self.clock_noted = self.clock.last();
             self.journal.note_clock(self.clock_noted)?;
         }
@@ -270,16 +269,12 @@ impl Engine {
 
     /// Commits what the last rounds brought if it is time to, and loads what there is room for.
     pub fn keep_journal(&mut self) -> Result<(), Fatal> {
-        let mut has_applied = false;
         for peer in &mut self.peers {
             for (first, last) in peer.inbox.take_changed() {
                 self.journal.set_applied(&peer.name, first, last)?;
-                has_applied = true;
             }
         }
-        if has_applied {
-            self.note_clock()?;
-        }
+        self.note_clock()?;
         self.settle_flags()?;
         if self.trim_at_ms <= self.now_ms || self.journal.bytes() > self.config.journal_bytes_max {
             self.trim()?;

@@ -62,6 +62,14 @@ fn mailbox_guid(change: &Change) -> &[u8] {
     change.mailbox.as_ref().map(|mailbox| mailbox.guid.as_slice()).unwrap_or_default()
 }
 
+/// What the journal has of a change.
+struct Kept {
+    clock: u64,
+    origin: String,
+    mailbox: Vec<u8>,
+    updates: Vec<Update>,
+}
+
 /// One of the two in a race.
 struct Runner {
     at_ms: u64,
@@ -149,36 +157,43 @@ fn lost(theirs: &Runner, ours: &Runner) -> Vec<Lost> {
 }
 
 impl Engine {
-    /// Takes out of a peer's change what later changes of the same flags have decided. To be called before it is applied.
-    pub fn reduce_flags(&mut self, user: &Arc<str>, change: &mut Change) -> Result<(), JournalError> {
-        let Some((clock, applied)) = change.stamp.as_ref().map(|stamp| {
-            let applied = SeqOf { origin: stamp.origin.clone(), epoch: stamp.epoch, seq: stamp.seq };
-            (stamp.clock, applied)
-        }) else {
-            return Ok(());
+    /// Takes out of a peer's changes what later changes of the same flags have decided. To be called before they are applied.
+    pub fn reduce_flags<'a>(
+        &mut self,
+        user: &Arc<str>,
+        changes: impl Iterator<Item = &'a mut Change>,
+    ) -> Result<(), JournalError> {
+        let is_of_flags = |change: &&mut Change| change.stamp.is_some() && !updates(change).is_empty();
+        let changes: Vec<&mut Change> = changes.filter(is_of_flags).collect();
+        let first = changes.iter().filter_map(|change| change.stamp.as_ref()).map(|stamp| stamp.clock).min();
+        let kept = match first {
+            Some(clock) if self.flags_clocks.get(user).is_some_and(|last| *last >= clock) => self.kept(user, clock)?,
+            _ => Vec::new(),
         };
-        if updates(change).is_empty() {
-            return Ok(());
-        }
-        if self.flags_clocks.get(user).is_some_and(|last| *last >= clock) {
-            let mailbox = mailbox_guid(change);
-            let later: Vec<Update> = self
-                .journal
-                .flags_from(user, clock)?
-                .into_iter()
-                .filter(|later| (later.clock, &later.origin) > (clock, &applied.origin))
-                .filter_map(|later| Change::decode(&later.change[..]).ok())
-                .filter(|later| mailbox_guid(later) == mailbox)
-                .flat_map(|later| updates(&later))
-                .collect();
+        for change in changes {
+            let Some(stamp) = &change.stamp else { continue };
+            let applied = SeqOf { origin: stamp.origin.clone(), epoch: stamp.epoch, seq: stamp.seq };
+            let is_later = |kept: &&Kept| {
+                kept.mailbox == mailbox_guid(change) && (kept.clock, &kept.origin) > (stamp.clock, &stamp.origin)
+            };
+            let later: Vec<&Update> = kept.iter().filter(is_later).flat_map(|kept| &kept.updates).collect();
             self.take_out(change, &later);
+            let mailbox = change.mailbox.clone().unwrap_or_default();
+            self.races.is_applied(user, applied, mailbox, updates(change), self.now_ms);
         }
-        let mailbox = change.mailbox.clone().unwrap_or_default();
-        self.races.is_applied(user, applied, mailbox, updates(change), self.now_ms);
         Ok(())
     }
 
-    fn take_out(&mut self, change: &mut Change, later: &[Update]) {
+    fn kept(&self, user: &str, clock: u64) -> Result<Vec<Kept>, JournalError> {
+        let kept = self.journal.flags_from(user, clock)?.into_iter().filter_map(|kept| {
+            let FlagChange { clock, origin, change } = kept;
+            let change = Change::decode(&change[..]).ok()?;
+            Some(Kept { clock, origin, mailbox: mailbox_guid(&change).to_vec(), updates: updates(&change) })
+        });
+        Ok(kept.collect())
+    }
+
+    fn take_out(&mut self, change: &mut Change, later: &[&Update]) {
         let mut ops = Vec::with_capacity(change.ops.len());
         let mut is_less = false;
         for op in &change.ops {
@@ -207,27 +222,23 @@ impl Engine {
     }
 
     /// A change of this server has its clock and is in the journal: peers may have made changes of the same flags meanwhile.
+    /// It is of flags alone.
     pub fn note_own_flags(&mut self, user: &Arc<str>, change: &Change) -> Result<(), JournalError> {
         self.keep_flags(user, change)?;
         let updates = updates(change);
         let mailbox = change.mailbox.clone().unwrap_or_default();
         let of_mailbox = change.spans.iter().filter(|span| span.mailbox_guid == mailbox.guid);
         let Some(place) = of_mailbox.map(|span| (span.log_seq, span.begin)).min() else { return Ok(()) };
-        if updates.is_empty() {
-            return Ok(());
-        }
         let lost = self.races.is_told(user, mailbox, updates, place, self.now_ms);
         self.tell_lost(user, lost);
         Ok(())
     }
 
-    /// For what is still to come, from peers that have not heard of it.
+    /// For what is still to come, from peers that have not heard of it. The change is of flags alone.
     pub fn keep_flags(&mut self, user: &Arc<str>, change: &Change) -> Result<(), JournalError> {
-        let is_of_flags = |op: &&Op| matches!(op.what, Some(What::Flags(_)));
-        let ops: Vec<Op> = change.ops.iter().filter(is_of_flags).cloned().collect();
-        let Some(stamp) = change.stamp.as_ref().filter(|_| !ops.is_empty()) else { return Ok(()) };
+        let Some(stamp) = &change.stamp else { return Ok(()) };
         let mailbox = Mailbox { guid: mailbox_guid(change).to_vec(), ..Default::default() };
-        let kept = Change { mailbox: Some(mailbox), ops, ..Default::default() }.encode_to_vec();
+        let kept = Change { mailbox: Some(mailbox), ops: change.ops.clone(), ..Default::default() }.encode_to_vec();
         let kept = FlagChange { clock: stamp.clock, origin: stamp.origin.clone(), change: kept };
         self.journal.note_flags(user, &kept, wall_clock_us())?;
         let last = self.flags_clocks.entry(user.clone()).or_default();

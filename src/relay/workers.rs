@@ -53,11 +53,12 @@ struct Item {
 }
 
 impl Item {
-    fn of(received: &Received) -> Item {
+    fn of(received: &Received, keeps_flags: bool) -> Item {
         let Received { epoch, seq, bytes, ref change, .. } = *received;
         let of_list = change::is_of_list(change).then(|| Box::new(change.clone()));
         let (mailbox, path) = change.mailbox.as_ref().map(|m| (m.guid.clone(), m.path.clone())).unwrap_or_default();
-        Item { epoch, seq, bytes, mailbox, path, of_list, flags: None }
+        let flags = if keeps_flags { change::flags_of(change).map(Box::new) } else { None };
+        Item { epoch, seq, bytes, mailbox, path, of_list, flags }
     }
 }
 
@@ -246,14 +247,11 @@ impl Engine {
             return self.work.finish(&user);
         }
         let mut received = received;
-        let mut items = Vec::with_capacity(received.len());
-        for one in &mut received {
-            if let Err(error) = self.reduce_flags(&user, &mut one.change) {
-                return self.fail(error);
-            }
-            let flags = if self.peers.len() > 1 { change::flags_of(&one.change) } else { None };
-            items.push(Item { flags: flags.map(Box::new), ..Item::of(one) });
+        if let Err(error) = self.reduce_flags(&user, received.iter_mut().map(|received| &mut received.change)) {
+            return self.fail(error);
         }
+        let keeps_flags = self.peers.len() > 1;
+        let items: Vec<Item> = received.iter().map(|received| Item::of(received, keeps_flags)).collect();
         self.last_job += 1;
         let again = match self.note_coming(peer, &user, &items) {
             Ok(again) => again,
