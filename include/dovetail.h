@@ -154,7 +154,9 @@ struct dt_span {
   uint32_t touched;
   /*
    The last bytes of the log before `end`.
+   Messages that it added.
    */
+  uint32_t appends;
   uint8_t tail[DT_SPAN_TAIL_SIZE];
   uintptr_t tail_size;
   /*

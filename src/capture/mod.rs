@@ -9,7 +9,7 @@ mod records;
 pub mod transaction;
 
 pub use link::{Link, LinkConfig};
-pub use transaction::{mailbox_change, Done, Saved, Transaction};
+pub use transaction::{mailbox_change, Done, Saved, Transaction, Untold};
 
 use crate::wire::proto;
 use records::Records;
@@ -84,6 +84,8 @@ pub struct Written {
     pub prev_log_end: u64,
     pub tail: [u8; TAIL_MAX],
     pub tail_size: usize,
+    /// Messages that it added.
+    pub appends: u32,
     /// It added messages or changed flags.
     pub adds_or_changes: bool,
     /// It expunged messages that nobody spoke of.

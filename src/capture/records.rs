@@ -1,7 +1,7 @@
 //! What a mail process noted becomes records for the relay: a transaction's changes together with the spans that they
 //! explain.
 
-use super::{known, Commit, Guid, Place, Transaction, Written};
+use super::{known, Commit, Guid, Place, Transaction, Untold, Written};
 use crate::wire::proto;
 use std::collections::HashMap;
 
@@ -20,6 +20,8 @@ pub struct Records {
 struct OpenMailbox {
     transactions: usize,
     spans: Vec<proto::Span>,
+    /// Messages that these spans added.
+    appends: u64,
 }
 
 impl Records {
@@ -47,8 +49,11 @@ impl Records {
             ..place.mailbox()
         };
         let told = transaction.into_changes(&place.user, &mailbox, &commit.saved, commit.clock, self.birth_guid);
+        let appended = self.open.get(&place.guid).filter(|open| open.transactions == 1).map_or(0, |open| open.appends);
         let mut spans = self.end(place.guid);
-        match told {
+        // Maildir's sync, which a save begins with, finds files of a process that was killed.
+        let found = appended.saturating_sub(commit.saved.len() as u64);
+        match told.and_then(|changes| if found > 0 { Err(Untold::Found(found)) } else { Ok(changes) }) {
             Ok(changes) => {
                 let count = changes.len();
                 for (i, change) in changes.into_iter().enumerate() {
@@ -86,6 +91,7 @@ impl Records {
         let mut span = written.to_span();
         match self.open.get_mut(&written.mailbox_guid) {
             Some(open) if open.spans.len() < PENDING_SPANS_MAX => {
+                open.appends += u64::from(written.appends);
                 span.untold = written.expunges;
                 return open.spans.push(span);
             }
@@ -106,6 +112,7 @@ impl Records {
         let Some(open) = self.open.get_mut(&mailbox) else { return Vec::new() };
         open.transactions = open.transactions.saturating_sub(1);
         let spans = std::mem::take(&mut open.spans);
+        open.appends = 0;
         if open.transactions == 0 {
             self.open.remove(&mailbox);
         }

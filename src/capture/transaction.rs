@@ -54,6 +54,8 @@ pub struct Saved {
 pub enum Untold {
     #[error("it has {0} bytes, more than dovetail_process_queue_size")]
     TooLarge(usize),
+    #[error("{0} messages more were found in the mailbox")]
+    Found(u64),
     #[error("it saved {saves} messages, and {uids} of them have a UID")]
     Uids { saves: usize, uids: usize },
 }

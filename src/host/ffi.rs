@@ -91,6 +91,8 @@ pub struct DtSpan {
     /// DT_SPAN_APPENDS and so on: what it did to messages.
     pub touched: u32,
     /// The last bytes of the log before `end`.
+    /// Messages that it added.
+    pub appends: u32,
     pub tail: [u8; DT_SPAN_TAIL_SIZE],
     pub tail_size: usize,
     /// If not all zero, nothing was written: the mailbox had this GUID before.
@@ -119,6 +121,7 @@ impl DtSpan {
             prev_log_end: self.prev_log_end,
             tail: self.tail,
             tail_size: self.tail_size,
+            appends: self.appends,
             adds_or_changes: self.touched & (DT_SPAN_APPENDS | DT_SPAN_FLAGS) != 0,
             expunges: self.touched & DT_SPAN_EXPUNGES != 0,
         }

@@ -112,6 +112,7 @@ extern "C" {
     fn dt_worker_message_info(uid: u32, info_r: *mut DtMessageInfo) -> c_int;
     fn dt_worker_is_maildir() -> bool;
     fn dt_worker_is_saved_alone(guid: *const c_char) -> bool;
+    fn dt_worker_message_flags(uid: u32, flags_r: *mut u32, keywords_r: *mut *const c_char) -> c_int;
     fn dt_worker_stray(guid: *const c_char, uid_r: *mut u32) -> c_int;
     fn dt_worker_adopt(uid: u32, guid: *const c_char) -> c_int;
     fn dt_worker_mark_read(mark_r: *mut u8);
@@ -764,6 +765,14 @@ impl Storage for DovecotStorage {
         let guid = c_string(guid)?;
         // SAFETY: a mailbox is open.
         Ok(unsafe { dt_worker_is_saved_alone(guid.as_ptr()) })
+    }
+
+    fn message_flags(&mut self, uid: u32) -> Result<Option<(u32, Vec<String>)>> {
+        self.need_mailbox()?;
+        let (mut flags, mut keywords) = (0, std::ptr::null());
+        // SAFETY: a mailbox is open; the keywords are valid until the next call.
+        let found = check(unsafe { dt_worker_message_flags(uid, &raw mut flags, &raw mut keywords) })?;
+        Ok(found.then(|| (flags, text(keywords).split_whitespace().map(str::to_owned).collect())))
     }
 
     fn stray(&mut self, guid: &str) -> Result<Option<u32>> {

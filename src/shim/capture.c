@@ -843,7 +843,7 @@ static void capture_span(const struct dt_span *_span)
 	struct dt_span span = *_span;
 
 	if (dt_follow_is_writing())
-		span.touched = 0;
+		span.touched = span.appends = 0;
 	dt_rs_span(&span);
 	/* Inside of a commit no mail can be named; what the naming itself writes is not to overtake what is being named. */
 	if (capture_may_wait() || capture_naming_box != NULL || dt_follow_is_writing())

@@ -160,6 +160,26 @@ void dt_worker_uids(void (*each)(uint32_t first_uid, uint32_t last_uid, void *co
 	}
 }
 
+int dt_worker_message_flags(uint32_t uid, uint32_t *flags_r, const char **keywords_r)
+{
+	struct mailbox_transaction_context *trans;
+	struct mail *mail;
+	int ret;
+
+	T_BEGIN {
+		trans = dt_worker_read_begin(dt_worker_box());
+		mail = mail_alloc(trans, MAIL_FETCH_FLAGS, NULL);
+		ret = mail_set_uid(mail, uid) && !mail->expunged ? 1 : 0;
+		if (ret > 0) {
+			*flags_r = mail_get_flags(mail) & MAIL_FLAGS_NONRECENT;
+			*keywords_r = dt_worker_keep(t_strarray_join(mail_get_keywords(mail), " "));
+		}
+		mail_free(&mail);
+		mailbox_transaction_rollback(&trans);
+	} T_END;
+	return ret;
+}
+
 int dt_worker_message_info(uint32_t uid, struct dt_message_info *info_r)
 {
 	struct mailbox *box = dt_worker_box();

@@ -307,7 +307,7 @@ static size_t dt_spans_read_tail(struct mail_transaction_log_file *file, uoff_t 
 
 static void
 dt_spans_committed(struct dt_spans_mailbox *sbox, bool private,
-		   struct mail_index *index, unsigned int touched,
+		   struct mail_index *index, unsigned int touched, unsigned int appends,
 		   const struct mail_index_transaction_commit_result *result)
 {
 	struct dt_spans_log *log = private ? &sbox->pvt_log : &sbox->main_log;
@@ -323,6 +323,7 @@ dt_spans_committed(struct dt_spans_mailbox *sbox, bool private,
 	span.begin = result->log_file_offset - result->commit_size;
 	span.end = result->log_file_offset;
 	span.touched = touched;
+	span.appends = appends;
 
 	file = dt_spans_find_file(index, result->log_file_seq);
 	if (file != NULL) {
@@ -360,6 +361,7 @@ dt_spans_trans_commit(struct mail_index_transaction *t,
 	struct mail_index *index = t->view->index;
 	struct dt_spans_mailbox *sbox;
 	unsigned int touched = dt_spans_touched(t);
+	unsigned int appends = array_is_created(&t->appends) ? array_count(&t->appends) : 0;
 	bool private;
 	int ret;
 
@@ -374,7 +376,7 @@ dt_spans_trans_commit(struct mail_index_transaction *t,
 		return ret;
 	sbox = dt_spans_find_mailbox(index, &private);
 	if (sbox != NULL) T_BEGIN {
-		dt_spans_committed(sbox, private, index, touched, result_r);
+		dt_spans_committed(sbox, private, index, touched, appends, result_r);
 	} T_END;
 	return ret;
 }

@@ -1074,7 +1074,7 @@ static void dt_worker_span(const struct dt_span *_span)
 	struct dt_span span = *_span;
 
 	if (w.writing)
-		span.touched = 0;
+		span.touched = span.appends = 0;
 	dt_rs_worker_span(&span);
 }
 

@@ -142,6 +142,8 @@ bool dt_worker_is_saved_alone(const char *guid);
 int dt_worker_stray(const char *guid, uint32_t *uid_r);
 /* Gives a stray its GUID. */
 int dt_worker_adopt(uint32_t uid, const char *guid);
+/* Keywords with spaces between them, valid until the next call. 1 = found, 0 = no such message (any more) */
+int dt_worker_message_flags(uint32_t uid, uint32_t *flags_r, const char **keywords_r);
 /* What the open mailbox's index keeps for us; all zero: nothing. */
 void dt_worker_mark_read(unsigned char mark_r[DT_MARK_SIZE]);
 /* In the transaction that is being built. */

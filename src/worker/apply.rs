@@ -10,6 +10,7 @@ use std::io::{Read, Write};
 use super::body::{self, Fetched};
 use super::connection::Connection;
 use super::elsewhere::{Elsewhere, Resolved};
+use super::look;
 use super::mark::Marks;
 use super::name;
 use super::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Storage, Update};
@@ -21,6 +22,8 @@ use crate::wire::proto::{self, op::What};
 const SAVES_MAX: usize = 128;
 /// Changes in one transaction at most: its spans name them all.
 const CHANGES_MAX: usize = 128;
+/// Messages that a server lost and that are told to it again; it is to be compared where there are more.
+const GONE_MAX: usize = 1_000;
 /// UIDs above would leave no room for new messages; Dovecot panics at the end of its numbers.
 const UID_MAX: u32 = u32::MAX - (1 << 20);
 const NO_GUID: Guid = [0; 16];
@@ -788,19 +791,23 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if !self.enter_for_change(mailbox)? {
             return Ok(());
         }
-        let mut found = self.find(&expunge.messages)?;
-        for guid in &expunge.hashed {
-            let guid = Guid::try_from(&guid[..]).map_err(|_| "malformed change: a GUID is not 16 bytes".to_string())?;
-            found.extend(self.storage.find_hashed(&guid)?.last().map(|uid| (*uid, *uid)));
-        }
-        for (first, last) in found {
+        for (first, last) in self.find(&expunge.messages)? {
             self.storage.expunge(first, last)?;
             self.pending = Pending::Changes;
+        }
+        for guid in &expunge.hashed {
+            // The mailbox may have it twice, and the other one may be pending.
+            self.flush()?;
+            let guid = Guid::try_from(&guid[..]).map_err(|_| "malformed change: a GUID is not 16 bytes".to_string())?;
+            if let Some(uid) = self.storage.find_hashed(&guid)?.last() {
+                self.storage.expunge(*uid, *uid)?;
+                self.pending = Pending::Changes;
+            }
         }
         Ok(())
     }
 
-    /// Nothing is taken away because it went there when an index was made anew: that may be a loss.
+    /// Nothing is taken away because it went there when an index was made anew: that may be a loss. It is told again.
     fn compare_rebuilt(&mut self, mailbox: &proto::Mailbox, rebuilt: &proto::MailboxRebuilt) -> Outcome<()> {
         if !self.enter_for_change(mailbox)? {
             return Ok(());
@@ -809,16 +816,31 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         let is_there = |uid: &u32| {
             *uid >= rebuilt.uid_next || rebuilt.present.iter().any(|r| (r.first_uid..=r.last_uid).contains(uid))
         };
-        let gone = self.storage.uids()?.into_iter().filter(|uid| !is_there(uid)).count();
-        if gone > 0 {
+        let gone: Vec<u32> = self.storage.uids()?.into_iter().filter(|uid| !is_there(uid)).collect();
+        if gone.len() > GONE_MAX {
+            let gone = gone.len();
             let origin = printable(&self.current.origin);
             self.doubts.push(proto::Doubt {
                 guid: mailbox.guid.clone(),
                 path: mailbox.path.clone(),
                 reason: format!("{gone} of its messages are not on server {origin} since its index was rebuilt there"),
             });
+            return Ok(());
+        }
+        for uid in gone {
+            if let Some(save) = self.save_again(uid)? {
+                self.note("told_again");
+                self.tell_op(What::Save(save));
+            }
         }
         Ok(())
+    }
+
+    /// A message that is here, for who has lost it.
+    fn save_again(&mut self, uid: u32) -> Result<Option<proto::Save>> {
+        let Some((flags, keywords)) = self.storage.message_flags(uid)? else { return Ok(None) };
+        let Some(save) = look::save(self.storage, uid, 0)? else { return Ok(None) };
+        Ok(Some(proto::Save { flags, keywords, found: true, ..save }))
     }
 
     fn enter_for_change(&mut self, mailbox: &proto::Mailbox) -> Outcome<bool> {
@@ -1137,6 +1159,15 @@ mod tests {
     }
 
     #[test]
+    fn a_message_that_is_there_twice_is_expunged_twice_by_its_hashed_guid() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "one")]);
+        let gone = What::Expunge(proto::Expunge { hashed: vec![HASHED_GUID.to_vec()], ..Default::default() });
+        apply(&mut storage, Script::default(), &[change(1, gone.clone()), change(2, gone)]);
+        assert_eq!(storage.messages("INBOX"), []);
+    }
+
+    #[test]
     fn a_save_that_comes_late_is_not_lost() {
         let mut storage = FakeStorage::default();
         apply(&mut storage, Script::default(), &[save(1, 2, "two")]);
@@ -1204,6 +1235,18 @@ mod tests {
         create.mailbox.as_mut().unwrap().uid_validity = 0;
         apply(&mut storage, Script::default(), &[create, save(2, 1, "one")]);
         assert_eq!(storage.uid_validity("INBOX"), 9);
+    }
+
+    #[test]
+    fn what_a_server_lost_when_its_index_was_rebuilt_is_told_to_it_again() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "two"), (3, "three")]);
+        let present = vec![proto::MessageRange { first_uid: 1, last_uid: 1, guid: String::new() }];
+        let rebuilt = What::Rebuilt(proto::MailboxRebuilt { present, uid_next: 3 });
+        let outcome = apply(&mut storage, Script::default(), &[change(1, rebuilt)]);
+        let [What::Save(save)] = &outcome.told[..] else { panic!("{outcome:?}") };
+        assert_eq!((save.guid.as_str(), save.birth.as_ref().unwrap().uid, save.found), ("two", 2, true));
+        assert_eq!((save.flags, &save.keywords), (1, &vec!["keyword".to_owned()]));
     }
 
     #[test]

@@ -260,6 +260,9 @@ impl Storage for FakeStorage {
         };
         Ok(self.mailbox().messages.get(&uid).map(info))
     }
+    fn message_flags(&mut self, uid: u32) -> Result<Option<(u32, Vec<String>)>> {
+        Ok(self.mailbox().messages.get(&uid).map(|_| (1, vec!["keyword".into()])))
+    }
     fn is_torn_when_killed(&self) -> bool {
         true
     }

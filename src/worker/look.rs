@@ -580,7 +580,7 @@ fn without_gaps<S: Storage>(storage: &mut S, ranges: &[UidRange]) -> Result<Vec<
 }
 
 /// None if the message has gone meanwhile, or if it is one that a peer sends again.
-fn save<S: Storage>(storage: &mut S, uid: u32, flags: u8) -> Result<Option<proto::Save>> {
+pub fn save<S: Storage>(storage: &mut S, uid: u32, flags: u8) -> Result<Option<proto::Save>> {
     let Some(info) = storage.message_info(uid)?.filter(|info| !info.is_stray) else { return Ok(None) };
     Ok(Some(proto::Save {
         birth: Some(proto::Birth { guid: info.guid_128.to_vec(), origin: String::new(), uid }),

@@ -162,6 +162,8 @@ pub trait Storage {
     /// The open mailbox's transaction logs, the oldest first.
     fn log_files(&mut self) -> Result<Vec<Vec<u8>>>;
     fn message_info(&mut self, uid: u32) -> Result<Option<MessageInfo>>;
+    /// System flags and keywords.
+    fn message_flags(&mut self, uid: u32) -> Result<Option<(u32, Vec<String>)>>;
     /// Whether a commit that is killed can leave messages without all that belongs to them (maildir).
     fn is_torn_when_killed(&self) -> bool;
     /// A message with this GUID must be committed alone, or it could not be known again if this worker were killed then.
