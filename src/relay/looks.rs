@@ -66,16 +66,24 @@ impl Engine {
     }
 
     /// Looks for mailboxes that have come into being and nobody told of: Dovecot may say that a CREATE failed when another
-    /// process has just come upon the new mailbox.
+    /// process has just come upon the new mailbox. And for those that have the name of another one: its index was made anew.
     pub fn look_for_names(&mut self) {
         while self.unnamed.front().is_some_and(|(due_ms, ..)| *due_ms <= self.now_ms) {
             let Some((_, user, mailbox)) = self.unnamed.pop_front() else { return };
-            match self.journal.log(&user, &mailbox, "") {
-                Ok(Some(log)) if log.path.is_empty() => self.heals.want_mailboxes(&user),
-                Ok(_) => {}
+            match self.is_known_by_name(&user, &mailbox) {
+                Ok(true) => {}
+                Ok(false) => self.heals.want_mailboxes(&user),
                 Err(error) => self.fail(error),
             }
         }
+    }
+
+    /// Whether the journal knows its name, and no other mailbox of that name.
+    fn is_known_by_name(&self, user: &str, mailbox: &[u8]) -> Result<bool, JournalError> {
+        let Some(log) = self.journal.log(user, mailbox, "")? else { return Ok(true) };
+        let is_another = |other: &KnownLog| other.mailbox != log.mailbox && !other.mailbox.is_empty();
+        let is_taken = self.journal.logs(user)?.iter().any(|other| is_another(other) && other.path == log.path);
+        Ok(!log.path.is_empty() && !is_taken)
     }
 
     fn begin_look(&mut self, index: usize, user: Arc<str>, look: &Look) -> Result<(), JournalError> {

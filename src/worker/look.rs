@@ -12,7 +12,7 @@ use super::body::Link;
 use super::connection::Connection;
 use super::mark::{is_ours, moves, Marks};
 use super::name;
-use super::storage::{Existence, Guid, Listed, Namespace, Result, Storage};
+use super::storage::{Existence, Guid, Listed, Namespace, Result, Storage, Update};
 use crate::change;
 use crate::indexlog::{fold, Commit, Commits, Delta, Header, UidRange, What as Written};
 use crate::wire::proto::{self, frame::Kind, op::What, Doubt, LookAt, Looked, Mailbox, MessageRange};
@@ -139,17 +139,30 @@ fn find_in_list<S: Storage>(
     namespace: &Namespace,
     found: &mut Found,
 ) -> Result<Vec<LookAt>> {
-    let listed = storage.mailboxes(wanted.since)?;
+    let mut listed = storage.mailboxes(wanted.since)?;
     let mut elsewhere = Vec::new();
+    let mut replaced = Vec::new();
     for known in wanted.mailboxes.iter().filter(|known| !known.subscribed) {
         if listed.iter().any(|listed| listed.guid[..] == known.guid) {
             continue;
         }
         let guid: Guid = known.guid.as_slice().try_into().map_err(|_| "malformed look: a GUID is not 16 bytes")?;
+        if replaced.contains(&guid) {
+            found.missing.push(known.guid.clone());
+            continue;
+        }
         // In another namespace, or renamed while they were listed.
         if storage.find_guid(&guid)?.is_some() {
             elsewhere.push(known.clone());
             continue;
+        }
+        let of_name = |listed: &Listed| name::path(&listed.vname, namespace).is_some_and(|path| path == known.path);
+        if let Some(anew) = listed.iter_mut().find(|listed| of_name(listed)) {
+            // Dovecot keeps the GUID of a dbox in its index, and gives it another one when it makes that anew.
+            if !storage.was_deleted(&guid)? && give_guid(storage, &anew.vname, guid)? {
+                replaced.push(std::mem::replace(&mut anew.guid, guid));
+                continue;
+            }
         }
         if is_half_deleted(storage, &known.path, namespace, &listed)? {
             found.later = Some(format!("mailbox {} is half deleted", change::printable(&known.path.join("/"))));
@@ -179,6 +192,16 @@ fn find_in_list<S: Storage>(
         find_subscriptions(storage, wanted, namespace, &listed, found)?;
     }
     Ok(targets)
+}
+
+/// False if the mailbox is gone.
+fn give_guid<S: Storage>(storage: &mut S, vname: &str, guid: Guid) -> Result<bool> {
+    let is_open = storage.open(vname, false)?;
+    if is_open {
+        storage.update(&Update { guid, ..Update::default() })?;
+    }
+    storage.close();
+    Ok(is_open)
 }
 
 /// A process was killed while it deleted the mailbox: nobody can open it, until Dovecot brings it back after five minutes
@@ -675,6 +698,16 @@ mod tests {
         let again =
             LookAt { index_id: known.index_id, log_seq: known.log_seq, end: known.end, tail: known.tail, ..inbox() };
         assert_eq!(told(&look_at(&mut storage, vec![again], false)), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_mailbox_whose_index_was_made_anew_gets_its_guid_back() {
+        let mut storage = storage(&[SDBOX_REBUILT]);
+        let vname = "INBOX";
+        let old = LookAt { guid: vec![9; 16], ..known_up_to(SDBOX, SDBOX.len() as u64) };
+        let words = told(&look_at(&mut storage, vec![old, inbox()], true));
+        assert_eq!(storage.guid(vname), [9; 16]);
+        assert!(words.contains(&"save 1".to_string()) && words.last().unwrap().starts_with("rebuilt 1"), "{words:?}");
     }
 
     #[test]

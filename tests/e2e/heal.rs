@@ -138,6 +138,29 @@ fn a_resync_changes_nothing_on_the_peer() {
     });
 }
 
+/// Dovecot makes it anew from the mails' files, for a dbox with another GUID. (What stands in the index alone is lost there.)
+#[test]
+fn an_index_that_was_deleted_is_made_anew() {
+    in_all_formats("index", |t| {
+        t.expects_in_log("dovecot.index");
+        let folder = match t.a().format() {
+            Format::Sdbox => "sdbox/mailboxes/INBOX/dbox-Mails",
+            Format::Mdbox => "mdbox/mailboxes/INBOX/dbox-Mails",
+            Format::Maildir => "Maildir",
+        };
+        let folder = t.a().outside(&format!("/home/{}/{folder}", t.user));
+        for entry in fs::read_dir(&folder).expect("its folder").flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with("dovecot.index") {
+                fs::remove_file(entry.path()).expect("remove");
+            }
+        }
+        t.a().doveadm(&["force-resync", "-u", &t.user, "INBOX"]);
+        t.a().deliver(&t.user, &mail("after"));
+        assert_eq!(t.settled().messages("INBOX").len(), 3);
+    });
+}
+
 fn maildir(server: &Server, user: &str, folder: &str) -> PathBuf {
     server.outside(&format!("/home/{user}/Maildir/{folder}"))
 }
