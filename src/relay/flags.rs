@@ -79,7 +79,8 @@ struct Runner {
     updates: Vec<Update>,
     /// Whose it is; none: ours.
     applied: Option<SeqOf>,
-    /// Where it stands in the mailbox's log: an applied one's last byte, one of ours' first.
+    /// Where it stands in the mailbox's log. Rather too early for an applied one, too late for ours: what is told again by
+    /// mistake would undo what was done since.
     place: Option<Place>,
 }
 
@@ -123,7 +124,10 @@ impl Races {
         let Some(at) = of_user.iter().rposition(|runner| runner.applied.as_ref() == Some(applied)) else {
             return vec![];
         };
-        of_user[at].place = of_user[at].place.max(Some(place));
+        if of_user[at].place.is_some() {
+            return vec![];
+        }
+        of_user[at].place = Some(place);
         let ours = of_user.iter().filter(|runner| runner.applied.is_none());
         ours.flat_map(|ours| lost(&of_user[at], ours)).collect()
     }
@@ -227,8 +231,8 @@ impl Engine {
         self.keep_flags(user, change)?;
         let updates = updates(change);
         let mailbox = change.mailbox.clone().unwrap_or_default();
-        let of_mailbox = change.spans.iter().filter(|span| span.mailbox_guid == mailbox.guid);
-        let Some(place) = of_mailbox.map(|span| (span.log_seq, span.begin)).min() else { return Ok(()) };
+        let written = change.spans.iter().filter(|span| span.mailbox_guid == mailbox.guid && span.touches);
+        let Some(place) = written.map(|span| (span.log_seq, span.begin)).max() else { return Ok(()) };
         let lost = self.races.is_told(user, mailbox, updates, place, self.now_ms);
         self.tell_lost(user, lost);
         Ok(())

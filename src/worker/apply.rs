@@ -128,6 +128,8 @@ struct Asked {
     there: u32,
     /// That it is to get here; 0: the next one.
     uid: u32,
+    /// Its flags and keywords.
+    flags: proto::FlagUpdate,
 }
 
 /// What the committed changes gave rise to.
@@ -341,18 +343,41 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
 
     /// Tells of messages that have another UID than elsewhere.
     fn look_where_saved(&mut self, asked: &[Asked], saved: &[u32]) -> Outcome<()> {
+        let torn = self.drop_saved_again(asked, saved)?;
+        let (asked, saved): (Vec<&Asked>, Vec<u32>) =
+            asked.iter().zip(saved).filter(|(asked, _)| !torn.contains(&asked.uid)).unzip();
         // Another process may have taken a UID since we looked.
-        if asked.iter().zip(saved).any(|(asked, uid)| asked.uid != 0 && asked.uid != *uid) {
+        if asked.iter().zip(&saved).any(|(asked, uid)| asked.uid != 0 && asked.uid != *uid) {
             self.diverge();
             self.write_marks()?;
             self.storage.commit()?;
         }
-        for (asked, uid) in asked.iter().zip(saved).filter(|(asked, uid)| asked.there != 0 && asked.there != **uid) {
+        for (asked, uid) in asked.iter().zip(saved).filter(|(asked, uid)| asked.there != 0 && asked.there != *uid) {
             self.note("uid_conflict");
             self.note_elsewhere(asked.there, &asked.guid, false);
-            self.tell_uid(&asked.guid, *uid, There { uid: asked.there, next: 0, raised: 0 }, vec![asked.there], true);
+            self.tell_uid(&asked.guid, uid, There { uid: asked.there, next: 0, raised: 0 }, vec![asked.there], true);
         }
         Ok(())
+    }
+
+    /// A worker that was killed had put a message's file into its place, and only the sync in our commit has found it: ours goes
+    /// again. Returns the UIDs of such messages.
+    fn drop_saved_again(&mut self, asked: &[Asked], saved: &[u32]) -> Outcome<Vec<u32>> {
+        let mut torn = Vec::new();
+        for (asked, uid) in asked.iter().zip(saved).filter(|(asked, uid)| asked.uid != 0 && asked.uid != **uid) {
+            if !self.storage.is_torn_when_killed() || !self.is_at(asked.uid, &asked.guid)? {
+                continue;
+            }
+            self.storage.expunge(*uid, *uid)?;
+            self.storage.update_flags(asked.uid, asked.uid, &asked.flags)?;
+            torn.push(asked.uid);
+        }
+        if !torn.is_empty() {
+            self.storage.commit()?;
+            // Ours has used up a UID.
+            self.tell_uid_next();
+        }
+        Ok(torn)
     }
 
     /// The changes' origin has the message at this UID of the open mailbox. `moved`: it was there here, too.
@@ -598,7 +623,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if let Some(open) = &mut self.open {
             open.uid_next = open.uid_next.max(uid.saturating_add(1));
         }
-        let asked = Asked { guid: save.guid.clone(), there: wanted, uid };
+        let asked = Asked { guid: save.guid.clone(), there: wanted, uid, flags: all_flags(save) };
         match &mut self.pending {
             Pending::Saves(all) => all.push(asked),
             pending => *pending = Pending::Saves(vec![asked]),
@@ -631,8 +656,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if !self.is_at(uid, &save.guid)? {
             self.storage.adopt(uid, &save.guid)?;
         }
-        let all = proto::FlagUpdate { add: save.flags, add_keywords: save.keywords.clone(), ..Default::default() };
-        self.storage.update_flags(uid, uid, &all)?;
+        self.storage.update_flags(uid, uid, &all_flags(save))?;
         self.pending = Pending::Changes;
         if uid != wanted {
             self.diverge();
@@ -901,6 +925,10 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         let vname = name::vname(&mailbox.path, &self.namespace)?;
         Ok(self.storage.set_subscribed(&vname, subscription.subscribed)?)
     }
+}
+
+fn all_flags(save: &proto::Save) -> proto::FlagUpdate {
+    proto::FlagUpdate { add: save.flags, add_keywords: save.keywords.clone(), ..Default::default() }
 }
 
 fn is_of(open: &Open, change: &proto::Change) -> bool {

@@ -30,13 +30,23 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         });
     }
 
+    /// Not with others: claims on their way would not fit any more.
+    pub(super) fn tell_uid_next(&mut self) {
+        let uid_next = self.storage.status().uid_next;
+        self.tell_with(change::nothing(), uid_next);
+    }
+
     pub(super) fn tell_op(&mut self, what: What) {
+        self.tell_with(what, 0);
+    }
+
+    fn tell_with(&mut self, what: What, uid_next: u32) {
         let Some(open) = self.open.as_ref().filter(|open| !open.conflict) else { return };
         let mailbox = proto::Mailbox {
             guid: open.mailbox.0.clone(),
             path: open.mailbox.1.clone(),
             uid_validity: self.storage.status().uid_validity,
-            // Not its UIDNEXT: claims on their way would not fit any more.
+            uid_next,
             ..Default::default()
         };
         self.tell.extend(change::split(vec![what], self.user, &mailbox, 0));
