@@ -118,13 +118,14 @@ impl Races {
         self.add(user, Runner { at_ms: now_ms, turn, mailbox, updates, applied: Some(applied), place: None });
     }
 
-    /// Where it stands in the log now. What of it comes behind changes of ours that were told meanwhile.
-    fn stands(&mut self, user: &str, applied: &SeqOf, place: Place) -> Vec<Lost> {
+    /// Where it stands in its mailbox's log. (Spans of other mailboxes, committed just before it, may name it as well.) What of
+    /// it comes behind changes of ours that were told meanwhile.
+    fn stands(&mut self, user: &str, applied: &SeqOf, mailbox: &[u8], place: Place) -> Vec<Lost> {
         let Some(of_user) = self.users.get_mut(user) else { return vec![] };
         let Some(at) = of_user.iter().rposition(|runner| runner.applied.as_ref() == Some(applied)) else {
             return vec![];
         };
-        if of_user[at].place.is_some() {
+        if of_user[at].place.is_some() || of_user[at].mailbox.guid != mailbox {
             return vec![];
         }
         of_user[at].place = Some(place);
@@ -255,7 +256,7 @@ impl Engine {
         for span in spans {
             let user: Arc<str> = span.user.as_str().into();
             for applied in &span.applied {
-                let lost = self.races.stands(&user, applied, (span.log_seq, span.end));
+                let lost = self.races.stands(&user, applied, &span.mailbox_guid, (span.log_seq, span.end));
                 self.tell_lost(&user, lost);
             }
         }
@@ -333,11 +334,11 @@ mod tests {
             races.is_applied(&jane, theirs(1), inbox(), vec![seen(1, 4, false)], 0);
             let (mut lost, mut stands) = (vec![], vec![]);
             if place_comes_first {
-                stands = updates_of(races.stands(&jane, &theirs(1), (2, 100)));
+                stands = updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 100)));
                 lost = told(&mut races, 50);
             } else {
                 lost.extend(told(&mut races, 50));
-                stands.extend(updates_of(races.stands(&jane, &theirs(1), (2, 100))));
+                stands.extend(updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 100))));
             }
             assert_eq!([lost, stands].concat(), [seen(2, 4, false)]);
             assert_eq!(told(&mut races, 100), [], "made when it had been applied");
@@ -350,9 +351,19 @@ mod tests {
         let mut races = Races::default();
         races.is_told(&jane, inbox(), vec![seen(1, 4, true)], (2, 50), 0);
         races.is_applied(&jane, theirs(1), inbox(), vec![seen(1, 4, false)], 0);
-        assert_eq!(updates_of(races.stands(&jane, &theirs(1), (2, 100))), []);
-        assert_eq!(updates_of(races.stands("joe", &theirs(1), (2, 100))), []);
-        assert_eq!(updates_of(races.stands(&jane, &theirs(2), (2, 100))), []);
+        assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 100))), []);
+        assert_eq!(updates_of(races.stands("joe", &theirs(1), &[1; 16], (2, 100))), []);
+        assert_eq!(updates_of(races.stands(&jane, &theirs(2), &[1; 16], (2, 100))), []);
+    }
+
+    #[test]
+    fn what_was_committed_in_another_mailbox_says_nothing() {
+        let jane: Arc<str> = "jane".into();
+        let mut races = Races::default();
+        races.is_applied(&jane, theirs(1), inbox(), vec![seen(1, 4, false)], 0);
+        assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[2; 16], (2, 900))), []);
+        assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 40))), []);
+        assert_eq!(updates_of(races.is_told(&jane, inbox(), vec![seen(1, 4, true)], (2, 50), 0)), []);
     }
 
     #[test]
