@@ -6,7 +6,7 @@ use prost::Message;
 
 use super::engine::{wall_clock_us, Close, Engine};
 use super::heal::Look;
-use super::order::Release;
+use super::order::{Release, HOLD_MS_MAX};
 use super::spans::Need;
 use super::workers::{Task, Worker};
 use crate::change;
@@ -17,8 +17,8 @@ use crate::wire::proto::{self, Change, Doubt, Frame, LookAt, Looked, Span};
 
 /// Encoded mailboxes in one frame of a look.
 const LOOK_BYTES_MAX: usize = 48_000;
-/// How long the name of a new mailbox is waited for, and for how many.
-const NAME_MS: u64 = 1_000;
+/// How long the name of a new mailbox is waited for (the first record of its log is held for a second), and for how many.
+const NAME_MS: u64 = 2 * HOLD_MS_MAX;
 const UNNAMED_MAX: usize = 100_000;
 /// Users that one look into the journal brings.
 const SWEEP_USERS: usize = 100;
