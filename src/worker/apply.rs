@@ -373,6 +373,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             torn.push(asked.uid);
         }
         if !torn.is_empty() {
+            // Or a look would tell it as somebody's expunge.
+            self.write_marks()?;
             self.storage.commit()?;
             // Ours has used up a UID.
             self.tell_uid_next();
