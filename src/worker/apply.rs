@@ -556,11 +556,6 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             min_uid_next: 0,
             min_highest_modseq: 0,
         });
-        if reason == Reason::Create && same && status.uid_validity > mailbox.uid_validity {
-            // It may not have heard of ours: this mailbox may have come into being by its own creation without one. Not as a
-            // creation: it may have been deleted there since. The UIDVALIDITY comes along with whatever is told.
-            self.tell_op(change::nothing());
-        }
         if diverges && !self.has_diverged() {
             self.diverge();
             self.pending = Pending::Changes;
@@ -1031,8 +1026,7 @@ mod tests {
             let mut create = change(1, What::Create(proto::MailboxCreate::default()));
             create.mailbox.as_mut().unwrap().uid_validity = theirs;
             let outcome = apply(&mut storage, Script::default(), &[create]);
-            let told = if ours > theirs { vec![change::nothing()] } else { vec![] };
-            assert_eq!((outcome.error, outcome.notes, outcome.told), (None, vec![], told));
+            assert_eq!((outcome.error, outcome.notes), (None, vec![]));
             assert_eq!(storage.uid_validity("INBOX"), expected);
         }
     }
