@@ -9,6 +9,8 @@ use prost::Message;
 
 use crate::wire::proto::{op::What, Change, FlagUpdate, Mailbox, MailboxRebuilt, MessageRange, Op, Save, Span, Stamp};
 
+/// Most messages that are elsewhere in one frame between relay and worker: with GUIDs of 255 bytes they fit.
+pub const ELSEWHERE_MAX: usize = 128;
 /// Longest user name.
 pub const USER_BYTES_MAX: usize = 512;
 /// Longest name of a server.

@@ -18,15 +18,13 @@ use super::looks::LookJob;
 use super::order::{Arrival, Release};
 use super::peers::PeerState;
 use super::work::Received;
-use crate::change::{self, USER_BYTES_MAX};
+use crate::change::{self, ELSEWHERE_MAX, USER_BYTES_MAX};
 use crate::journal::{Elsewhere, Failed, JournalError};
 use crate::wire::proto::frame::Kind;
 use crate::wire::proto::{self, Applied, Apply, Change, Frame, Refused, Span};
 
 /// Encoded changes in one frame of a job; a single change may have more.
 const APPLY_BYTES_MAX: usize = 60_000;
-/// Messages that are elsewhere in one frame: with GUIDs of 255 bytes they fit.
-const ELSEWHERE_MAX: usize = 128;
 /// Tries of a change that can never be applied, and such changes that are remembered.
 const POISON_TRIES: u32 = 3;
 const POISON_MAX: usize = 1_000;

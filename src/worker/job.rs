@@ -8,6 +8,7 @@ use super::connection::Connection;
 use super::elsewhere::Elsewhere;
 use super::look::{self, Wanted};
 use super::storage::Storage;
+use crate::change::ELSEWHERE_MAX;
 use crate::wire::proto::{self, frame::Kind};
 
 /// Changes in one job at most, over all of its frames.
@@ -18,8 +19,6 @@ const CHANGES_BYTES_MAX: usize = 64 << 20;
 const SPANS_DELAY_MAX: Duration = Duration::from_millis(20);
 /// Also the most that fit into a frame, each with the changes that it belongs to.
 const SPANS_MAX: usize = 32;
-/// Messages that are elsewhere in one frame: with GUIDs of 255 bytes they fit.
-const ELSEWHERE_MAX: usize = 128;
 /// Changes named by the spans of one frame at most.
 const SPANS_APPLIED_MAX: usize = 512;
 
