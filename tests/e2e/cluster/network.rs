@@ -98,9 +98,8 @@ impl Cable {
 
     /// A few kilobytes take so much longer. (Not every kernel has netem, which delays; all have tbf.)
     pub fn delay(&self, delay: Duration) {
-        let millis = delay.as_millis() as u64;
-        // Without limits, as at first.
-        let rate = if millis == 0 { 10_000_000 } else { CHUNK_BITS / millis };
+        // Without delay, without limits, as at first.
+        let rate = CHUNK_BITS.checked_div(delay.as_millis() as u64).unwrap_or(10_000_000);
         let limits = ["rate", &format!("{rate}kbit"), "burst", "32kb", "latency", "10s"];
         run(self.pid, "tc", &[&["qdisc", "replace", "dev", &self.device, "root", "tbf"][..], &limits].concat());
     }
