@@ -29,6 +29,8 @@ pub const PATH_BYTES_MAX: usize = 4096;
 pub const OPS_MAX: usize = 4096;
 /// UID ranges in one operation.
 pub const RANGES_MAX: usize = 8192;
+/// Mailboxes in one operation.
+pub const MAILBOXES_MAX: usize = 256;
 /// Keywords on one message, or in one update.
 pub const KEYWORDS_MAX: usize = 1024;
 /// One keyword.
@@ -214,6 +216,16 @@ pub fn nothing() -> What {
     What::Rebuilt(MailboxRebuilt { present: vec![], uid_next: 1 })
 }
 
+/// Whether the change puts something into its mailbox, or names it: who has not heard of that must not delete it.
+pub fn keeps_mailbox(change: &Change) -> bool {
+    let keeps = |op: &Op| match &op.what {
+        Some(What::Save(_) | What::Rename(_)) => true,
+        Some(What::Create(create)) => !create.directory,
+        _ => false,
+    };
+    change.ops.iter().any(keeps)
+}
+
 /// Whether the change brings messages.
 pub fn has_saves(change: &Change) -> bool {
     change.ops.iter().any(|op| matches!(op.what, Some(What::Save(_))))
@@ -281,7 +293,14 @@ fn check_op(op: &Op, mailbox: &Mailbox) -> Result<(), ChangeError> {
             check_guid("mailbox's GUID", &mailbox.guid)?;
             check_renumbered(&nack.guid, nack.uid)
         }
-        What::Rename(rename) => check_path(&rename.new_path),
+        What::Rename(rename) => {
+            check_count("mailboxes that go back", rename.back.len(), 0, MAILBOXES_MAX)?;
+            rename.back.iter().try_for_each(|mailbox| {
+                check_guid("mailbox's GUID", &mailbox.guid)?;
+                check_path(&mailbox.path)
+            })?;
+            check_path(&rename.new_path)
+        }
         What::Create(_) | What::Delete(_) | What::Subscription(_) => Ok(()),
     }
 }

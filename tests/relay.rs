@@ -11,8 +11,8 @@ use dovetail::relay::client;
 use dovetail::wire::proto::frame::Kind;
 use dovetail::wire::proto::op::What;
 use dovetail::wire::proto::{
-    Ack, Applied, BodyChunk, BodyMore, BodyRequest, Doubt, Intent, Looked, Mailbox, MailboxCreate, MailboxRename,
-    Record, Refused, Subscription,
+    Ack, Alias, Applied, Apply, BodyChunk, BodyMore, BodyRequest, Change, Doubt, Intent, Looked, Mailbox,
+    MailboxCreate, MailboxDelete, MailboxRename, Record, Refused, SeqOf, Stamp, Subscription,
 };
 use relay::house::*;
 
@@ -400,7 +400,7 @@ fn what_a_killed_worker_did_to_the_list_of_mailboxes_is_not_told_back() {
         path: path.iter().map(|part| part.to_string()).collect(),
         ..Default::default()
     };
-    let renamed = |to: &[&str]| What::Rename(MailboxRename { new_path: at(to).path });
+    let renamed = |to: &[&str]| What::Rename(MailboxRename { new_path: at(to).path, back: vec![] });
     let subscribed = |subscribed| What::Subscription(Subscription { subscribed });
     let create = || What::Create(MailboxCreate::default());
     for (number, (told, found)) in [
@@ -430,6 +430,105 @@ fn what_a_killed_worker_did_to_the_list_of_mailboxes_is_not_told_back() {
         worker.applied(&apply);
         until("it is applied", || a.peer("b").pending == 0);
     }
+}
+
+/// A change of a peer that had applied ours up to `heard`.
+fn theirs(seq: u64, clock: u64, heard: Option<(u64, u64)>, mailbox: Mailbox, what: What) -> Change {
+    let vector = heard.map(|(epoch, seq)| SeqOf { origin: "b".into(), epoch, seq });
+    let stamp = Stamp { origin: "a".into(), epoch: 5, seq, clock, vector: vector.into_iter().collect() };
+    Change { stamp: Some(stamp), ..change("jane", mailbox, what) }
+}
+
+fn named(guid: u8, path: &[&str]) -> Mailbox {
+    let path = path.iter().map(|part| part.to_string()).collect();
+    Mailbox { guid: vec![guid; 16], path, ..Default::default() }
+}
+
+fn rename_to(path: &[&str]) -> What {
+    What::Rename(MailboxRename { new_path: named(1, path).path, back: vec![] })
+}
+
+fn only_op(apply: &Apply) -> What {
+    apply.changes[0].ops[0].what.clone().unwrap()
+}
+
+const FAR_AHEAD: u64 = 4_000_000_000_000_000;
+
+#[test]
+fn of_two_names_the_later_holds_and_what_was_named_later_goes_back() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut imap = b.process("imap");
+    let tell = |imap: &mut Wire, mailbox, what| {
+        imap.send(Kind::Record(Record { change: Some(change("jane", mailbox, what)), ..Default::default() }));
+    };
+    tell(&mut imap, named(1, &["Work"]), What::Create(MailboxCreate::default()));
+    tell(&mut imap, named(1, &["Work"]), rename_to(&["Play"]));
+    tell(&mut imap, named(2, &["Family", "New"]), What::Create(MailboxCreate::default()));
+    tell(&mut imap, named(1, &["News"]), What::Subscription(Subscription { subscribed: true }));
+    until("they are told", || b.status().counters.unwrap().changes == 4);
+
+    let mut a = b.connect_as_peer("a");
+    let ask = |a: &mut Wire, change: Change| {
+        a.send(Kind::Change(change));
+        let (worker, apply) = b.next_job();
+        worker.applied(&apply);
+        only_op(&apply)
+    };
+    let family = named(3, &["Family"]);
+    assert_eq!(ask(&mut a, theirs(1, 1, None, named(1, &["Work"]), rename_to(&["Job"]))), rename_to(&["Play"]));
+    let back = vec![named(2, &["Family", "New"])];
+    let clan = What::Rename(MailboxRename { new_path: vec!["Clan".into()], back });
+    assert_eq!(ask(&mut a, theirs(2, 2, None, family.clone(), rename_to(&["Clan"]))), clan);
+    let unsubscribed = What::Subscription(Subscription { subscribed: false });
+    let subscribed = What::Subscription(Subscription { subscribed: true });
+    assert_eq!(ask(&mut a, theirs(3, 3, None, named(1, &["News"]), unsubscribed.clone())), subscribed);
+
+    // And the other way round.
+    assert_eq!(ask(&mut a, theirs(4, FAR_AHEAD, None, named(1, &["Work"]), rename_to(&["Job"]))), rename_to(&["Job"]));
+    assert_eq!(ask(&mut a, theirs(5, FAR_AHEAD, None, named(1, &["News"]), unsubscribed.clone())), unsubscribed);
+    let counters = b.status().counters.unwrap();
+    let count = |kind: &str| counters.notes.iter().find(|note| note.name == kind).map_or(0, |note| note.count);
+    assert_eq!((count("rename_conflict"), count("subscription_conflict")), (1, 1));
+}
+
+#[test]
+fn a_mailbox_is_deleted_only_by_who_had_heard_of_what_was_put_into_it() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut imap = b.process("imap");
+    let create = change("jane", named(1, &["Work"]), What::Create(MailboxCreate::default()));
+    imap.send(Kind::Record(Record { change: Some(create), ..Default::default() }));
+    until("it is told", || b.status().counters.unwrap().changes == 1);
+    let epoch = b.status().epoch;
+
+    let mut a = b.connect_as_peer("a");
+    let delete = || What::Delete(MailboxDelete::default());
+    for (seq, heard, keeps) in [(1, None, true), (2, Some((epoch + 1, 9)), true), (3, Some((epoch, 1)), false)] {
+        a.send(Kind::Change(theirs(seq, 1, heard, named(1, &["Work"]), delete())));
+        let (worker, apply) = b.next_job();
+        let What::Delete(given) = only_op(&apply) else { panic!("{apply:?}") };
+        assert_eq!(given.keeps, keeps);
+        worker.applied(&apply);
+    }
+}
+
+#[test]
+fn what_a_mailbox_became_is_remembered() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut a = b.connect_as_peer("a");
+    a.send(Kind::Change(theirs(1, 1, None, named(1, &["Work"]), What::Create(MailboxCreate::default()))));
+    let (mut worker, apply) = b.next_job();
+    let aliases = vec![Alias { guid: vec![1; 16], is: vec![2; 16] }];
+    worker.send(Kind::Applied(Applied { job: apply.job, more: true, aliases: aliases.clone(), ..Default::default() }));
+    worker.applied(&apply);
+    a.next_ack(1);
+
+    a.send(Kind::Change(theirs(2, 2, None, named(1, &["Work"]), What::Delete(MailboxDelete::default()))));
+    let (worker, apply) = b.next_job();
+    assert_eq!(apply.aliases, aliases);
+    worker.applied(&apply);
 }
 
 #[test]

@@ -267,10 +267,11 @@ extern "C" fn dt_rs_mailbox_op(op: c_int, mailbox: *const ffi::DtMailbox, new_na
         // SAFETY: as above.
         let (user, mailbox) = unsafe { owned_mailbox(mailbox) };
         let what = match op {
-            ffi::DT_MAILBOX_CREATE => proto::op::What::Create(proto::MailboxCreate { directory }),
-            ffi::DT_MAILBOX_DELETE => proto::op::What::Delete(proto::MailboxDelete { directory }),
+            ffi::DT_MAILBOX_CREATE => proto::op::What::Create(proto::MailboxCreate { directory, ..Default::default() }),
+            ffi::DT_MAILBOX_DELETE => proto::op::What::Delete(proto::MailboxDelete { directory, ..Default::default() }),
             ffi::DT_MAILBOX_RENAME => {
-                proto::op::What::Rename(proto::MailboxRename { new_path: path(&text(new_name), separator) })
+                let new_path = path(&text(new_name), separator);
+                proto::op::What::Rename(proto::MailboxRename { new_path, back: vec![] })
             }
             ffi::DT_MAILBOX_SUBSCRIBE => proto::op::What::Subscription(proto::Subscription { subscribed: true }),
             ffi::DT_MAILBOX_UNSUBSCRIBE => proto::op::What::Subscription(proto::Subscription { subscribed: false }),

@@ -131,6 +131,7 @@ extern "C" {
     fn dt_worker_create(vname: *const c_char, directory: bool, update: *const DtMailboxUpdate) -> c_int;
     fn dt_worker_rename(from: *const c_char, to: *const c_char) -> c_int;
     fn dt_worker_delete(vname: *const c_char) -> c_int;
+    fn dt_worker_delete_empty(vname: *const c_char) -> c_int;
     fn dt_worker_set_subscribed(vname: *const c_char, subscribed: bool) -> c_int;
     fn dt_worker_open(vname: *const c_char, readonly: bool) -> c_int;
     fn dt_worker_close();
@@ -549,6 +550,13 @@ impl Storage for DovecotStorage {
         let vname = c_string(vname)?;
         // SAFETY: a user is open.
         check(unsafe { dt_worker_delete(vname.as_ptr()) })
+    }
+
+    fn delete_empty(&mut self, vname: &str) -> Result<bool> {
+        self.need_user()?;
+        let vname = c_string(vname)?;
+        // SAFETY: a user is open.
+        check(unsafe { dt_worker_delete_empty(vname.as_ptr()) })
     }
 
     fn set_subscribed(&mut self, vname: &str, subscribed: bool) -> Result<()> {

@@ -101,57 +101,13 @@ impl Journal {
         .map(drop)
     }
 
-    /// The mailbox has this name now. One that was not known has no known log yet (`log_seq` 0).
-    pub fn set_path(&mut self, user: &str, mailbox: &[u8], path: &[String]) -> Result<(), JournalError> {
-        self.write()?;
-        let path = path.join("\0").into_bytes();
-        self.run(|db| {
-            db.prepare_cached(
-                "INSERT INTO logs (user, mailbox, private_user, index_id, log_seq, end, tail, path) \
-                 VALUES (?1, ?2, '', 0, 0, 0, x'', ?3) ON CONFLICT (user, mailbox, private_user) DO UPDATE SET path = ?3",
-            )?
-            .execute((user, mailbox, path))
-        })
-        .map(drop)
-    }
-
-    /// The same for a mailbox whose log is known and its name is not. Forgotten, it is found out again.
+    /// The name of a mailbox whose log is known and its name is not. Forgotten, it is found out again.
     pub fn name_log(&mut self, user: &str, mailbox: &[u8], path: &[String]) -> Result<(), JournalError> {
         self.write_sometime()?;
         let path = path.join("\0").into_bytes();
         self.run(|db| {
             db.prepare_cached("UPDATE logs SET path = ? WHERE user = ? AND mailbox = ? AND path IS NULL")?
                 .execute((path, user, mailbox))
-        })
-        .map(drop)
-    }
-
-    /// What was last told or applied of the name; none: nothing.
-    pub fn subscription(&self, user: &str, path: &[String]) -> Result<Option<bool>, JournalError> {
-        let path = path.join("\0").into_bytes();
-        self.run(|db| {
-            db.prepare_cached("SELECT subscribed FROM subscriptions WHERE user = ? AND path = ?")?
-                .query_row((user, path), |row| row.get(0))
-                .optional()
-        })
-    }
-
-    /// Names that the user is subscribed to, of those that were ever told or applied.
-    pub fn subscribed(&self, user: &str) -> Result<Vec<Vec<String>>, JournalError> {
-        self.run(|db| {
-            let mut rows =
-                db.prepare_cached("SELECT path FROM subscriptions WHERE user = ? AND subscribed ORDER BY path")?;
-            let rows = rows.query_map([user], |row| row.get(0).map(path_of))?;
-            rows.collect()
-        })
-    }
-
-    pub fn set_subscription(&mut self, user: &str, path: &[String], subscribed: bool) -> Result<(), JournalError> {
-        self.write()?;
-        let path = path.join("\0").into_bytes();
-        self.run(|db| {
-            db.prepare_cached("INSERT OR REPLACE INTO subscriptions (user, path, subscribed) VALUES (?, ?, ?)")?
-                .execute((user, path, subscribed))
         })
         .map(drop)
     }
@@ -193,7 +149,7 @@ fn read(row: &Row) -> rusqlite::Result<KnownLog> {
     })
 }
 
-fn path_of(stored: Vec<u8>) -> Vec<String> {
+pub(super) fn path_of(stored: Vec<u8>) -> Vec<String> {
     let path = String::from_utf8(stored).unwrap_or_default();
     if path.is_empty() {
         return Vec::new();

@@ -18,6 +18,7 @@ mod elsewhere;
 mod failed;
 mod flags;
 mod inbox;
+mod list;
 mod lock;
 mod logs;
 mod open;
@@ -26,6 +27,7 @@ pub use changes::{Stored, Trimmed};
 pub use elsewhere::Elsewhere;
 pub use failed::Failed;
 pub use flags::FlagChange;
+pub use list::{Alias, NamedMailbox};
 pub use lock::Lock;
 pub use logs::KnownLog;
 pub use open::{Options, Start};
@@ -37,7 +39,7 @@ use rusqlite::Connection;
 use checkpoint::Checkpoints;
 
 /// The format of the file that this version reads and writes.
-pub const FORMAT: i32 = 2;
+pub const FORMAT: i32 = 3;
 
 /// Why the journal cannot be used. Nothing was changed in it.
 #[derive(Debug, thiserror::Error)]

@@ -32,10 +32,15 @@ CREATE TABLE logs (user TEXT NOT NULL, mailbox BLOB NOT NULL, private_user TEXT 
     log_seq INTEGER NOT NULL, end INTEGER NOT NULL, tail BLOB NOT NULL, path BLOB,
     -- The part that was last read from the log itself.
     healed_seq INTEGER, healed INTEGER, healed_to_seq INTEGER, healed_to INTEGER,
+    -- When and where it got its name; our last change that named it or put something into it.
+    named_clock INTEGER NOT NULL DEFAULT 0, named_by TEXT NOT NULL DEFAULT '', own_seq INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (user, mailbox, private_user)) STRICT, WITHOUT ROWID;
 -- What was last told or applied of a name.
-CREATE TABLE subscriptions (user TEXT NOT NULL, path BLOB NOT NULL, subscribed INTEGER NOT NULL, PRIMARY KEY (user, path))
-    STRICT, WITHOUT ROWID;
+CREATE TABLE subscriptions (user TEXT NOT NULL, path BLOB NOT NULL, subscribed INTEGER NOT NULL, clock INTEGER NOT NULL,
+    origin TEXT NOT NULL, PRIMARY KEY (user, path)) STRICT, WITHOUT ROWID;
+-- Mailboxes that have become one with another.
+CREATE TABLE aliases (user TEXT NOT NULL, mailbox BLOB NOT NULL, is_now BLOB NOT NULL, at_us INTEGER NOT NULL,
+    PRIMARY KEY (user, mailbox)) STRICT, WITHOUT ROWID;
 -- What a worker may have done to a user's list of mailboxes.
 CREATE TABLE coming (user TEXT NOT NULL, peer TEXT NOT NULL, seq INTEGER NOT NULL, change BLOB NOT NULL,
     PRIMARY KEY (user, peer, seq)) STRICT, WITHOUT ROWID;

@@ -1,6 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use super::*;
+use crate::merge::mailbox::Named;
 
 /// A folder that goes when the test ends.
 pub struct Folder(pub PathBuf);
@@ -223,6 +224,45 @@ fn logs_are_known_by_user_and_mailbox() {
     journal.forget_mailbox("jane", &[1; 16]).unwrap();
     assert_eq!(journal.logs("jane").unwrap(), []);
     assert_eq!(journal.logs("joe").unwrap().len(), 1);
+}
+
+#[test]
+fn names_remember_when_and_by_whom_they_were_given() {
+    let folder = Folder::new("names");
+    let mut journal = folder.open();
+    let path = |name: &str| vec![name.to_owned()];
+    let named = |clock, origin: &str| Named { clock, origin: origin.into() };
+    journal.set_path("jane", &[1; 16], &path("Work"), Some(&named(5, "a"))).unwrap();
+    journal.note_own("jane", &[1; 16], 7).unwrap();
+    // One above was renamed.
+    journal.set_path("jane", &[1; 16], &path("Play"), None).unwrap();
+    let expected = NamedMailbox { mailbox: vec![1; 16], path: path("Play"), named: named(5, "a"), own_seq: 7 };
+    assert_eq!(journal.named_mailbox("jane", &[1; 16]).unwrap(), Some(expected.clone()));
+    assert_eq!(journal.named_mailboxes("jane").unwrap(), [expected]);
+    assert_eq!(journal.named_mailbox("jane", &[]).unwrap(), None);
+
+    journal.set_subscription("jane", &path("Work"), true, &named(6, "b")).unwrap();
+    assert_eq!(journal.subscription("jane", &path("Work")).unwrap(), Some((true, named(6, "b"))));
+    assert_eq!(journal.subscribed("jane").unwrap(), [path("Work")]);
+}
+
+#[test]
+fn a_mailbox_that_became_another_twice_is_the_last_one() {
+    let folder = Folder::new("aliases");
+    let mut journal = folder.open();
+    let elsewhere = Elsewhere { mailbox: vec![1; 16], uid: 3, guid: "three".into() };
+    journal.note_elsewhere("jane", "b", &elsewhere, false, 10).unwrap();
+    journal.note_alias("jane", &[1; 16], &[2; 16], 10).unwrap();
+    journal.note_alias("jane", &[2; 16], &[3; 16], 20).unwrap();
+    let alias =
+        |mailbox: u8, is_now: u8| Alias { user: "jane".into(), mailbox: vec![mailbox; 16], is_now: vec![is_now; 16] };
+    assert_eq!(journal.aliases().unwrap(), [alias(1, 3), alias(2, 3)]);
+    assert_eq!(journal.elsewhere("jane", "b", &[3; 16], (1, 9)).unwrap().len(), 1);
+    // And back.
+    journal.note_alias("jane", &[3; 16], &[1; 16], 30).unwrap();
+    assert_eq!(journal.aliases().unwrap(), [alias(2, 1), alias(3, 1)]);
+    journal.forget_aliases(25).unwrap();
+    assert_eq!(journal.aliases().unwrap(), [alias(3, 1)]);
 }
 
 #[test]

@@ -4,4 +4,5 @@
 #![forbid(unsafe_code)]
 
 pub mod flags;
+pub mod mailbox;
 pub mod uid;

@@ -81,7 +81,10 @@ impl Engine {
         request.window = request.window.clamp(1, BODY_WINDOW_BYTES_MAX);
         let outcome = match from {
             Party::Worker(_) => self.ask_peer(from, &request),
-            Party::Peer(_) => self.ask_worker(from, &request),
+            Party::Peer(_) => {
+                self.canonical_request(&mut request);
+                self.ask_worker(from, &request)
+            }
         };
         if let Err(error) = outcome {
             self.tell(from, Kind::BodyChunk(failed(request.id, error)));

@@ -11,6 +11,7 @@ use prost::Message;
 
 use super::clock::Clock;
 use super::engine::{wall_clock_us, Command, Engine, Fatal};
+use super::list::Lists;
 use super::order::Release;
 use super::spans::Need;
 use super::Config;
@@ -18,7 +19,7 @@ use crate::change::{self, CHANGE_BYTES_MAX, USER_BYTES_MAX};
 use crate::journal::{Failed, Journal, JournalError, KnownLog, Lock, Options, Start};
 use crate::peer::Loaded;
 use crate::wire::frame;
-use crate::wire::proto::{frame::Kind, op::What, Change, Frame, SeqOf, Span, Stamp};
+use crate::wire::proto::{frame::Kind, Change, Frame, SeqOf, Span, Stamp};
 
 /// Bytes that one look into the journal brings.
 const LOAD_BYTES: usize = 1 << 20;
@@ -87,6 +88,7 @@ impl Engine {
         self.flags_clocks =
             self.journal.users_with_flags()?.into_iter().map(|(user, clock)| (user.into(), clock)).collect();
         self.clock = Clock::resume(self.journal.clock()?);
+        self.lists = Lists::resume(self.journal.aliases()?);
         self.users_elsewhere = self.journal.users_elsewhere()?.into_iter().map(Arc::from).collect();
         Ok(())
     }
@@ -119,7 +121,7 @@ impl Engine {
         }
         match change {
             Some(change) if !self.peers.is_empty() => {
-                self.note_list(&change);
+                self.look_again_if_anew(&user, &change);
                 self.ship_change(&user, change)
             }
             _ => Ok(()),
@@ -141,38 +143,6 @@ impl Engine {
         }
     }
 
-    /// Keeps the names of mailboxes that the journal knows.
-    pub fn note_list(&mut self, change: &Change) {
-        if let Err(error) = self.try_note_list(change) {
-            self.fail(error);
-        }
-    }
-
-    fn try_note_list(&mut self, change: &Change) -> Result<(), JournalError> {
-        let Some(mailbox) = &change.mailbox else { return Ok(()) };
-        for op in &change.ops {
-            match &op.what {
-                Some(What::Subscription(subscription)) => {
-                    self.journal.set_subscription(&change.user, &mailbox.path, subscription.subscribed)?;
-                }
-                // A directory.
-                _ if mailbox.guid.is_empty() => {}
-                Some(What::Create(_)) => self.journal.set_path(&change.user, &mailbox.guid, &mailbox.path)?,
-                Some(What::Delete(_)) => self.journal.forget_mailbox(&change.user, &mailbox.guid)?,
-                Some(What::Rename(rename)) => {
-                    for log in self.journal.logs(&change.user)? {
-                        if let Some(below) = log.path.strip_prefix(&mailbox.path[..]) {
-                            let path = [&rename.new_path[..], below].concat();
-                            self.journal.set_path(&change.user, &log.mailbox, &path)?;
-                        }
-                    }
-                }
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
     /// Journals the change and puts it into every peer's outbox, encoded once for all.
     fn ship_change(&mut self, user: &Arc<str>, mut change: Change) -> Result<(), JournalError> {
         let now_us = wall_clock_us();
@@ -187,6 +157,9 @@ impl Engine {
         });
         if change.encoded_len() > CHANGE_BYTES_MAX {
             change.spans.clear();
+        }
+        if change::is_of_list(&change) || change::has_saves(&change) {
+            self.note_list(user, &change)?;
         }
         let mailbox = change.mailbox.as_ref().map(|mailbox| mailbox.guid.clone()).unwrap_or_default();
         let flags = change::flags_of(&change);
@@ -323,6 +296,7 @@ impl Engine {
         self.trim_at_ms = self.now_ms + TRIM_EVERY_MS;
         let oldest_us = wall_clock_us().saturating_sub(self.config.journal_age_us_max);
         self.journal.forget_elsewhere(oldest_us)?;
+        self.journal.forget_aliases(oldest_us)?;
         self.journal.trim_flags(self.config.journal_bytes_max / FLAGS_SHARE, oldest_us)?;
         while let Some((name, trimmed)) = self.journal.trim(self.config.journal_bytes_max, oldest_us)? {
             log::error!(

@@ -16,6 +16,7 @@ use super::clock::Clock;
 use super::connection::{Connection, Incoming, Stream, READ_BYTES};
 use super::flags::Races;
 use super::heal::Heals;
+use super::list::Lists;
 use super::local::Local;
 use super::order::Order;
 use super::peers::PeerState;
@@ -113,6 +114,7 @@ pub struct Engine {
     pub clock_noted: u64,
     /// Who has messages that are not here where a peer has them.
     pub users_elsewhere: HashSet<Arc<str>>,
+    pub lists: Lists,
     /// Mailboxes without a name, and when it is time to look for it; the next one first.
     pub unnamed: VecDeque<(u64, Arc<str>, Vec<u8>)>,
     pub clock: Clock,
@@ -185,6 +187,7 @@ impl Engine {
             flags_settled_ms: 0,
             clock_noted: 0,
             users_elsewhere: HashSet::new(),
+            lists: Lists::default(),
             unnamed: VecDeque::new(),
             clock: Clock::default(),
             journal,

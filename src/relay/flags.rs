@@ -178,12 +178,12 @@ impl Engine {
         for change in changes {
             let Some(stamp) = &change.stamp else { continue };
             let applied = SeqOf { origin: stamp.origin.clone(), epoch: stamp.epoch, seq: stamp.seq };
-            let is_later = |kept: &&Kept| {
-                kept.mailbox == mailbox_guid(change) && (kept.clock, &kept.origin) > (stamp.clock, &stamp.origin)
-            };
+            let guid = self.lists.canonical(user, mailbox_guid(change)).to_vec();
+            let is_later =
+                |kept: &&Kept| kept.mailbox == guid && (kept.clock, &kept.origin) > (stamp.clock, &stamp.origin);
             let later: Vec<&Update> = kept.iter().filter(is_later).flat_map(|kept| &kept.updates).collect();
             self.take_out(change, &later);
-            let mailbox = change.mailbox.clone().unwrap_or_default();
+            let mailbox = Mailbox { guid, ..change.mailbox.clone().unwrap_or_default() };
             self.races.is_applied(user, applied, mailbox, updates(change), self.now_ms);
         }
         Ok(())
@@ -193,7 +193,8 @@ impl Engine {
         let kept = self.journal.flags_from(user, clock)?.into_iter().filter_map(|kept| {
             let FlagChange { clock, origin, change } = kept;
             let change = Change::decode(&change[..]).ok()?;
-            Some(Kept { clock, origin, mailbox: mailbox_guid(&change).to_vec(), updates: updates(&change) })
+            let mailbox = self.lists.canonical(user, mailbox_guid(&change)).to_vec();
+            Some(Kept { clock, origin, mailbox, updates: updates(&change) })
         });
         Ok(kept.collect())
     }

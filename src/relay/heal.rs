@@ -14,6 +14,8 @@ use super::spans::Place;
 const RUSH_MAX: u32 = 8;
 /// Users whose last looks found such are remembered, so many at most.
 const REBUILT_MAX: usize = 10_000;
+/// What was told of a mailbox before its index was made anew is there after so long, at the latest.
+const ANEW_MS: u64 = 60_000;
 /// Pauses after a look that failed, and after too many of those.
 const PAUSE_MS_MIN: u64 = 1_000;
 const PAUSE_MS_MAX: u64 = 60_000;
@@ -27,6 +29,8 @@ pub struct Look {
     pub whole: bool,
     /// And what changed in the subscriptions.
     pub subscriptions: bool,
+    /// Of these all that is there is to be told.
+    pub anew: BTreeSet<Vec<u8>>,
 }
 
 impl Look {
@@ -37,6 +41,7 @@ impl Look {
     fn merge(&mut self, other: Look) {
         self.whole |= other.whole;
         self.subscriptions |= other.subscriptions;
+        self.anew.extend(other.anew);
         for (guid, until) in other.mailboxes {
             self.add(guid, until);
         }
@@ -82,6 +87,8 @@ impl Rebuilt {
 pub struct Heals {
     users: HashMap<Arc<str>, User>,
     rebuilt: HashMap<Arc<str>, Rebuilt>,
+    /// Mailboxes whose index was made anew, and when that was found.
+    anew: HashMap<(Arc<str>, Vec<u8>), u64>,
     line: VecDeque<Arc<str>>,
     waiting: BTreeSet<(u64, Arc<str>)>,
     running: usize,
@@ -92,6 +99,12 @@ impl Heals {
     pub fn want(&mut self, user: &Arc<str>, mailbox: &[u8], until: Option<Place>) {
         self.users.entry(user.clone()).or_default().wanted.add(mailbox.to_vec(), until);
         self.line_up(user);
+    }
+
+    /// All that is in the mailbox is to be told, as when its index was made anew.
+    pub fn want_anew(&mut self, user: &Arc<str>, mailbox: &[u8]) {
+        self.users.entry(user.clone()).or_default().wanted.anew.insert(mailbox.to_vec());
+        self.want(user, mailbox, None);
     }
 
     /// All of the user's mailboxes are to be looked at, and the subscriptions.
@@ -141,10 +154,24 @@ impl Heals {
     }
 
     /// The user's look has found an index that was made anew.
-    pub fn note_rebuilt(&mut self, name: &Arc<str>) {
+    pub fn note_rebuilt(&mut self, name: &Arc<str>, mailbox: &[u8], now_ms: u64) {
         if let Some(user) = self.users.get_mut(name) {
             user.found_rebuilt = true;
         }
+        if self.anew.len() >= REBUILT_MAX {
+            self.anew.retain(|_, at_ms| *at_ms + ANEW_MS > now_ms);
+        }
+        if self.anew.len() < REBUILT_MAX {
+            self.anew.insert((name.clone(), mailbox.to_vec()), now_ms);
+        }
+    }
+
+    /// Whether the mailbox's index was made anew just now: what is told late may be of the one before.
+    pub fn is_anew(&self, name: &Arc<str>, mailbox: &[u8], now_ms: u64) -> bool {
+        if self.anew.is_empty() {
+            return false;
+        }
+        self.anew.get(&(name.clone(), mailbox.to_vec())).is_some_and(|at_ms| at_ms + ANEW_MS > now_ms)
     }
 
     /// The user's look is over. The pause before the next attempt if it failed, and the reason is news.
@@ -222,7 +249,7 @@ mod tests {
 
     fn look(mailboxes: &[(u8, Option<Place>)], whole: bool) -> Look {
         let mailboxes = mailboxes.iter().map(|(guid, until)| (vec![*guid; 16], *until)).collect();
-        Look { mailboxes, whole, subscriptions: whole }
+        Look { mailboxes, whole, subscriptions: whole, ..Default::default() }
     }
 
     #[test]
@@ -245,6 +272,19 @@ mod tests {
     }
 
     #[test]
+    fn an_index_that_was_made_anew_is_remembered_for_a_while() {
+        let mut heals = Heals::default();
+        let jane: Arc<str> = "jane".into();
+        heals.note_rebuilt(&jane, &[1; 16], 1_000);
+        assert!(heals.is_anew(&jane, &[1; 16], 1_000 + ANEW_MS - 1));
+        assert!(!heals.is_anew(&jane, &[2; 16], 1_000));
+        assert!(!heals.is_anew(&jane, &[1; 16], 1_000 + ANEW_MS));
+        heals.want_anew(&jane, &[1; 16]);
+        let (_, look) = heals.next(0, |_| false).unwrap();
+        assert!(look.anew.contains(&[1; 16][..]) && look.mailboxes.contains_key(&[1; 16][..]));
+    }
+
+    #[test]
     fn looks_that_feed_themselves_slow_down() {
         let mut heals = Heals::default();
         let (jane, joe): (Arc<str>, Arc<str>) = ("jane".into(), "joe".into());
@@ -255,7 +295,7 @@ mod tests {
                 while let Some((user, _)) = heals.next(now_ms, |_| false) {
                     looks += 1;
                     if is_rebuilt {
-                        heals.note_rebuilt(&user);
+                        heals.note_rebuilt(&user, &[1], now_ms);
                     }
                     heals.finish(&user, Ok(()), now_ms);
                 }

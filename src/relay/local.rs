@@ -9,6 +9,7 @@ use super::engine::{Close, Engine, Role};
 use super::order::{Arrival, Hole, Release};
 use super::spans::Need;
 use crate::change::{self, ChangeError, GUID_BYTES};
+use crate::journal::JournalError;
 use crate::wire::proto::{frame::Kind, op::What, Change, FailedEntry, FailedList, Frame, Record, Span};
 
 /// Answers that may wait for a process that does not read them.
@@ -196,12 +197,18 @@ impl Engine {
 
     /// Puts what came in its order.
     pub fn arrive(&mut self, mut arrival: Arrival, spans: Vec<Span>, released: &mut Vec<Release>) {
-        let (renamed, spans): (Vec<Span>, Vec<Span>) =
+        let (renamed, mut spans): (Vec<Span>, Vec<Span>) =
             spans.into_iter().partition(|span| !span.old_mailbox_guid.is_empty());
         for span in renamed {
-            if let Err(error) = self.journal.rename_mailbox(&span.user, &span.old_mailbox_guid, &span.mailbox_guid) {
+            if let Err(error) = self.take_new_guid(&span) {
                 self.fail(error);
             }
+        }
+        // Who had opened a mailbox before calls it as it was called then.
+        self.canonical_spans(&mut spans);
+        if let Some(change) = &mut arrival.change {
+            self.canonical_change(&arrival.user, change);
+            self.canonical_spans(&mut change.spans);
         }
         for span in &spans {
             self.recall_log(span);
@@ -223,6 +230,13 @@ impl Engine {
         let mut holes = Vec::new();
         self.order.arrive(arrival, told, self.now_ms, &mut self.spans, released, &mut holes);
         self.look_into_holes(holes);
+    }
+
+    fn take_new_guid(&mut self, span: &Span) -> Result<(), JournalError> {
+        let user: Arc<str> = span.user.as_str().into();
+        self.forget_log(&user, &span.mailbox_guid)?;
+        self.journal.rename_mailbox(&user, &span.old_mailbox_guid, &span.mailbox_guid)?;
+        self.note_alias(&user, &span.old_mailbox_guid, &span.mailbox_guid)
     }
 
     /// Nobody tells what was written there.

@@ -89,11 +89,16 @@ impl Engine {
     fn begin_look(&mut self, index: usize, user: Arc<str>, look: &Look) -> Result<(), JournalError> {
         let mut since = 0;
         let mut mailboxes = Vec::new();
+        // Of another index, the one that is there is made anew.
+        let known_as = |log: KnownLog| match look.anew.contains(&log.mailbox) {
+            true => LookAt { index_id: u32::MAX, ..look_at(log) },
+            false => look_at(log),
+        };
         if look.whole {
             for log in self.journal.logs(&user)? {
                 match (log.mailbox.is_empty(), log.private_user.is_empty()) {
                     (true, _) => since = log.end as i64,
-                    (false, true) => mailboxes.push(look_at(log)),
+                    (false, true) => mailboxes.push(known_as(log)),
                     (false, false) => {}
                 }
             }
@@ -102,7 +107,7 @@ impl Engine {
                 let known = self.journal.log(&user, guid, "")?;
                 let known = known.unwrap_or(KnownLog { mailbox: guid.clone(), ..Default::default() });
                 let (until_seq, until) = until.unwrap_or_default();
-                mailboxes.push(LookAt { until_seq, until, ..look_at(known) });
+                mailboxes.push(LookAt { until_seq, until, ..known_as(known) });
             }
         }
         if look.subscriptions {
@@ -174,7 +179,8 @@ impl Engine {
         let change = change.filter(|change| !self.is_known_of_list(change));
         if let Some(found) = change {
             if found.ops.iter().any(|op| matches!(op.what, Some(What::Rebuilt(_)))) {
-                self.heals.note_rebuilt(user);
+                let mailbox = found.mailbox.as_ref().map(|mailbox| &mailbox.guid[..]).unwrap_or_default();
+                self.heals.note_rebuilt(user, mailbox, self.now_ms);
             }
             self.counts.counters.healed += 1;
             self.ship_all(vec![Release { user: user.clone(), change: Some(found), spans: Vec::new() }]);
@@ -195,6 +201,17 @@ impl Engine {
         Ok(())
     }
 
+    /// An expunge is told of a mailbox whose index was made anew meanwhile, with the message or without it: what is there is told
+    /// once more, behind the expunge.
+    pub fn look_again_if_anew(&mut self, user: &Arc<str>, change: &Change) {
+        let is_expunge = change.ops.iter().any(|op| matches!(op.what, Some(What::Expunge(_))));
+        let Some(mailbox) = change.mailbox.as_ref().filter(|_| is_expunge) else { return };
+        if !self.heals.is_anew(user, &mailbox.guid, self.now_ms) {
+            return;
+        }
+        self.heals.want_anew(user, &mailbox.guid);
+    }
+
     /// Whether what was found in the list of mailboxes is no news: it was told, or a worker that was killed did it for a
     /// peer. The list does not say who did it.
     fn is_known_of_list(&mut self, change: &proto::Change) -> bool {
@@ -212,13 +229,20 @@ impl Engine {
 
     fn try_is_known_of_list(&mut self, change: &proto::Change) -> Result<bool, JournalError> {
         let coming = self.journal.coming(&change.user)?;
-        if coming.iter().filter_map(|bytes| Change::decode(&bytes[..]).ok()).any(|coming| brings(&coming, change)) {
-            self.note_list(change);
+        let mut coming = coming.iter().filter_map(|bytes| Change::decode(&bytes[..]).ok());
+        if let Some(coming) = coming.find(|coming| brings(coming, change)) {
+            // What moved along with another mailbox may have to go back.
+            if coming.mailbox.as_ref().map(|mailbox| &mailbox.guid) == change.mailbox.as_ref().map(|found| &found.guid)
+            {
+                let user = change.user.as_str().into();
+                self.note_list(&user, &Change { stamp: coming.stamp, ..change.clone() })?;
+            }
             return Ok(true);
         }
         let [proto::Op { what: Some(What::Subscription(subscription)) }] = &change.ops[..] else { return Ok(false) };
         let path = change.mailbox.as_ref().map(|mailbox| mailbox.path.as_slice()).unwrap_or_default();
-        Ok(self.journal.subscription(&change.user, path)? == Some(subscription.subscribed))
+        let known = self.journal.subscription(&change.user, path)?;
+        Ok(known.is_some_and(|(subscribed, _)| subscribed == subscription.subscribed))
     }
 
     /// A log was read up to there; what waited for it goes on.
@@ -285,7 +309,9 @@ fn brings(applied: &Change, found: &Change) -> bool {
     pairs.any(|pair| match pair {
         // One whose creation was killed may not have had its GUID yet.
         (What::Create(_), What::Create(_)) => at.path == there.path,
-        (What::Delete(_), What::Delete(_)) => at.guid == there.guid,
+        (What::Delete(applied), What::Delete(_)) => at.guid == there.guid && !applied.keeps,
+        // Its messages were put into the one that had the name.
+        (What::Rename(_), What::Delete(_)) => at.guid == there.guid,
         (What::Subscription(applied), What::Subscription(found)) => {
             at.path == there.path && applied.subscribed == found.subscribed
         }
@@ -298,7 +324,7 @@ fn brings(applied: &Change, found: &Change) -> bool {
     })
 }
 
-fn look_at(log: KnownLog) -> LookAt {
+pub fn look_at(log: KnownLog) -> LookAt {
     LookAt {
         guid: log.mailbox,
         path: log.path,

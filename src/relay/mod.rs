@@ -17,6 +17,7 @@ mod durable;
 mod engine;
 mod flags;
 mod heal;
+mod list;
 mod local;
 mod looks;
 mod order;

@@ -245,7 +245,10 @@ impl Engine {
             return self.work.finish(&user);
         }
         let mut received = received;
-        if let Err(error) = self.reduce_flags(&user, received.iter_mut().map(|received| &mut received.change)) {
+        let reduced = self
+            .reduce_flags(&user, received.iter_mut().map(|received| &mut received.change))
+            .and_then(|()| self.reduce_list(&user, received.iter_mut().map(|received| &mut received.change)));
+        if let Err(error) = reduced {
             return self.fail(error);
         }
         let keeps_flags = self.peers.len() > 1;
@@ -259,8 +262,9 @@ impl Engine {
             Ok(elsewhere) => elsewhere,
             Err(error) => return self.fail(error),
         };
+        let aliases = self.lists.aliases(&user);
         let job = Job { id: self.last_job, user, peer, items, done: 0 };
-        let first = Apply { resolves: self.resolves(), again, ..Default::default() };
+        let first = Apply { resolves: self.resolves(), again, aliases, ..Default::default() };
         let frames = apply_frames(&job, first, elsewhere, received.into_iter().map(|r| r.change));
         self.workers[index].task = Task::Apply(job);
         let Some(token) = self.workers[index].token else { return };
@@ -282,9 +286,10 @@ impl Engine {
         }
         for change in changes {
             let Some(mailbox) = &change.mailbox else { continue };
+            let guid = self.lists.canonical(user, &mailbox.guid);
             for range in change::named_by_uid(change) {
                 let uids = (range.first_uid, range.last_uid);
-                let of_range = self.journal.elsewhere(user, &self.peers[peer].name, &mailbox.guid, uids)?;
+                let of_range = self.journal.elsewhere(user, &self.peers[peer].name, guid, uids)?;
                 let told = |one: Elsewhere| {
                     let Elsewhere { mailbox: mailbox_guid, uid, guid } = one;
                     proto::Elsewhere { mailbox_guid, uid, guid, moved: false }
@@ -302,7 +307,8 @@ impl Engine {
         elsewhere: proto::Elsewhere,
     ) -> Result<(), JournalError> {
         let now_us = wall_clock_us();
-        let proto::Elsewhere { mailbox_guid: mailbox, uid, guid, moved } = elsewhere;
+        let proto::Elsewhere { mailbox_guid, uid, guid, moved } = elsewhere;
+        let mailbox = self.lists.canonical(user, &mailbox_guid).to_vec();
         let noted = Elsewhere { mailbox, uid, guid };
         for (index, PeerState { name, .. }) in self.peers.iter().enumerate() {
             if moved || index == peer {
@@ -391,6 +397,11 @@ impl Engine {
                 self.fail(error);
             }
         }
+        for alias in &applied.aliases {
+            if let Err(error) = self.take_alias(&job.user, &alias.guid, &alias.is) {
+                self.fail(error);
+            }
+        }
         for item in &job.items[job.done..done] {
             let inbox = &mut self.peers[job.peer].inbox;
             inbox.apply(item.epoch, item.seq);
@@ -402,7 +413,9 @@ impl Engine {
                 self.fail(error);
             }
             if let Some(change) = &item.of_list {
-                self.note_list(change);
+                if let Err(error) = self.note_list(&job.user, change) {
+                    self.fail(error);
+                }
                 self.forget_coming(job.peer, &job.user, item.seq, change);
             }
         }
@@ -425,7 +438,8 @@ impl Engine {
         for item in items.iter().filter(|item| item.of_list.is_none() && !item.mailbox.is_empty()) {
             if item.mailbox != last {
                 last = &item.mailbox;
-                if let Err(error) = self.journal.name_log(user, &item.mailbox, &item.path) {
+                let mailbox = self.lists.canonical(user, &item.mailbox);
+                if let Err(error) = self.journal.name_log(user, mailbox, &item.path) {
                     return self.fail(error);
                 }
             }
@@ -556,6 +570,10 @@ fn apply_frames(
 ) -> Vec<Frame> {
     let empty = || Apply { job: job.id, user: job.user.to_string(), more: true, ..Default::default() };
     let mut frames = vec![Apply { again: first.again, resolves: first.resolves, ..empty() }];
+    frames.extend(first.aliases.chunks(ELSEWHERE_MAX).map(|some| Apply { aliases: some.to_vec(), ..empty() }));
+    if frames.len() > 1 {
+        frames.push(empty());
+    }
     if !elsewhere.is_empty() {
         frames.extend(elsewhere.chunks(ELSEWHERE_MAX).map(|some| Apply { elsewhere: some.to_vec(), ..empty() }));
         frames.push(empty());

@@ -378,7 +378,7 @@ int dt_worker_rename(const char *from, const char *to)
 	return ret;
 }
 
-int dt_worker_delete(const char *vname)
+static int worker_delete(const char *vname, bool must_be_empty)
 {
 	struct mailbox *box;
 	int ret = 1;
@@ -386,8 +386,9 @@ int dt_worker_delete(const char *vname)
 	T_BEGIN {
 		box = dt_worker_alloc(vname, 0);
 		w.writing = TRUE;
-		if (mailbox_delete(box) < 0) {
-			if (dt_worker_box_notfound(box))
+		if ((must_be_empty ? mailbox_delete_empty(box) : mailbox_delete(box)) < 0) {
+			if (dt_worker_box_notfound(box) ||
+			    (must_be_empty && mailbox_get_last_mail_error(box) == MAIL_ERROR_EXISTS))
 				ret = 0;
 			else
 				ret = dt_worker_set_box_error(box, "mailbox_delete()");
@@ -396,6 +397,16 @@ int dt_worker_delete(const char *vname)
 		w.writing = FALSE;
 	} T_END;
 	return ret;
+}
+
+int dt_worker_delete(const char *vname)
+{
+	return worker_delete(vname, FALSE);
+}
+
+int dt_worker_delete_empty(const char *vname)
+{
+	return worker_delete(vname, TRUE);
 }
 
 int dt_worker_set_subscribed(const char *vname, bool subscribed)
@@ -497,7 +508,8 @@ int dt_worker_update(const struct dt_mailbox_update *_update)
 		w.writing = FALSE;
 		if (ret < 0)
 			ret = dt_worker_set_box_error(w.box, "mailbox_update()");
-		else if (mailbox_sync(w.box, 0) < 0)
+		/* With another UIDVALIDITY maildir begins anew with the index, which a mailbox that is open does not expect. */
+		else if (update.uid_validity == 0 && mailbox_sync(w.box, 0) < 0)
 			ret = dt_worker_set_box_error(w.box, "mailbox_sync()");
 	} T_END;
 	return ret;

@@ -76,6 +76,8 @@ int dt_worker_create(const char *vname, bool directory,
 int dt_worker_rename(const char *from, const char *to);
 /* 1 = deleted, 0 = doesn't exist */
 int dt_worker_delete(const char *vname);
+/* The same if it has no messages; 0 also if it has some */
+int dt_worker_delete_empty(const char *vname);
 /* 1 = done */
 int dt_worker_set_subscribed(const char *vname, bool subscribed);
 

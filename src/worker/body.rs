@@ -6,7 +6,8 @@ use std::io::{self, Read, Write};
 
 use super::apply::locate;
 use super::connection::Connection;
-use super::storage::{Body, Result, Storage};
+use super::name;
+use super::storage::{Body, Existence, Result, Storage};
 use crate::wire::proto::{self, frame::Kind};
 
 /// Bytes that we let the other side send before we allow more.
@@ -101,10 +102,12 @@ fn open<S: Storage>(storage: &mut S, request: &proto::BodyRequest) -> Result<boo
     let Some(mailbox) = &request.mailbox else {
         return Err("malformed request: no mailbox".into());
     };
-    let Some(vname) = locate(storage, mailbox)? else {
-        return Ok(false);
+    // Under its name it may have become one with another.
+    let vname = match locate(storage, mailbox)? {
+        Some(vname) => vname,
+        None => name::vname(&mailbox.path, &storage.namespace()?)?,
     };
-    if !storage.open(&vname, true)? {
+    if storage.existence(&vname)? != Existence::Mailbox || !storage.open(&vname, true)? {
         return Ok(false);
     }
     if storage.body_open(request.uid, &request.guid)? {

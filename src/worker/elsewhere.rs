@@ -40,6 +40,13 @@ impl Elsewhere {
         self.new.push(proto::Elsewhere { mailbox_guid, uid, guid, moved });
     }
 
+    /// The mailbox has another GUID from now on.
+    pub fn rename(&mut self, old: &[u8], new: &[u8]) {
+        let known = std::mem::take(&mut self.known).into_iter();
+        let renamed = |mailbox: Vec<u8>| if mailbox == old { new.to_vec() } else { mailbox };
+        self.known = known.map(|((mailbox, uid), guid)| ((renamed(mailbox), uid), guid)).collect();
+    }
+
     /// What was noted since the last call.
     pub fn take_new(&mut self) -> Vec<proto::Elsewhere> {
         std::mem::take(&mut self.new)

@@ -134,6 +134,10 @@ impl Storage for FakeStorage {
     fn delete(&mut self, vname: &str) -> Result<bool> {
         Ok(self.mailboxes.remove(vname).is_some())
     }
+    fn delete_empty(&mut self, vname: &str) -> Result<bool> {
+        let is_empty = self.mailboxes.get(vname).is_none_or(|mailbox| mailbox.messages.is_empty());
+        Ok(is_empty && self.delete(vname)?)
+    }
     fn set_subscribed(&mut self, _vname: &str, _subscribed: bool) -> Result<()> {
         Ok(())
     }
@@ -188,8 +192,13 @@ impl Storage for FakeStorage {
         self.steps.push(Step::Save(message.uid, message.guid.into()));
         Ok(())
     }
-    fn copy(&mut self, _message: &NewMessage, _source: &str, _source_uid: u32) -> Result<bool> {
-        Ok(false)
+    fn copy(&mut self, message: &NewMessage, source: &str, source_uid: u32) -> Result<bool> {
+        let is_there = self.mailboxes.get(source).and_then(|source| source.messages.get(&source_uid));
+        if is_there.is_none_or(|guid| guid != message.guid) {
+            return Ok(false);
+        }
+        self.steps.push(Step::Save(message.uid, message.guid.into()));
+        Ok(true)
     }
     fn duplicate(&mut self, uid: u32, new_uid: u32) -> Result<bool> {
         let guid = self.mailbox().messages.get(&uid).cloned();

@@ -40,6 +40,7 @@ struct Collecting {
     resolves: bool,
     again: Vec<u64>,
     elsewhere: Vec<proto::Elsewhere>,
+    aliases: Vec<proto::Alias>,
     error: Option<String>,
 }
 
@@ -106,6 +107,7 @@ impl Jobs {
                 resolves: apply.resolves,
                 again: apply.again,
                 elsewhere: vec![],
+                aliases: vec![],
                 error: None,
             },
         };
@@ -120,6 +122,7 @@ impl Jobs {
         if whole.error.is_none() {
             whole.changes.extend(apply.changes);
             whole.elsewhere.extend(apply.elsewhere);
+            whole.aliases.extend(apply.aliases);
         }
         if apply.more {
             self.collecting = Some(whole);
@@ -158,7 +161,7 @@ impl Jobs {
         whole: Collecting,
         answer: &mut proto::Applied,
     ) -> Result<(), Failure> {
-        let Collecting { user, changes, resolves, again, elsewhere, .. } = whole;
+        let Collecting { user, changes, resolves, again, elsewhere, aliases, .. } = whole;
         if !storage.lock_user(&user)? {
             // Left behind by a relay that was killed: both would save the same mail.
             return Err("another worker still applies changes of this user".to_string().into());
@@ -171,8 +174,8 @@ impl Jobs {
         let mut unreported = Vec::new();
         let mut before = 0;
         let mut on_commit = |storage: &mut S, connection: &mut Connection<C>, committed: Committed| {
-            let Committed { done, tell, elsewhere } = committed;
-            send_news(connection, job, std::mem::replace(&mut before, done), tell, elsewhere)?;
+            let done = committed.done;
+            send_news(connection, job, std::mem::replace(&mut before, done), committed)?;
             unreported.extend(storage.take_spans());
             if unreported.len() < SPANS_MAX && reported.elapsed() < SPANS_DELAY_MAX {
                 return Ok(());
@@ -185,30 +188,28 @@ impl Jobs {
         let mut apply =
             Apply::new(storage, connection, &user, resolves, elsewhere, &mut self.next_body, &mut on_commit)?;
         apply.again = again;
+        apply.know_aliases(&aliases);
         let result = apply.run(&changes);
         answer.done = apply.done;
         answer.notes = std::mem::take(&mut apply.notes);
         answer.doubts = std::mem::take(&mut apply.doubts);
-        let (tell, elsewhere) = (std::mem::take(&mut apply.tell), apply.elsewhere.take_new());
-        send_news(connection, job, before, tell, elsewhere).map_err(Failure::Link)?;
+        let news = apply.take_news();
+        send_news(connection, job, before, news).map_err(Failure::Link)?;
         answer.spans = unreported;
         result
     }
 }
 
 /// What the peers must be told, and what the relay must keep, is said before `done` counts what gave rise to it.
-fn send_news<C: Read + Write>(
-    connection: &mut Connection<C>,
-    job: u64,
-    done: u32,
-    tell: Vec<proto::Change>,
-    elsewhere: Vec<proto::Elsewhere>,
-) -> Link<()> {
+fn send_news<C: Read + Write>(connection: &mut Connection<C>, job: u64, done: u32, news: Committed) -> Link<()> {
     let empty = || proto::Applied { job, done, more: true, ..Default::default() };
-    for some in elsewhere.chunks(ELSEWHERE_MAX) {
+    for some in news.elsewhere.chunks(ELSEWHERE_MAX) {
         connection.send(Kind::Applied(proto::Applied { elsewhere: some.to_vec(), ..empty() }))?;
     }
-    for change in tell {
+    for some in news.aliases.chunks(ELSEWHERE_MAX) {
+        connection.send(Kind::Applied(proto::Applied { aliases: some.to_vec(), ..empty() }))?;
+    }
+    for change in news.tell {
         connection.send(Kind::Applied(proto::Applied { changes: vec![change], ..empty() }))?;
     }
     Ok(())
@@ -279,6 +280,7 @@ mod tests {
             resolves: false,
             again: vec![],
             elsewhere: vec![],
+            aliases: vec![],
             error: None,
         };
         let answer = Jobs::default().apply(&mut storage, &mut connection, whole).unwrap();

@@ -174,8 +174,9 @@ fn find_in_list<S: Storage>(
             continue;
         }
         if storage.was_deleted(&guid)? {
+            remove_left_directory(storage, &known.path, namespace, &listed)?;
             let mailbox = Mailbox { guid: known.guid.clone(), path: known.path.clone(), ..Default::default() };
-            found.of_list.push((mailbox, What::Delete(proto::MailboxDelete { directory: false })));
+            found.of_list.push((mailbox, What::Delete(proto::MailboxDelete::default())));
         } else {
             found.doubt(known, "the mailbox is not there any more, and Dovecot does not know that it was deleted");
         }
@@ -220,6 +221,23 @@ fn is_half_deleted<S: Storage>(
     Ok(!is_another && storage.existence(&vname)? == Existence::Mailbox)
 }
 
+/// Who was killed in the deletion of a mailbox may have left its directory.
+fn remove_left_directory<S: Storage>(
+    storage: &mut S,
+    path: &[String],
+    namespace: &Namespace,
+    listed: &[Listed],
+) -> Result<()> {
+    let vname = name::vname(path, namespace)?;
+    let below = format!("{vname}{}", namespace.separator);
+    if !listed.iter().any(|listed| listed.vname.starts_with(&below))
+        && storage.existence(&vname)? == Existence::Directory
+    {
+        storage.delete(&vname)?;
+    }
+    Ok(())
+}
+
 /// Tells the names whose subscription was changed since the last look, those that are known as subscribed and are not, and the
 /// other way round: who is killed between a change and its record in Dovecot's mailbox log leaves no trace there. The log has
 /// hashes of names only, so a name that is not known, not subscribed and no mailbox is not found.
@@ -261,12 +279,12 @@ fn find_in_entry(listed: &Listed, path: &[String], known: Option<&LookAt>, found
     match known {
         Some(known) if known.path == path => {}
         Some(known) if !known.path.is_empty() => {
-            let rename = What::Rename(proto::MailboxRename { new_path: path.to_vec() });
+            let rename = What::Rename(proto::MailboxRename { new_path: path.to_vec(), back: vec![] });
             found.of_list.push((mailbox(&known.path), rename));
         }
         // It was not told of, only perhaps of what was written to it.
         _ => {
-            let create = What::Create(proto::MailboxCreate { directory: false });
+            let create = What::Create(proto::MailboxCreate::default());
             found.of_list.push((mailbox(path), create));
         }
     }
@@ -347,6 +365,15 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) 
     }
     found.known.push((read.known, target.path.clone()));
     Ok(())
+}
+
+/// Whether the open mailbox's log says, behind the place up to which it is known, that somebody else put messages in.
+pub fn has_untold_saves<S: Storage>(storage: &mut S, known: &LookAt) -> Result<bool> {
+    let files = storage.log_files()?;
+    // A log that is not known, or does not tell, keeps nothing.
+    let is_known = known.log_seq != 0;
+    let read = is_known.then(|| read_log(&files, known).ok()).flatten();
+    Ok(read.is_some_and(|read| read.deltas.iter().any(|delta| matches!(delta, Delta::Append { .. }))))
 }
 
 /// What a log says.

@@ -120,6 +120,8 @@ pub trait Storage {
     fn rename(&mut self, from: &str, to: &str) -> Result<bool>;
     /// False if it doesn't exist.
     fn delete(&mut self, vname: &str) -> Result<bool>;
+    /// The same for a mailbox without messages. False if it has some: it stays.
+    fn delete_empty(&mut self, vname: &str) -> Result<bool>;
     fn set_subscribed(&mut self, vname: &str, subscribed: bool) -> Result<()>;
 
     /// Opens and syncs instead of the mailbox open so far. False if it doesn't exist.
@@ -129,6 +131,7 @@ pub trait Storage {
     /// Takes over what others did to the open mailbox.
     fn sync(&mut self) -> Result<()>;
     fn status(&mut self) -> Status;
+    /// With another UIDVALIDITY the mailbox must be opened anew.
     fn update(&mut self, update: &Update) -> Result<()>;
     /// Of all messages, in order.
     fn uids(&mut self) -> Result<Vec<u32>>;

@@ -7,6 +7,7 @@ mod cluster;
 mod scene;
 
 mod bodies;
+mod clashes;
 mod copy;
 mod deliver;
 mod effects;

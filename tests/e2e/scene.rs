@@ -26,6 +26,11 @@ impl Scene {
         Scene::at(Arc::new(cluster), user, 0, 1)
     }
 
+    /// On a cluster that others use, too.
+    pub fn shared(cluster: Arc<Cluster>, user: &str) -> Scene {
+        Scene::at(cluster, user, 0, 1)
+    }
+
     fn at(cluster: Arc<Cluster>, user: &str, here: usize, there: usize) -> Scene {
         let shared = Arc::strong_count(&cluster) > 1;
         let log_starts = cluster.servers().iter().map(|s| if shared { s.log().len() } else { 0 }).collect();

@@ -417,7 +417,15 @@ impl Wire {
         std::thread::spawn(move || {
             let Stream::Unix(stream) = &self.stream else { return };
             stream.set_read_timeout(None).unwrap();
-            let Some(kind) = self.try_next() else { return };
+            let Some(mut kind) = self.try_next() else { return };
+            // All frames of a job are one for the test.
+            while let Kind::Apply(Apply { more: true, .. }) = &kind {
+                let (Kind::Apply(first), Some(Kind::Apply(next))) = (&mut kind, self.try_next()) else { return };
+                first.more = next.more;
+                first.changes.extend(next.changes);
+                first.elsewhere.extend(next.elsewhere);
+                first.aliases.extend(next.aliases);
+            }
             let Stream::Unix(stream) = &self.stream else { return };
             stream.set_read_timeout(Some(PATIENCE)).unwrap();
             let to_test = self.to_test.clone();

@@ -41,10 +41,10 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     }
 
     fn tell_with(&mut self, what: What, uid_next: u32) {
-        let Some(open) = self.open.as_ref().filter(|open| !open.conflict) else { return };
+        let Some(open) = &self.open else { return };
         let mailbox = proto::Mailbox {
-            guid: open.mailbox.0.clone(),
-            path: open.mailbox.1.clone(),
+            guid: open.guid.to_vec(),
+            path: open.path.clone(),
             uid_validity: self.storage.status().uid_validity,
             uid_next,
             ..Default::default()
@@ -121,7 +121,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             return Ok(false);
         }
         self.flush()?;
-        Ok(self.open.as_ref().is_some_and(|open| !open.conflict))
+        Ok(true)
     }
 
     fn put(&mut self, guid: &str, stands: u32, put: Put, there: There, mut was: Vec<u32>) -> Outcome<()> {

@@ -1,0 +1,290 @@
+//! A user's list of mailboxes, when servers change it before they have heard of each other: [`crate::merge::mailbox`] decides.
+//!
+//! What a peer did to names is compared with what was done here later, before a worker gets it. A mailbox that was deleted by
+//! who had not heard of what was put into it here stays. And what a GUID means that a mailbox does not have any more.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::engine::{wall_clock_us, Engine};
+use super::looks::look_at;
+use super::order::Release;
+use crate::change;
+use crate::journal::{self, JournalError, NamedMailbox};
+use crate::merge::mailbox::{along, Along, Named};
+use crate::wire::proto::op::What;
+use crate::wire::proto::{Alias, BodyRequest, Change, Mailbox, MailboxRename, Op, SeqOf, Span, Stamp};
+
+/// So long after a peer's change was applied, one of ours that is only now told may have been made before it.
+const RACE_MS: u64 = 5_000;
+/// Users of whom that is remembered.
+const USERS_MAX: usize = 10_000;
+
+/// Which of a user's mailboxes is which now, and whose list was changed last by a peer.
+#[derive(Default)]
+pub struct Lists {
+    aliases: HashMap<Arc<str>, HashMap<Vec<u8>, Vec<u8>>>,
+    applied_ms: HashMap<Arc<str>, u64>,
+}
+
+impl Lists {
+    pub fn resume(aliases: Vec<journal::Alias>) -> Lists {
+        let mut lists = Lists::default();
+        for journal::Alias { user, mailbox, is_now } in aliases {
+            lists.aliases.entry(user.into()).or_default().insert(mailbox, is_now);
+        }
+        lists
+    }
+
+    /// The mailbox's GUID now.
+    pub fn canonical<'a>(&'a self, user: &str, mailbox: &'a [u8]) -> &'a [u8] {
+        self.aliases.get(user).and_then(|of_user| of_user.get(mailbox)).map_or(mailbox, Vec::as_slice)
+    }
+
+    /// All of the user.
+    pub fn aliases(&self, user: &str) -> Vec<Alias> {
+        let of_user = self.aliases.get(user).into_iter().flatten();
+        of_user.map(|(guid, is)| Alias { guid: guid.clone(), is: is.clone() }).collect()
+    }
+
+    fn add_alias(&mut self, user: &Arc<str>, mailbox: &[u8], is_now: &[u8]) {
+        let of_user = self.aliases.entry(user.clone()).or_default();
+        of_user.values_mut().filter(|is| *is == mailbox).for_each(|is| *is = is_now.to_vec());
+        of_user.insert(mailbox.to_vec(), is_now.to_vec());
+        of_user.remove(is_now);
+    }
+
+    fn is_applied(&mut self, user: &Arc<str>, now_ms: u64) {
+        if self.applied_ms.len() >= USERS_MAX {
+            self.applied_ms.retain(|_, at_ms| *at_ms + RACE_MS > now_ms);
+        }
+        self.applied_ms.insert(user.clone(), now_ms);
+    }
+
+    fn may_race(&self, user: &str, now_ms: u64) -> bool {
+        self.applied_ms.get(user).is_some_and(|at_ms| at_ms + RACE_MS > now_ms)
+    }
+}
+
+fn named(stamp: &Stamp) -> Named {
+    Named { clock: stamp.clock, origin: stamp.origin.clone() }
+}
+
+/// Those below a name, and what comes behind it in theirs.
+fn below<'a>(all: &'a [NamedMailbox], path: &'a [String]) -> impl Iterator<Item = (&'a NamedMailbox, &'a [String])> {
+    let rest = |known: &'a NamedMailbox| Some((known, known.path.strip_prefix(path)?));
+    all.iter().filter_map(rest).filter(|(_, rest)| !rest.is_empty())
+}
+
+impl Engine {
+    /// A change of this server, whatever GUID its mailbox had when its process opened it.
+    pub fn canonical_change(&self, user: &str, change: &mut Change) {
+        let canonical = |mailbox: &mut Mailbox| mailbox.guid = self.lists.canonical(user, &mailbox.guid).to_vec();
+        if !self.lists.aliases.contains_key(user) {
+            return;
+        }
+        change.mailbox.iter_mut().for_each(canonical);
+        for op in &mut change.ops {
+            if let Some(What::Save(save)) = &mut op.what {
+                save.copied_from.iter_mut().filter_map(|from| from.mailbox.as_mut()).for_each(canonical);
+            }
+        }
+    }
+
+    /// Whoever asks for a body may know the mailbox by the GUID that it had.
+    pub fn canonical_request(&self, request: &mut BodyRequest) {
+        if let Some(mailbox) = &mut request.mailbox {
+            mailbox.guid = self.lists.canonical(&request.user, &mailbox.guid).to_vec();
+        }
+    }
+
+    pub fn canonical_spans(&self, spans: &mut [Span]) {
+        for span in spans.iter_mut().filter(|span| self.lists.aliases.contains_key(span.user.as_str())) {
+            span.mailbox_guid = self.lists.canonical(&span.user, &span.mailbox_guid).to_vec();
+        }
+    }
+
+    /// The mailbox has another GUID now; it is still the same one, or was put into the one that has it.
+    pub fn note_alias(&mut self, user: &Arc<str>, mailbox: &[u8], is_now: &[u8]) -> Result<(), JournalError> {
+        if mailbox == is_now || self.lists.canonical(user, mailbox) == is_now {
+            return Ok(());
+        }
+        self.lists.add_alias(user, mailbox, is_now);
+        self.journal.note_alias(user, mailbox, is_now, wall_clock_us())
+    }
+
+    /// What a worker found of two mailboxes of one name: the first is gone, if it was ever here.
+    pub fn take_alias(&mut self, user: &Arc<str>, mailbox: &[u8], is_now: &[u8]) -> Result<(), JournalError> {
+        self.note_alias(user, mailbox, is_now)?;
+        self.forget_log(user, mailbox)
+    }
+
+    /// What is known of the mailbox's log is of another one.
+    pub fn forget_log(&mut self, user: &Arc<str>, mailbox: &[u8]) -> Result<(), JournalError> {
+        if self.journal.log(user, mailbox, "")?.is_none() {
+            return Ok(());
+        }
+        self.journal.forget_mailbox(user, mailbox)?;
+        let mut released = Vec::new();
+        self.order.forget_mailbox(user, mailbox, &mut self.spans, &mut released);
+        self.ship_all(released);
+        Ok(())
+    }
+
+    /// Takes out of a peer's changes what later ones have decided. To be called before they are applied.
+    pub fn reduce_list<'a>(
+        &mut self,
+        user: &Arc<str>,
+        changes: impl Iterator<Item = &'a mut Change>,
+    ) -> Result<(), JournalError> {
+        for change in changes.filter(|change| change::is_of_list(change)) {
+            let (Some(stamp), Some(mailbox)) = (&change.stamp, &change.mailbox) else { continue };
+            self.lists.is_applied(user, self.now_ms);
+            let mut notes = Vec::new();
+            for op in &mut change.ops {
+                match &mut op.what {
+                    Some(What::Subscription(theirs)) => {
+                        let known = self.journal.subscription(user, &mailbox.path)?;
+                        let later = known.filter(|(_, at)| *at > named(stamp)).map(|(subscribed, _)| subscribed);
+                        if let Some(ours) = later.filter(|ours| *ours != theirs.subscribed) {
+                            theirs.subscribed = ours;
+                            notes.push("subscription_conflict");
+                        }
+                    }
+                    Some(What::Rename(theirs)) => notes.extend(self.reduce_rename(user, stamp, mailbox, theirs)?),
+                    Some(What::Delete(theirs)) => {
+                        let guid = self.lists.canonical(user, &mailbox.guid);
+                        let known = self.journal.named_mailbox(user, guid)?;
+                        theirs.keeps = known.is_some_and(|known| known.own_seq > self.heard_of_us(stamp));
+                        theirs.known = self.journal.log(user, guid, "")?.map(look_at);
+                        notes.extend(theirs.keeps.then_some("delete_conflict"));
+                    }
+                    _ => {}
+                }
+            }
+            notes.into_iter().for_each(|note| self.counts.note(note, 1));
+        }
+        Ok(())
+    }
+
+    /// The last of our changes that the origin of a change had applied.
+    fn heard_of_us(&self, stamp: &Stamp) -> u64 {
+        let is_us = |of: &&SeqOf| of.origin == self.me.server && of.epoch == self.me.epoch;
+        stamp.vector.iter().find(is_us).map_or(0, |of| of.seq)
+    }
+
+    fn reduce_rename(
+        &self,
+        user: &str,
+        stamp: &Stamp,
+        mailbox: &Mailbox,
+        rename: &mut MailboxRename,
+    ) -> Result<Option<&'static str>, JournalError> {
+        let theirs = named(stamp);
+        let known = self.journal.named_mailbox(user, self.lists.canonical(user, &mailbox.guid))?;
+        if let Some(ours) = known.as_ref().filter(|ours| ours.named > theirs) {
+            // It stays, or goes back, where it was put later.
+            let is_other = ours.path != rename.new_path;
+            rename.new_path.clone_from(&ours.path);
+            return Ok(is_other.then_some("rename_conflict"));
+        }
+        let all = self.journal.named_mailboxes(user)?;
+        let from = known.as_ref().map_or(&mailbox.path, |known| &known.path);
+        let is_later = |child: &NamedMailbox| along(&child.named, false, &theirs) == Along::Back;
+        let children = below(&all, from).map(|(child, _)| child).filter(|child| is_later(child));
+        let back = |child: &NamedMailbox| Mailbox {
+            guid: child.mailbox.clone(),
+            path: child.path.clone(),
+            ..Default::default()
+        };
+        rename.back = children.take(change::MAILBOXES_MAX).map(back).collect();
+        Ok(None)
+    }
+
+    /// Keeps what a change did to the list. To be called with each that is told, or applied.
+    pub fn note_list(&mut self, user: &Arc<str>, change: &Change) -> Result<(), JournalError> {
+        let (Some(stamp), Some(mailbox)) = (&change.stamp, &change.mailbox) else { return Ok(()) };
+        let at = named(stamp);
+        let is_ours = stamp.origin == self.me.server;
+        let guid = self.lists.canonical(user, &mailbox.guid).to_vec();
+        for op in &change.ops {
+            match &op.what {
+                Some(What::Subscription(subscription)) => {
+                    let is_news = self.journal.subscription(user, &mailbox.path)?.is_none_or(|(_, known)| known < at);
+                    if is_news {
+                        self.journal.set_subscription(user, &mailbox.path, subscription.subscribed, &at)?;
+                    }
+                }
+                Some(What::Rename(rename)) => {
+                    self.note_rename(user, stamp, &Mailbox { guid: guid.clone(), ..mailbox.clone() }, rename)?
+                }
+                // A directory.
+                _ if guid.is_empty() => {}
+                Some(What::Create(_)) => {
+                    let known = self.journal.named_mailbox(user, &guid)?;
+                    if known.is_none_or(|known| known.named < at) {
+                        self.journal.set_path(user, &guid, &mailbox.path, Some(&at))?;
+                    }
+                }
+                Some(What::Delete(delete)) if !delete.keeps => self.journal.forget_mailbox(user, &guid)?,
+                _ => {}
+            }
+        }
+        if is_ours && change::keeps_mailbox(change) && !guid.is_empty() {
+            self.journal.note_own(user, &guid, stamp.seq)?;
+        }
+        if is_ours && change::is_of_list(change) && self.lists.may_race(user, self.now_ms) {
+            // A peer's may have been applied behind it.
+            self.heals.want_all(user);
+        }
+        Ok(())
+    }
+
+    fn note_rename(
+        &mut self,
+        user: &Arc<str>,
+        stamp: &Stamp,
+        mailbox: &Mailbox,
+        rename: &MailboxRename,
+    ) -> Result<(), JournalError> {
+        let at = named(stamp);
+        let is_ours = stamp.origin == self.me.server;
+        let known = self.journal.named_mailbox(user, &mailbox.guid)?;
+        if known.as_ref().is_some_and(|known| known.named > at) {
+            return Ok(());
+        }
+        let all = self.journal.named_mailboxes(user)?;
+        let from = known.as_ref().map_or(&mailbox.path, |known| &known.path);
+        if !mailbox.guid.is_empty() {
+            self.journal.set_path(user, &mailbox.guid, &rename.new_path, Some(&at))?;
+        }
+        let heard = self.heard_of_us(stamp);
+        let mut tell = Vec::new();
+        for (child, rest) in below(&all, from) {
+            if rename.back.iter().any(|back| back.guid == child.mailbox) {
+                continue;
+            }
+            let path = [&rename.new_path[..], rest].concat();
+            self.journal.set_path(user, &child.mailbox, &path, None)?;
+            // A directory has no GUID by which the later name could be found.
+            let of_directory = is_ours && mailbox.guid.is_empty();
+            // One that should have gone back was named while the worker did this.
+            let is_unheard = !is_ours && along(&child.named, child.own_seq > heard, &at) != Along::Moves;
+            if of_directory || is_unheard {
+                let from = Mailbox { guid: child.mailbox.clone(), path: child.path.clone(), ..Default::default() };
+                tell.push((from, path));
+            }
+        }
+        for (from, new_path) in tell {
+            let rename = What::Rename(MailboxRename { new_path, back: vec![] });
+            let told = Change {
+                user: user.to_string(),
+                mailbox: Some(from),
+                ops: vec![Op { what: Some(rename) }],
+                ..Default::default()
+            };
+            self.ship_all(vec![Release { user: user.clone(), change: Some(told), spans: vec![] }]);
+        }
+        Ok(())
+    }
+}

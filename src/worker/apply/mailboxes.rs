@@ -1,0 +1,395 @@
+//! Mailboxes themselves: which one a change means, and what becomes of two that servers made or named before they had talked.
+//!
+//! What [`crate::merge::mailbox`] decides is carried out. Guarantees that a mailbox is never deleted before all of its messages
+//! are in the one that it becomes, and that the peers are told if something stays here that is not as they have it.
+use std::io::{Read, Write};
+
+use super::super::look;
+use super::super::name;
+use super::super::storage::{Existence, Guid, Result, Storage, Update};
+use super::{guid_of, locate, Apply, Marks, Open, Outcome, Pending, Reason, GONE_MAX, NO_GUID};
+use crate::merge::mailbox::{merge, Identity};
+use crate::wire::proto::{self, op::What};
+
+impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
+    // ---- Finding the mailbox -----------------------------------------------------------------------------------------
+
+    /// What the relay knows.
+    pub fn know_aliases(&mut self, aliases: &[proto::Alias]) {
+        let guid = |bytes: &[u8]| Guid::try_from(bytes).ok();
+        self.aliases.extend(aliases.iter().filter_map(|alias| guid(&alias.guid).zip(guid(&alias.is))));
+    }
+
+    /// Where it is now, under whichever GUID.
+    fn locate(&mut self, mailbox: &proto::Mailbox) -> Result<Option<String>> {
+        match (locate(self.storage, mailbox)?, self.aliases.get(&guid_of(mailbox)?)) {
+            (None, Some(is)) => locate(self.storage, &proto::Mailbox { guid: is.to_vec(), ..mailbox.clone() }),
+            (found, _) => Ok(found),
+        }
+    }
+
+    /// Opens the mailbox, creates it if wanted. False if it doesn't exist.
+    pub(super) fn enter(&mut self, mailbox: &proto::Mailbox, reason: Reason) -> Outcome<bool> {
+        if let Some(open) = &self.open {
+            let same_uids = mailbox.uid_validity == 0 || mailbox.uid_validity == open.uid_validity;
+            // Ours stood against a creation; against a message it may give way.
+            let again = open.differs && open.reason == Reason::Create && reason == Reason::Save;
+            if !again && same_uids && super::is_of(open, mailbox) {
+                return Ok(true);
+            }
+        }
+        self.leave()?;
+        let vname = name::vname(&mailbox.path, &self.namespace)?;
+        let guid = guid_of(mailbox)?;
+
+        // By name first: looking for a GUID may list all mailboxes. Opening it before looking whether it exists would
+        // create those that are configured to appear by themselves, with a GUID of their own.
+        let is_there = self.storage.existence(&vname)? == Existence::Mailbox && self.storage.open(&vname, false)?;
+        if is_there && (guid == NO_GUID || self.storage.status().guid == guid) {
+            return self.entered(mailbox, &vname, reason);
+        }
+        self.storage.close();
+        if let Some(found) = self.find_guid(&guid)? {
+            if self.storage.open(&found, false)? {
+                return self.entered(mailbox, &found, reason);
+            }
+        }
+        if !is_there {
+            if reason == Reason::Change {
+                return Ok(false);
+            }
+            let update = Update {
+                guid,
+                uid_validity: mailbox.uid_validity,
+                // Not its UIDNEXT: messages that belong below may still come.
+                ..Update::default()
+            };
+            self.storage.create(&vname, false, &update)?;
+        }
+        if !self.storage.open(&vname, false)? {
+            return Err("it disappeared".to_string().into());
+        }
+        self.entered(mailbox, &vname, reason)
+    }
+
+    /// The mailbox with this GUID, or the one that it has become.
+    pub(super) fn find_guid(&mut self, guid: &Guid) -> Result<Option<String>> {
+        if *guid == NO_GUID {
+            return Ok(None);
+        }
+        match (self.storage.find_guid(guid)?, self.aliases.get(guid)) {
+            (None, Some(is)) => self.storage.find_guid(is),
+            (found, _) => Ok(found),
+        }
+    }
+
+    /// The mailbox that is meant is open, or another one of its name: they are one from now on.
+    fn entered(&mut self, mailbox: &proto::Mailbox, vname: &str, reason: Reason) -> Outcome<bool> {
+        let guid = guid_of(mailbox)?;
+        let status = self.storage.status();
+        let had_mail = status.uid_next > 1;
+        // Nobody knows what a worker that was killed had begun to make.
+        let is_half_made = !had_mail && reason == Reason::Create && self.again.contains(&self.current.seq);
+        let ours = match is_half_made && guid != NO_GUID {
+            true => Identity { guid: NO_GUID, uid_validity: 0, had_mail },
+            false => Identity { guid: status.guid, uid_validity: status.uid_validity, had_mail },
+        };
+        let theirs = Identity {
+            guid,
+            uid_validity: mailbox.uid_validity,
+            had_mail: reason != Reason::Create || mailbox.uid_next > 1 || self.creates_with_mail,
+        };
+        let is_known = self.aliases.get(&guid) == Some(&status.guid);
+        let merged = self.become_one(vname, ours, theirs)?;
+        let differs = (guid != NO_GUID && merged.guid != guid)
+            || (theirs.uid_validity != 0 && merged.uid_validity != theirs.uid_validity);
+        let path = name::path(vname, &self.namespace).unwrap_or_else(|| mailbox.path.clone());
+        // Theirs were given in another mailbox's place, whichever of the two it was.
+        let is_other_place = theirs.uid_validity != 0 && status.uid_validity != theirs.uid_validity;
+        let diverges = (is_other_place || (guid != NO_GUID && guid != status.guid)) && status.messages > 0;
+        self.open = Some(Open {
+            mailbox: (mailbox.guid.clone(), mailbox.path.clone()),
+            guid: merged.guid,
+            path,
+            uid_validity: mailbox.uid_validity,
+            uid_next: self.storage.status().uid_next,
+            reason,
+            differs,
+            marks: Marks::parse(&self.storage.mark()?),
+            complete: None,
+            diverges: false,
+            min_uid_next: 0,
+            min_highest_modseq: 0,
+        });
+        if diverges && reason != Reason::Create && !self.has_diverged() {
+            self.diverge();
+            self.pending = Pending::Changes;
+            self.flush()?;
+        }
+        // Who still calls it so may not have heard yet what it was told.
+        if differs && !is_known {
+            self.tell_identity(had_mail);
+        }
+        self.finish_what_was_moving()?;
+        Ok(true)
+    }
+
+    /// The open mailbox becomes what it and another one are together.
+    fn become_one(&mut self, vname: &str, ours: Identity, theirs: Identity) -> Result<Identity> {
+        let born = (vname == "INBOX").then(|| self.storage.inbox_guid()).transpose()?;
+        let merged = merge(ours, theirs, born);
+        let (guid, uid_validity) = (merged.guid, merged.uid_validity);
+        let mut update = Update::default();
+        if guid != ours.guid {
+            update.guid = guid;
+            self.notes.push("guid_adopted".into());
+        }
+        if uid_validity != ours.uid_validity {
+            update.uid_validity = uid_validity;
+            if ours.had_mail {
+                self.notes.push("uidvalidity_adopted".into());
+            }
+        }
+        if update.guid != NO_GUID || update.uid_validity != 0 {
+            self.storage.update(&update)?;
+        }
+        if update.uid_validity != 0 && !self.storage.open(vname, false)? {
+            return Err("it disappeared".to_string());
+        }
+        for loser in [theirs.guid, ours.guid].into_iter().filter(|loser| ![NO_GUID, guid].contains(loser)) {
+            self.note_alias(loser, guid);
+            // Of a mailbox that is here the relay hears by itself that it got another GUID.
+            if loser == theirs.guid {
+                self.new_aliases.push(proto::Alias { guid: loser.to_vec(), is: guid.to_vec() });
+            }
+        }
+        Ok(merged)
+    }
+
+    fn note_alias(&mut self, loser: Guid, guid: Guid) {
+        self.aliases.values_mut().filter(|is| **is == loser).for_each(|is| *is = guid);
+        self.aliases.insert(loser, guid);
+        self.aliases.remove(&guid);
+        self.elsewhere.rename(&loser, &guid);
+    }
+
+    /// The open mailbox is not as the peer has it: so it may hear how it is.
+    fn tell_identity(&mut self, had_mail: bool) {
+        self.tell_op(What::Create(proto::MailboxCreate { directory: false, had_mail }));
+    }
+
+    // ---- Operations --------------------------------------------------------------------------------------------------
+
+    pub(super) fn create(&mut self, mailbox: &proto::Mailbox, create: &proto::MailboxCreate) -> Outcome<()> {
+        if !create.directory {
+            self.creates_with_mail = create.had_mail;
+            let outcome = self.enter(mailbox, Reason::Create);
+            self.creates_with_mail = false;
+            return outcome.map(drop);
+        }
+        self.leave()?;
+        let vname = name::vname(&mailbox.path, &self.namespace)?;
+        if self.storage.existence(&vname)? == Existence::None {
+            self.storage.create(&vname, true, &Update::default())?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn rename(
+        &mut self,
+        stamp: &proto::Stamp,
+        mailbox: &proto::Mailbox,
+        rename: &proto::MailboxRename,
+    ) -> Outcome<()> {
+        self.leave()?;
+        let to = name::vname(&rename.new_path, &self.namespace)?;
+        let from = self.locate(mailbox)?;
+        match &from {
+            Some(from) => self.rename_to(stamp, from, &to)?,
+            None if self.storage.existence(&to)? == Existence::None => self.note("mailbox_missing"),
+            None => {}
+        }
+        for back in &rename.back {
+            let name = name::vname(&back.path, &self.namespace)?;
+            // Dovecot's list may still have it under its old name, so it is looked for where it must have gone.
+            let gone = from.as_ref().and_then(|from| name.strip_prefix(from)).map(|rest| format!("{to}{rest}"));
+            let path = gone.and_then(|gone| name::path(&gone, &self.namespace)).unwrap_or_else(|| back.path.clone());
+            if let Some(gone) = self.locate(&proto::Mailbox { path, ..back.clone() })? {
+                self.rename_to(stamp, &gone, &name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// With its children. If something has the name already, the two become one.
+    fn rename_to(&mut self, stamp: &proto::Stamp, from: &str, to: &str) -> Outcome<()> {
+        if from == to || self.storage.rename(from, to)? {
+            return Ok(());
+        }
+        if to.strip_prefix(from).is_some_and(|rest| rest.starts_with(self.namespace.separator)) {
+            // Dovecot does not put a mailbox below itself: what is below stays behind.
+            let aside = format!("{from}~");
+            if !self.storage.rename(from, &aside)? {
+                return Err(format!("it cannot be renamed to {aside}").into());
+            }
+            self.rename_children(stamp, &aside, from)?;
+            return self.rename_to(stamp, &aside, to);
+        }
+        self.note("mailbox_merged");
+        self.rename_children(stamp, from, to)?;
+        match self.storage.existence(from)? {
+            Existence::Mailbox => self.move_messages(stamp, from, to),
+            Existence::Directory => self.storage.delete(from).map(drop).map_err(Into::into),
+            Existence::None => Ok(()),
+        }
+    }
+
+    fn rename_children(&mut self, stamp: &proto::Stamp, from: &str, to: &str) -> Outcome<()> {
+        for child in self.storage.mailboxes(i64::MAX)? {
+            let rest = child.vname.strip_prefix(from).filter(|rest| rest.starts_with(self.namespace.separator));
+            if let Some(rest) = rest.map(str::to_owned) {
+                self.rename_to(stamp, &child.vname, &format!("{to}{rest}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All of its messages go to another mailbox, which is the same from now on.
+    fn move_messages(&mut self, stamp: &proto::Stamp, from: &str, to: &str) -> Outcome<()> {
+        let Some(path) = name::path(to, &self.namespace) else { return Ok(()) };
+        loop {
+            let Some(source) = self.identity_of(from)? else { return Ok(()) };
+            let uids = self.storage.uids()?;
+            let mut saves = Vec::with_capacity(uids.len());
+            for uid in &uids {
+                saves.extend(self.save_again(*uid)?);
+            }
+            self.storage.close();
+            // By its name, whichever GUID that has.
+            let target = proto::Mailbox { path: path.clone(), uid_validity: source.uid_validity, ..Default::default() };
+            self.enter(&target, Reason::Save)?;
+            let from_path = name::path(from, &self.namespace).unwrap_or_default();
+            for mut save in saves {
+                let uid = save.birth.as_ref().map_or(0, |birth| birth.uid);
+                let mailbox = proto::Mailbox { path: from_path.clone(), ..Default::default() };
+                save.copied_from = Some(proto::CopiedFrom { mailbox: Some(mailbox), uid });
+                self.save(stamp, &target, &save)?;
+            }
+            self.flush()?;
+            // Before the other one is gone, which has this GUID, too.
+            let status = self.storage.status();
+            let had_mail = status.uid_next > 1;
+            let ours = Identity { guid: status.guid, uid_validity: status.uid_validity, had_mail };
+            let merged = self.become_one(to, ours, source)?;
+            if let Some(open) = &mut self.open {
+                open.guid = merged.guid;
+            }
+            self.tell_identity(merged.had_mail);
+            self.leave()?;
+            // The relay must know what it was before it can miss it.
+            self.report()?;
+            if self.identity_of(from)?.is_none() {
+                return Ok(());
+            }
+            self.expunge_here(&uids)?;
+            self.storage.close();
+            if self.storage.delete_empty(from)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Opens the mailbox. None if it is not there.
+    fn identity_of(&mut self, vname: &str) -> Result<Option<Identity>> {
+        if !self.storage.open(vname, false)? {
+            return Ok(None);
+        }
+        let status = self.storage.status();
+        let (guid, uid_validity) = (status.guid, status.uid_validity);
+        Ok(Some(Identity { guid, uid_validity, had_mail: status.uid_next > 1 }))
+    }
+
+    pub(super) fn delete(&mut self, mailbox: &proto::Mailbox, delete: &proto::MailboxDelete) -> Outcome<()> {
+        if delete.keeps {
+            return self.keep(mailbox);
+        }
+        self.leave()?;
+        let Some(vname) = self.locate(mailbox)? else { return self.finish_delete(mailbox) };
+        if delete.directory || self.storage.existence(&vname)? != Existence::Mailbox {
+            // A mailbox that has come into being under a directory's name is not the one that was deleted.
+            let is_directory = self.storage.existence(&vname)? != Existence::Mailbox;
+            return if is_directory { self.storage.delete(&vname).map(drop).map_err(Into::into) } else { Ok(()) };
+        }
+        if !self.storage.open(&vname, false)? {
+            return Ok(());
+        }
+        let known = delete.known.clone().unwrap_or_default();
+        if !look::has_untold_saves(self.storage, &known)? {
+            // Only what is known to be known: something may come in meanwhile.
+            let uids = self.storage.uids()?;
+            self.expunge_here(&uids)?;
+            self.storage.close();
+            if self.storage.delete_empty(&vname)? || self.storage.existence(&vname)? == Existence::None {
+                return Ok(());
+            }
+        }
+        self.note("delete_conflict");
+        self.storage.close();
+        self.keep(mailbox)
+    }
+
+    /// All these messages of the open mailbox.
+    fn expunge_here(&mut self, uids: &[u32]) -> Result<()> {
+        for uid in uids {
+            self.storage.expunge(*uid, *uid)?;
+        }
+        let (offset, bytes) = Marks::parse(&self.storage.mark()?).ours();
+        self.storage.write_mark(offset, &bytes)?;
+        self.storage.commit().map(drop)
+    }
+
+    /// Who was killed while it deleted the mailbox has left one that nobody can open, and that Dovecot would bring back.
+    fn finish_delete(&mut self, mailbox: &proto::Mailbox) -> Outcome<()> {
+        let vname = name::vname(&mailbox.path, &self.namespace)?;
+        let is_half_deleted =
+            self.storage.existence(&vname)? == Existence::Mailbox && !self.storage.open(&vname, true)?;
+        self.storage.close();
+        if is_half_deleted {
+            self.storage.delete(&vname)?;
+        }
+        Ok(())
+    }
+
+    /// Who deleted it did not know all that is in it. So it stays, and the others get it again.
+    fn keep(&mut self, mailbox: &proto::Mailbox) -> Outcome<()> {
+        if !self.enter(mailbox, Reason::Change)? {
+            return Ok(());
+        }
+        self.flush()?;
+        let had_mail = self.storage.status().uid_next > 1;
+        self.tell_identity(had_mail);
+        let uids = self.storage.uids()?;
+        if uids.len() > GONE_MAX {
+            let origin = super::printable(&self.current.origin);
+            self.doubts.push(proto::Doubt {
+                guid: mailbox.guid.clone(),
+                path: mailbox.path.clone(),
+                reason: format!(
+                    "server {origin} has deleted it while it was used here, and it has too many messages to tell"
+                ),
+            });
+            return Ok(());
+        }
+        for uid in uids {
+            if let Some(save) = self.save_again(uid)? {
+                self.tell_op(What::Save(save));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn subscribe(&mut self, mailbox: &proto::Mailbox, subscription: &proto::Subscription) -> Outcome<()> {
+        let vname = name::vname(&mailbox.path, &self.namespace)?;
+        Ok(self.storage.set_subscribed(&vname, subscription.subscribed)?)
+    }
+}
