@@ -1,8 +1,8 @@
 //! A seed's schedule against two real Dovecots: clients write while processes are killed, paused and restarted. Then both
 //! servers must be the same, and every mail there as often as its client knows.
 //!
-//! One server is written to at a time; the other one has its turn when both are the same. What two servers do at once to
-//! one mailbox is another chapter. A seed gives the same schedule each time; the threads of a schedule race as they like.
+//! In half of the seeds one server is written to at a time, and the other one has its turn when both are the same; in the others
+//! both are at once. A seed gives the same schedule each time; the threads of a schedule race as they like.
 
 mod client;
 mod dice;
@@ -114,16 +114,26 @@ fn play(seed: u64) {
 }
 
 fn play_phase(scene: &Scene, phase: &Phase, users: &[String], ledger: &Mutex<Ledger>) {
-    let server = &scene.servers()[phase.writer];
     let progress = Progress::default();
-    let writer = |number| Writer { server, users, ledger, progress: &progress, number, connections: BTreeMap::new() };
+    let writer = |number| Writer {
+        server: &scene.servers()[phase.side_of(number)],
+        users,
+        ledger,
+        progress: &progress,
+        number,
+        both: phase.both,
+        connections: BTreeMap::new(),
+    };
     ledger.lock().expect("a ledger").share_out(phase.clients.len());
     for user in 0..users.len() {
-        writer(0).deliver(user, 0);
-        let mut imap = Imap::login(server, &users[user]);
-        for mailbox in &plan::MAILBOXES[1..] {
-            // From the second phase on they are there.
-            imap.command(&format!("CREATE {mailbox}")).expect("no fault yet");
+        for number in 0..if phase.both { 2 } else { 1 } {
+            let mut first = writer(number);
+            first.deliver(user, 0);
+            let mut imap = Imap::login(first.server, &users[user]);
+            for mailbox in &plan::MAILBOXES[1..] {
+                // From the second phase on they are there.
+                imap.command(&format!("CREATE {mailbox}")).expect("no fault yet");
+            }
         }
     }
     progress.expect_clients(phase.clients.len());

@@ -25,6 +25,8 @@ pub struct Plan {
 pub struct Phase {
     /// Index of the server that is written to.
     pub writer: usize,
+    /// Both are: every second client writes to the other one.
+    pub both: bool,
     /// What each client does, one step after the other.
     pub clients: Vec<Vec<Step>>,
     pub events: Vec<Event>,
@@ -124,7 +126,21 @@ impl Phase {
             Fault::add(&mut dice, writer, steps, &mut events);
         }
         events.sort_by_key(|event| event.after);
-        Phase { writer, clients, events }
+        let both = seed / 8 % 2 == 1;
+        if both {
+            // Clients need a server.
+            events.retain(|event| !matches!(event.fault, Fault::Stop { .. } | Fault::Start { .. }));
+        }
+        Phase { writer, both, clients, events }
+    }
+
+    /// The server that a client writes to.
+    pub fn side_of(&self, client: usize) -> usize {
+        if self.both {
+            (self.writer + client) % 2
+        } else {
+            self.writer
+        }
     }
 }
 
@@ -243,7 +259,12 @@ impl Display for Plan {
         )?;
         for (n, phase) in self.phases.iter().enumerate() {
             let steps: Vec<usize> = phase.clients.iter().map(Vec::len).collect();
-            writeln!(f, "phase {}: {} is written to, clients with {steps:?} steps", n + 1, side_name(phase.writer))?;
+            let writers = match phase.both {
+                true => "a and b are",
+                false if phase.writer == 0 => "a is",
+                false => "b is",
+            };
+            writeln!(f, "phase {}: {writers} written to, clients with {steps:?} steps", n + 1)?;
             for event in &phase.events {
                 writeln!(f, "  after {} steps: {}", event.after, event.fault)?;
             }

@@ -1,6 +1,6 @@
 //! A client at work: it plays its steps and writes down what it knows of their outcome.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard};
 
 use super::client::{deliver, literal, Answer, Appended, Imap, Lost};
@@ -15,6 +15,8 @@ pub struct Writer<'a> {
     pub ledger: &'a Mutex<Ledger>,
     pub progress: &'a Progress,
     pub number: usize,
+    /// The other server is written to as well.
+    pub both: bool,
     pub connections: BTreeMap<usize, Imap>,
 }
 
@@ -215,11 +217,17 @@ impl Writer<'_> {
         let fields = format!("UID FETCH 1:* (BODY.PEEK[HEADER.FIELDS ({TOKEN_HEADER})])");
         let fetched = self.ask(user, |imap| imap.command(&fields)).ok()?;
         assert!(fetched.is_ok(), "UID FETCH in {} was answered {}", mailbox.name, fetched.result);
-        let all: Vec<(u32, String)> = fetched.untagged.iter().filter_map(|line| uid_and_token(line)).collect();
+        let mut all: Vec<(u32, String)> = fetched.untagged.iter().filter_map(|line| uid_and_token(line)).collect();
         let mut ledger = self.ledger();
-        let tokens: Vec<String> = all.iter().map(|(_, token)| token.clone()).collect();
-        if let Err(fault) = ledger.seen(user, self.number, &mailbox.id, &tokens) {
-            assert!(was_rebuilt(self.server, &self.users[user]), "{fault}");
+        if self.both {
+            // One that is given another UID may be there twice for a moment.
+            let mut met = BTreeSet::new();
+            all.retain(|(_, token)| met.insert(token.clone()));
+        } else {
+            let tokens: Vec<String> = all.iter().map(|(_, token)| token.clone()).collect();
+            if let Err(fault) = ledger.seen(user, self.number, &mailbox.id, &tokens) {
+                assert!(was_rebuilt(self.server, &self.users[user]), "{fault}");
+            }
         }
         Some(all.into_iter().filter(|(_, token)| ledger.owns(self.number, token)).collect())
     }
