@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use prost::Message;
 
-use super::engine::{wall_clock_us, Close, Engine};
+use super::engine::{Close, Engine};
 use super::heal::Look;
 use super::order::{Release, HOLD_MS_MAX};
 use super::spans::Need;
@@ -250,7 +250,7 @@ impl Engine {
         let failed = Failed {
             user: user.to_string(),
             mailbox: doubt.guid,
-            at_us: wall_clock_us(),
+            at_us: self.outside.now_us(),
             error: format!("mailbox {path}: {reason}"),
             ..Default::default()
         };
