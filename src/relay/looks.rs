@@ -177,6 +177,10 @@ impl Engine {
                 self.heals.note_rebuilt(user);
             }
             self.counts.counters.healed += 1;
+            // Who made it may have been killed, and another process's record of the same may come late.
+            if let (true, Some(mailbox)) = (change::is_of_list(&found), &found.mailbox) {
+                self.subscribers.changed(user, &mailbox.path, usize::MAX, self.now_ms);
+            }
             self.ship_all(vec![Release { user: user.clone(), change: Some(found), spans: Vec::new() }]);
         }
         if let Some(known) = looked.known {
