@@ -39,7 +39,8 @@ fn update(flags: &FlagUpdate) -> Update {
 }
 
 fn operation(update: Update) -> Op {
-    let range = |Range { first, last, guid }| MessageRange { first_uid: first, last_uid: last, guid };
+    let range =
+        |Range { first, last, guid }| MessageRange { first_uid: first, last_uid: last, guid, ..Default::default() };
     let flags = FlagUpdate {
         messages: update.messages.into_iter().map(range).collect(),
         add: update.add,

@@ -750,8 +750,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         let mut found = Vec::new();
         let moved = self.has_diverged();
         for range in messages {
-            if range.guid.is_empty() {
+            if range.guid.is_empty() && range.guid_128.is_empty() {
                 self.find_by_uid(range, &mut found)?;
+                continue;
+            }
+            if range.guid.is_empty() {
+                found.extend(self.find_hashed(range)?.map(|uid| (uid, uid)));
                 continue;
             }
             match self.storage.message_guid(range.first_uid)? {
@@ -766,6 +770,19 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             }
         }
         Ok(found)
+    }
+
+    /// The message with this hashed GUID. The one that has the UID here may have been saved at the same time.
+    fn find_hashed(&mut self, range: &proto::MessageRange) -> Result<Option<u32>> {
+        let guid = Guid::try_from(&range.guid_128[..]).map_err(|_| "malformed change: a GUID is not 16 bytes")?;
+        let there = self.storage.message_info(range.first_uid)?;
+        if there.is_some_and(|info| info.guid_128 == guid) {
+            return Ok(Some(range.first_uid));
+        }
+        match self.has_diverged() {
+            true => Ok(self.storage.find_hashed(&guid)?.last().copied()),
+            false => Ok(None),
+        }
     }
 
     /// Of messages that the origin names by their UIDs alone.
@@ -973,7 +990,7 @@ mod tests {
     }
 
     fn expunge(seq: u64, uid: u32, guid: &str) -> proto::Change {
-        let range = proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.into() };
+        let range = proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.into(), ..Default::default() };
         change(seq, What::Expunge(proto::Expunge { messages: vec![range], ..Default::default() }))
     }
 
@@ -1149,6 +1166,21 @@ mod tests {
     }
 
     #[test]
+    fn what_a_log_says_was_expunged_is_no_other_message() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "ours")]);
+        let gone = |guid_128: [u8; 16]| {
+            let range =
+                proto::MessageRange { first_uid: 5, last_uid: 5, guid_128: guid_128.to_vec(), ..Default::default() };
+            What::Expunge(proto::Expunge { messages: vec![range], ..Default::default() })
+        };
+        apply(&mut storage, Script::default(), &[change(1, gone([9; 16]))]);
+        assert_eq!(storage.messages("INBOX"), named(&[(5, "ours")]));
+        apply(&mut storage, Script::default(), &[change(2, gone(HASHED_GUID))]);
+        assert_eq!(storage.messages("INBOX"), []);
+    }
+
+    #[test]
     fn a_message_copied_inside_of_its_mailbox_stays_there_twice() {
         let mut storage = FakeStorage::default();
         storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "ours")]);
@@ -1265,7 +1297,7 @@ mod tests {
     fn what_a_server_lost_when_its_index_was_rebuilt_is_told_to_it_again() {
         let mut storage = FakeStorage::default();
         storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "two"), (3, "three")]);
-        let present = vec![proto::MessageRange { first_uid: 1, last_uid: 1, guid: String::new() }];
+        let present = vec![proto::MessageRange { first_uid: 1, last_uid: 1, ..Default::default() }];
         let rebuilt = What::Rebuilt(proto::MailboxRebuilt { present, uid_next: 3 });
         let outcome = apply(&mut storage, Script::default(), &[change(1, rebuilt)]);
         let [What::Save(save)] = &outcome.told[..] else { panic!("{outcome:?}") };

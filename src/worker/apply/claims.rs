@@ -175,7 +175,8 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             return Ok(Some(uid));
         }
         // Their process may not find out any more which message it was.
-        let messages = vec![proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.to_owned() }];
+        let messages =
+            vec![proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.to_owned(), ..Default::default() }];
         self.tell_op(What::Expunge(proto::Expunge { messages, ..Default::default() }));
         Ok(None)
     }
