@@ -1181,6 +1181,29 @@ mod tests {
     }
 
     #[test]
+    fn a_message_that_cannot_be_where_it_is_claimed_is_meant_by_that_uid() {
+        let ours = [(5, "ours"), (6, "theirs"), (9, "other")];
+        let claimed = [claim(1, "theirs", 9, &[5]), expunge(2, 9, "")];
+        let nacked = [nack(1, "theirs", 6, 9, 10), expunge(2, 9, "")];
+        for (resolves, changes) in [(false, claimed), (true, nacked)] {
+            let mut storage = FakeStorage::default();
+            storage.add("INBOX", GUID, 9, &ours);
+            apply_as(resolves, &mut storage, Script::default(), &changes);
+            assert_eq!(storage.messages("INBOX"), named(&[(5, "ours"), (9, "other")]));
+        }
+    }
+
+    #[test]
+    fn uidnext_reaches_what_was_given_to_a_message_that_is_expunged_here() {
+        for change in [claim(4, "one", 8, &[1]), nack(4, "one", 1, 7, 9)] {
+            let mut storage = FakeStorage::default();
+            apply(&mut storage, Script::default(), &[save(1, 1, "one"), expunge(2, 1, "one")]);
+            apply_as(true, &mut storage, Script::default(), &[change]);
+            assert_eq!(storage.uid_next("INBOX"), 9);
+        }
+    }
+
+    #[test]
     fn a_message_copied_inside_of_its_mailbox_stays_there_twice() {
         let mut storage = FakeStorage::default();
         storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "ours")]);

@@ -75,10 +75,13 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         // Of copies inside of the mailbox, the one that is meant.
         let meant = |uid: &&u32| **uid == claim.uid || claim.was.contains(uid);
         let Some(stands) = found.iter().rfind(meant).or(found.last()).copied() else {
-            return self.reserve(&claim.guid, &claim.was, there);
+            self.note_elsewhere(claim.uid, &claim.guid, false);
+            self.reserve(there);
+            return Ok(());
         };
         let put = uid::place(self.here(Some(stands)), there);
-        self.put(&claim.guid, stands, put, there, claim.was.clone())
+        self.put(&claim.guid, stands, put, there, claim.was.clone())?;
+        self.note_if_elsewhere(claim.uid, &claim.guid)
     }
 
     pub(super) fn nack(&mut self, mailbox: &proto::Mailbox, nack: &proto::Nack) -> Outcome<()> {
@@ -93,25 +96,29 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let was = vec![nack.uid, nack.stands];
         let found = self.storage.find_messages(&nack.guid)?;
         let Some(stands) = found.iter().find(|uid| **uid == nack.uid).or(found.last()).copied() else {
-            return self.reserve(&nack.guid, &was, there);
+            self.note_elsewhere(nack.stands, &nack.guid, false);
+            self.reserve(there);
+            return Ok(());
         };
-        match uid::answer(self.here(Some(stands)), there, nack.is_new || was_applied) {
-            Some(put) => self.put(&nack.guid, stands, put, there, was),
-            None => Ok(()),
+        if let Some(put) = uid::answer(self.here(Some(stands)), there, nack.is_new || was_applied) {
+            self.put(&nack.guid, stands, put, there, was)?;
         }
+        self.note_if_elsewhere(nack.stands, &nack.guid)
     }
 
-    /// The message is not here. If it was expunged, its claims do not matter any more.
-    fn reserve(&mut self, guid: &str, was: &[u32], there: There) -> Outcome<()> {
-        for uid in was {
-            if self.storage.was_expunged(*uid, guid)? {
-                return Ok(());
-            }
+    /// The changes' origin has the message at this UID, and may name it so until it hears of ours.
+    fn note_if_elsewhere(&mut self, uid: u32, guid: &str) -> Outcome<()> {
+        if uid != 0 && !self.is_at(uid, guid)? {
+            self.note_elsewhere(uid, guid, false);
         }
+        Ok(())
+    }
+
+    /// The message is not here. Also if it was expunged: UIDNEXT is to be the same everywhere in the end.
+    fn reserve(&mut self, there: There) {
         if let Some(open) = &mut self.open {
             open.min_uid_next = open.min_uid_next.max(uid::reserve(there));
         }
-        Ok(())
     }
 
     /// Also if it was applied before: what it gave rise to may not have been told.
