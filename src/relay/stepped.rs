@@ -31,6 +31,8 @@ impl Stepped {
     }
 
     pub fn accept(&mut self, pipe: Box<dyn Pipe>, kind: Connection) -> Result<(), String> {
+        // It is now that it comes.
+        self.0.take(&mut Vec::new());
         match kind {
             Connection::Local => self.0.take_local(Stream::Pipe(pipe)),
             Connection::Peer => self.0.take_stranger(Stream::Pipe(pipe)),
