@@ -21,6 +21,8 @@ use crate::wire::proto::{self, frame::Kind, op::What, Doubt, LookAt, Looked, Mai
 const TAIL_BYTES: usize = 64;
 /// Ranges in one operation.
 const RANGES_MAX: usize = 512;
+/// Changes of flags in one mailbox that name the message by its GUID, too: worth opening some files, but not all.
+const NAMED_MAX: usize = 1_000;
 /// Deltas of one look; a log with more is compared instead.
 const DELTAS_MAX: usize = 1_000_000;
 
@@ -521,6 +523,7 @@ fn operations<S: Storage>(
     let (mut of_messages, mut expunges) = (Vec::new(), Vec::new());
     // They came and went, and were never told. A peer may have given these UIDs to others meanwhile.
     let mut gone = BTreeSet::new();
+    let mut unnamed = NAMED_MAX;
     let flags =
         |add: u8, remove: u8| proto::FlagUpdate { add: add.into(), remove: remove.into(), ..Default::default() };
     for delta in deltas {
@@ -531,14 +534,14 @@ fn operations<S: Storage>(
             },
             Delta::Flags { first_uid, last_uid, .. } if first_uid == last_uid && gone.contains(&first_uid) => {}
             Delta::Flags { first_uid, last_uid, add, remove } => {
-                for messages in named(storage, &[UidRange { first: first_uid, last: last_uid }], moves)? {
+                for messages in named(storage, &[UidRange { first: first_uid, last: last_uid }], moves, &mut unnamed)? {
                     of_messages.push(What::Flags(proto::FlagUpdate { messages, ..flags(add, remove) }));
                 }
             }
             Delta::Keywords { add, name, mut ranges } => {
                 ranges.retain(|range| range.first != range.last || !gone.contains(&range.first));
                 let (added, removed) = if add { (vec![name], vec![]) } else { (vec![], vec![name]) };
-                for messages in named(storage, &ranges, moves)? {
+                for messages in named(storage, &ranges, moves, &mut unnamed)? {
                     of_messages.push(What::Flags(proto::FlagUpdate {
                         messages,
                         add_keywords: added.clone(),
@@ -571,9 +574,15 @@ fn named<S: Storage>(
     storage: &mut S,
     ranges: &[UidRange],
     moves: Option<&[(u32, u32)]>,
+    unnamed: &mut usize,
 ) -> Result<Vec<Vec<MessageRange>>> {
     let Some(moves) = moves else {
-        let messages = without_gaps(storage, ranges)?;
+        let mut messages = without_gaps(storage, ranges)?;
+        // The peer may have given a UID to another one at the same time.
+        for single in messages.iter_mut().filter(|range| range.first_uid == range.last_uid).take(*unnamed) {
+            single.guid = storage.message_guid(single.first_uid)?.unwrap_or_default();
+            *unnamed -= 1;
+        }
         return Ok(messages.chunks(RANGES_MAX).map(<[_]>::to_vec).collect());
     };
     let is_meant = |uid: u32| is_in(ranges, uid);
@@ -794,7 +803,12 @@ mod tests {
         storage.open("INBOX", false).unwrap();
         let range = |first, last| [UidRange { first, last }];
         let mut uids = |ranges: &[UidRange], moves: &[(u32, u32)]| -> Vec<u32> {
-            named(&mut storage, ranges, Some(moves)).unwrap().concat().iter().map(|range| range.first_uid).collect()
+            named(&mut storage, ranges, Some(moves), &mut 9)
+                .unwrap()
+                .concat()
+                .iter()
+                .map(|range| range.first_uid)
+                .collect()
         };
         assert_eq!(uids(&range(1, 3), &[]), [1, 3]);
         assert_eq!(uids(&range(5, 5), &[(5, 7), (7, 3)]), [3]);
