@@ -608,9 +608,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 let Some(body) = fetched.body() else {
                     // It was expunged there; that comes next.
                     self.note("body_gone");
-                    // No other message may get its UID.
+                    // No other message may get its UID. (Where it could not be had, none was used up here.)
                     if let Some(open) = &mut self.open {
-                        open.min_uid_next = open.min_uid_next.max(uid.saturating_add(1));
+                        open.min_uid_next = open.min_uid_next.max(wanted.saturating_add(1));
                     }
                     return Ok(self.raise_uid_next()?);
                 };
@@ -1396,6 +1396,17 @@ mod tests {
         let outcome = apply(&mut storage, gone(1), &[large]);
         assert_eq!((outcome.done, outcome.notes), (1, vec!["body_gone".to_string()]));
         assert_eq!(storage.messages("INBOX"), []);
+        assert_eq!(storage.uid_next("INBOX"), 6);
+    }
+
+    #[test]
+    fn a_body_that_is_gone_uses_up_no_uid_that_others_do_not_know() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "ours")]);
+        let mut large = save(1, 5, "large");
+        let Some(What::Save(save)) = &mut large.ops[0].what else { unreachable!() };
+        (save.body_inline, save.body) = (false, Vec::new());
+        apply_as(true, &mut storage, gone(1), &[large]);
         assert_eq!(storage.uid_next("INBOX"), 6);
     }
 
