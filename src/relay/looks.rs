@@ -228,6 +228,7 @@ impl Engine {
     /// A log was read up to there; what waited for it goes on.
     fn take_known(&mut self, user: &Arc<str>, known: Span, path: &[String]) {
         let need = Need::of(&known);
+        self.recall_healed(&known, &need);
         self.spans.heal(&need, (known.prev_log_seq, known.prev_log_end), (known.log_seq, known.end));
         match self.order.drop_healed(user, &self.spans) {
             0 => {}
@@ -243,6 +244,20 @@ impl Engine {
         let mut released = Vec::new();
         self.order.look_again(user, &self.spans, &mut released);
         self.ship_all(released);
+    }
+
+    /// What was read from the log before the last start, too, is not told a second time.
+    fn recall_healed(&mut self, known: &Span, need: &Need) {
+        if self.spans.knows(need) {
+            return;
+        }
+        match self.journal.log(&known.user, &known.mailbox_guid, &known.private_user) {
+            Ok(Some(log)) if log.index_id == known.index_id => {
+                self.spans.recall(need, (log.log_seq, log.end), log.healed);
+            }
+            Ok(_) => {}
+            Err(error) => self.fail(error),
+        }
     }
 
     pub fn take_doubt(&mut self, user: &Arc<str>, doubt: Doubt) {
