@@ -157,6 +157,8 @@ pub struct Apply<'a, S, C> {
     /// Changes whose writing has been begun and not been committed, the current one included.
     seqs: Vec<proto::SeqOf>,
     current: proto::SeqOf,
+    /// The current change has one operation.
+    is_single: bool,
     /// Changes that are complete but for the commit of what is pending.
     complete: u32,
     next_body: &'a mut u64,
@@ -199,6 +201,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             pending_keywords: HashMap::new(),
             seqs: Vec::new(),
             current: proto::SeqOf::default(),
+            is_single: false,
             complete: 0,
             next_body,
             done: 0,
@@ -274,6 +277,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             return Err(format!("malformed change: UIDNEXT {}", mailbox.uid_next).into());
         }
         self.current = proto::SeqOf { origin: stamp.origin.clone(), epoch: stamp.epoch, seq: stamp.seq };
+        self.is_single = change.ops.len() == 1;
         self.seqs.push(self.current.clone());
         self.storage.applying(&self.seqs);
 
@@ -1211,6 +1215,18 @@ mod tests {
         assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (2, "ours"), (3, "one")]));
         apply(&mut storage, Script::default(), &[claim(2, "one", 7, &[2, 3])]);
         assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (2, "ours"), (7, "one")]));
+    }
+
+    #[test]
+    fn a_claim_that_may_not_have_been_told_is_told_again() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "one")]);
+        let nacked = [nack(1, "one", 5, 9, 10)];
+        let raised = proto::Claim { guid: "one".into(), uid: 10, was: vec![5, 9], raised: 1 };
+        let outcome = apply_as(true, &mut storage, Script::default(), &nacked);
+        assert_eq!(outcome.told, [What::Claim(raised)]);
+        let outcome = apply_as(true, &mut storage, Script::default(), &nacked);
+        assert!(matches!(&outcome.told[..], [What::Claim(claim)] if claim.uid == 10), "{outcome:?}");
     }
 
     #[test]

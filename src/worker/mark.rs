@@ -129,6 +129,25 @@ pub fn end(logs: &[Vec<u8>]) -> Place {
     (Header::parse(log).map_or(0, |header| header.file_seq), log.len() as u64)
 }
 
+/// Where the log says that the message was moved, the last time, and the UID that its copy got by the same commit: another
+/// process may have used up the one that it was to get.
+pub fn move_of(logs: &[Vec<u8>], moved: (u32, u32)) -> Option<(Place, u32)> {
+    let copy = |commit: &Commit| {
+        let mut appends = commit.records.iter().filter_map(|record| match &record.what {
+            What::Append(appends) => appends.last(),
+            _ => None,
+        });
+        appends.next().map(|append| append.uid)
+    };
+    let of_log = |log: &Vec<u8>| {
+        let file_seq = Header::parse(log).map_or(0, |header| header.file_seq);
+        let is_it = |commit: &Commit| moves_of(commit).any(|of_commit| of_commit == moved);
+        let of_commit = |commit: &Commit| Some(((file_seq, commit.begin), copy(commit)?));
+        commits(log).iter().rev().filter(|commit| is_it(commit)).find_map(of_commit)
+    };
+    logs.iter().rev().find_map(of_log)
+}
+
 /// What others did to the message with this UID behind the place.
 pub fn done_since(logs: &[Vec<u8>], place: Place, uid: u32) -> Vec<Delta> {
     let behind = |log: &Vec<u8>| {

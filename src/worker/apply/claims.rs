@@ -177,6 +177,10 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             self.storage.commit()?;
         }
         self.note_elsewhere(from, guid, true);
+        // What is told of it may be lost: when the change comes again, it is to be known as applied, and told again.
+        if let Some(open) = self.open.as_mut().filter(|_| self.is_single) {
+            open.complete = Some(self.current.clone());
+        }
         self.finish_moving(from)?;
         if self.redo_since(begin, from, uid)? {
             return Ok(Some(uid));
@@ -226,24 +230,41 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     /// A worker was killed while it gave a message another UID.
     pub(super) fn finish_what_was_moving(&mut self) -> Outcome<()> {
         let Some((from, to)) = self.open.as_ref().and_then(|open| open.marks.moving()) else { return Ok(()) };
+        let of_log = mark::move_of(&self.storage.log_files()?, (from, to));
+        let (begin, to) = of_log.map_or((None, to), |(begin, copy)| (Some(begin), copy));
         let (old, new) = (self.storage.message_guid(from)?, self.storage.message_guid(to)?);
-        match old.is_some() && old == new {
-            true => {
-                self.finish_moving(from)?;
-                let Some(guid) = new else { return Ok(()) };
-                // Perhaps it was not told.
-                self.note_elsewhere(from, &guid, true);
-                if self.resolves {
-                    self.tell_uid(&guid, to, There { uid: from, next: 0, raised: 0 }, vec![from], false);
-                }
-                Ok(())
-            }
-            false => {
-                self.note_moving(None)?;
-                self.pending = Pending::Changes;
-                self.flush()
+        let Some(guid) = old.filter(|old| new.as_ref() == Some(old)) else {
+            return self.end_half_moved(begin, from, to);
+        };
+        self.finish_moving(from)?;
+        // Perhaps it was not told.
+        self.note_elsewhere(from, &guid, true);
+        if let Some(begin) = begin {
+            self.redo_since(begin, from, to)?;
+        }
+        if self.resolves {
+            self.tell_uid(&guid, to, There { uid: from, next: 0, raised: 0 }, vec![from], false);
+        }
+        Ok(())
+    }
+
+    /// One of the two is gone: a client that expunged it, whichever it saw, meant the message.
+    fn end_half_moved(&mut self, begin: Option<mark::Place>, from: u32, to: u32) -> Outcome<()> {
+        let logs = self.storage.log_files()?;
+        for (gone, left) in [(from, to), (to, from)] {
+            let done = begin.map(|begin| mark::done_since(&logs, begin, gone)).unwrap_or_default();
+            let expunged = done.iter().find_map(|delta| match delta {
+                Delta::Expunge { guid, .. } => *guid,
+                _ => None,
+            });
+            let info = self.storage.message_info(left)?;
+            if info.is_some_and(|info| expunged == Some(info.guid_128)) {
+                self.storage.expunge(left, left)?;
             }
         }
+        self.note_moving(None)?;
+        self.pending = Pending::Changes;
+        self.flush()
     }
 
     fn note_moving(&mut self, moving: Option<(u32, u32)>) -> Result<()> {
