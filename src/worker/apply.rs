@@ -466,9 +466,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             return self.enter_other(mailbox, &vname, &guid, reason);
         }
         if let Some(found) = self.find_guid(&guid)? {
-            if self.storage.open(&found, false)? {
-                return self.entered(mailbox, reason);
-            }
+            return self.enter_found(mailbox, &found, reason);
         }
         if reason == Reason::Change {
             return Ok(false);
@@ -496,13 +494,19 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
     }
 
+    /// It was there a moment ago. If it is not any more, it is not to be made a second time.
+    fn enter_found(&mut self, mailbox: &proto::Mailbox, vname: &str, reason: Reason) -> Outcome<bool> {
+        match self.storage.open(vname, false)? {
+            true => self.entered(mailbox, reason),
+            false => Err("it was renamed or deleted just now".to_string().into()),
+        }
+    }
+
     /// Another mailbox with that name is open.
     fn enter_other(&mut self, mailbox: &proto::Mailbox, vname: &str, guid: &Guid, reason: Reason) -> Outcome<bool> {
         self.storage.close();
         if let Some(found) = self.find_guid(guid)? {
-            if self.storage.open(&found, false)? {
-                return self.entered(mailbox, reason);
-            }
+            return self.enter_found(mailbox, &found, reason);
         }
         if !self.storage.open(vname, false)? {
             return Err("it disappeared".to_string().into());
