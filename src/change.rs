@@ -357,6 +357,7 @@ fn check_ranges(ranges: &[MessageRange]) -> Result<(), ChangeError> {
         if range.guid.len() > MESSAGE_GUID_BYTES_MAX {
             return Err(ChangeError::MessageGuid(range.guid.len()));
         }
+        check_guid_or_none("hashed GUID of a message", &range.guid_128)?;
     }
     Ok(())
 }
@@ -399,7 +400,7 @@ mod tests {
 
     fn expunge(first_uid: u32, last_uid: u32) -> What {
         What::Expunge(Expunge {
-            messages: vec![MessageRange { first_uid, last_uid, guid: String::new() }],
+            messages: vec![MessageRange { first_uid, last_uid, ..Default::default() }],
             ..Default::default()
         })
     }

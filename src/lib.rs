@@ -7,6 +7,7 @@
 //! | [`wire`] | the protocol: protobuf records, frames | nothing outside |
 //! | [`change`] | what a change is: limits, checks, helpers on the records | `wire` |
 //! | [`settings`] | the table of settings and their checks | nothing outside |
+//! | [`time`] | where time comes from: the machine, or a simulator | nothing outside |
 //! | [`indexlog`] | what Dovecot wrote to a mailbox's index, read back from its log | nothing outside |
 //! | [`journal`] | the relay's memory on disk | files, SQLite |
 //! | [`peer`] | a session with a peer as a state machine: frames in, frames out | `change`, `wire` |
@@ -25,5 +26,6 @@ pub mod merge;
 pub mod peer;
 pub mod relay;
 pub mod settings;
+pub mod time;
 pub mod wire;
 pub mod worker;

@@ -5,7 +5,8 @@
 //! does not fit is dropped and counted, and the spans' gap tells the relay where.
 
 mod link;
-mod records;
+#[doc(hidden)]
+pub mod records;
 pub mod transaction;
 
 pub use link::{Link, LinkConfig};

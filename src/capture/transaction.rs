@@ -130,7 +130,7 @@ impl Transaction {
     /// The single update becomes one like any other.
     fn list_single(&mut self) {
         if let Some(Single { uid, add, remove }) = self.single.take() {
-            let message = proto::MessageRange { first_uid: uid, last_uid: uid, guid: String::new() };
+            let message = proto::MessageRange { first_uid: uid, last_uid: uid, ..Default::default() };
             self.flags.push(proto::FlagUpdate { messages: vec![message], add, remove, ..Default::default() });
         }
     }
@@ -164,7 +164,12 @@ impl Transaction {
         if self.take(guid.as_ref().map_or(0, String::len) + RANGE_BYTES) {
             match guid {
                 None => push_message(&mut self.expunges, uid, String::new(), false),
-                Some(guid) => self.expunges.push(proto::MessageRange { first_uid: uid, last_uid: uid, guid }),
+                Some(guid) => self.expunges.push(proto::MessageRange {
+                    first_uid: uid,
+                    last_uid: uid,
+                    guid,
+                    ..Default::default()
+                }),
             }
         }
     }
@@ -244,7 +249,7 @@ fn same_delta(a: &proto::FlagUpdate, b: &proto::FlagUpdate) -> bool {
 fn push_message(messages: &mut Vec<proto::MessageRange>, uid: u32, guid: String, apart: bool) {
     match messages.last_mut() {
         Some(last) if !apart && last.guid.is_empty() && last.last_uid == uid.wrapping_sub(1) => last.last_uid = uid,
-        _ => messages.push(proto::MessageRange { first_uid: uid, last_uid: uid, guid }),
+        _ => messages.push(proto::MessageRange { first_uid: uid, last_uid: uid, guid, ..Default::default() }),
     }
 }
 
@@ -278,7 +283,12 @@ mod tests {
         let changes = changes(transaction, &[]);
         assert_eq!(changes.len(), 1);
         let Some(proto::op::What::Flags(flags)) = &changes[0].ops[0].what else { panic!() };
-        let range = |first_uid, last_uid, guid: &str| proto::MessageRange { first_uid, last_uid, guid: guid.into() };
+        let range = |first_uid, last_uid, guid: &str| proto::MessageRange {
+            first_uid,
+            last_uid,
+            guid: guid.into(),
+            ..Default::default()
+        };
         let mut expected: Vec<_> = (1..=100).map(|uid| range(uid, uid, &format!("guid {uid}"))).collect();
         expected[6].guid.clear();
         expected.push(range(101, 100_000, ""));
@@ -291,7 +301,7 @@ mod tests {
         transaction.flags(7, None, proto::FlagUpdate { add: 2, remove: 4, ..Default::default() });
         transaction.name(|uid| Some(format!("guid {uid}")));
         let changes = changes(transaction, &[]);
-        let message = proto::MessageRange { first_uid: 7, last_uid: 7, guid: "guid 7".into() };
+        let message = proto::MessageRange { first_uid: 7, last_uid: 7, guid: "guid 7".into(), ..Default::default() };
         let expected = proto::FlagUpdate { messages: vec![message], add: 2, remove: 4, ..Default::default() };
         assert_eq!(changes[0].ops[0].what, Some(proto::op::What::Flags(expected)));
     }

@@ -3,7 +3,6 @@
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 
-use mio::event::Source;
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
 
@@ -16,13 +15,31 @@ pub const READ_BYTES: usize = 64 << 10;
 pub enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Pipe(Box<dyn Pipe>),
+}
+
+/// A simulated connection: like a socket that never blocks.
+pub trait Pipe {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize>;
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
+    /// The outcome of a connect: `None` if it is still under way.
+    fn connected(&self) -> Option<io::Result<()>>;
+    /// As `shutdown(SHUT_RD)`.
+    fn stop_reading(&self) -> io::Result<()>;
+    /// What happens on it happens to this token.
+    fn register(&mut self, token: Token);
 }
 
 impl Stream {
-    fn source(&mut self) -> &mut dyn Source {
+    pub fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        let interests = Interest::READABLE | Interest::WRITABLE;
         match self {
-            Stream::Tcp(stream) => stream,
-            Stream::Unix(stream) => stream,
+            Stream::Tcp(stream) => registry.register(stream, token, interests),
+            Stream::Unix(stream) => registry.register(stream, token, interests),
+            Stream::Pipe(pipe) => {
+                pipe.register(token);
+                Ok(())
+            }
         }
     }
 
@@ -30,6 +47,7 @@ impl Stream {
         match self {
             Stream::Tcp(stream) => stream.read(bytes),
             Stream::Unix(stream) => stream.read(bytes),
+            Stream::Pipe(pipe) => pipe.read(bytes),
         }
     }
 
@@ -37,6 +55,7 @@ impl Stream {
         match self {
             Stream::Tcp(stream) => stream.write(bytes),
             Stream::Unix(stream) => stream.write(bytes),
+            Stream::Pipe(pipe) => pipe.write(bytes),
         }
     }
 
@@ -45,6 +64,7 @@ impl Stream {
         let (error, is_connected) = match self {
             Stream::Tcp(stream) => (stream.take_error(), stream.peer_addr().map(drop)),
             Stream::Unix(stream) => (stream.take_error(), stream.peer_addr().map(drop)),
+            Stream::Pipe(pipe) => return pipe.connected(),
         };
         match error {
             Ok(None) => {}
@@ -75,10 +95,9 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Takes the socket into the poll as `token`. `connecting` if its connect is still under way.
-    pub fn new(mut stream: Stream, connecting: bool, registry: &Registry, token: Token) -> io::Result<Connection> {
-        registry.register(stream.source(), token, Interest::READABLE | Interest::WRITABLE)?;
-        Ok(Connection { stream, decoder: Decoder::new(), out: Vec::new(), written: 0, connecting })
+    /// `connecting` if its connect is still under way.
+    pub fn new(stream: Stream, connecting: bool) -> Connection {
+        Connection { stream, decoder: Decoder::new(), out: Vec::new(), written: 0, connecting }
     }
 
     /// Looks whether a connect that was under way has come to an end; its error, if it failed.
@@ -113,6 +132,7 @@ impl Connection {
         match &self.stream {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Read),
             Stream::Unix(stream) => stream.shutdown(Shutdown::Read),
+            Stream::Pipe(pipe) => pipe.stop_reading(),
         }
     }
 

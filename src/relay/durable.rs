@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use prost::Message;
 
 use super::clock::Clock;
-use super::engine::{wall_clock_us, Command, Engine, Fatal};
+use super::engine::{Command, Engine, Fatal};
 use super::list::Lists;
 use super::order::Release;
 use super::spans::Need;
@@ -18,6 +18,7 @@ use super::Config;
 use crate::change::{self, CHANGE_BYTES_MAX, USER_BYTES_MAX};
 use crate::journal::{Failed, Journal, JournalError, KnownLog, Lock, Options, Start};
 use crate::peer::Loaded;
+use crate::time::Time;
 use crate::wire::frame;
 use crate::wire::proto::{frame::Kind, Change, Frame, SeqOf, Span, Stamp};
 
@@ -41,7 +42,7 @@ pub struct Opened {
 }
 
 /// Opens the journal when the relay before this one has closed it.
-pub fn open(config: &Config, commands: &Receiver<Command>) -> Result<Opened, Fatal> {
+pub fn open(config: &Config, commands: &Receiver<Command>, time: &dyn Time) -> Result<Opened, Fatal> {
     let mut waiting = Vec::new();
     let failed = |error| JournalError::Sqlite { path: config.journal.clone(), error };
     let lock = loop {
@@ -62,7 +63,7 @@ pub fn open(config: &Config, commands: &Receiver<Command>) -> Result<Opened, Fat
         server: &config.server,
         peers: &peers,
         boot: &config.boot,
-        now_us: wall_clock_us(),
+        now_us: time.now_us(),
     };
     Ok(Opened { journal: Some(Journal::open(&options, lock)?), waiting })
 }
@@ -145,7 +146,7 @@ impl Engine {
 
     /// Journals the change and puts it into every peer's outbox, encoded once for all.
     fn ship_change(&mut self, user: &Arc<str>, mut change: Change) -> Result<(), JournalError> {
-        let now_us = wall_clock_us();
+        let now_us = self.outside.now_us();
         let given = change.stamp.take().map_or(0, |stamp| stamp.clock);
         let seq = self.journal.next_seq()?;
         change.stamp = Some(Stamp {
@@ -202,7 +203,7 @@ impl Engine {
         self.remember_failed(&Failed {
             user,
             mailbox,
-            at_us: wall_clock_us(),
+            at_us: self.outside.now_us(),
             error: format!("a change could not be sent to the peers: {why}"),
             ..Default::default()
         });
@@ -228,7 +229,7 @@ impl Engine {
             })
         });
         self.remember_failed(&Failed {
-            at_us: wall_clock_us(),
+            at_us: self.outside.now_us(),
             error: format!(
                 "this server's journal was set back: peer {name} knows more of its changes; compare all mailboxes"
             ),
@@ -255,9 +256,9 @@ impl Engine {
         if let Some(error) = self.failed.take() {
             return Err(error.into());
         }
-        if self.commit_due().is_some_and(|due| due <= self.began.elapsed()) {
+        if self.commit_due().is_some_and(|due| due <= self.outside.elapsed()) {
             self.journal.commit()?;
-            self.committed = self.began.elapsed();
+            self.committed = self.outside.elapsed();
         }
         self.load_outboxes()?;
         Ok(())
@@ -294,7 +295,7 @@ impl Engine {
     /// Drops what the journal has no room for.
     fn trim(&mut self) -> Result<(), JournalError> {
         self.trim_at_ms = self.now_ms + TRIM_EVERY_MS;
-        let oldest_us = wall_clock_us().saturating_sub(self.config.journal_age_us_max);
+        let oldest_us = self.outside.now_us().saturating_sub(self.config.journal_age_us_max);
         self.journal.forget_elsewhere(oldest_us)?;
         self.journal.forget_aliases(oldest_us)?;
         self.journal.trim_flags(self.config.journal_bytes_max / FLAGS_SHARE, oldest_us)?;

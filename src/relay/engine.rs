@@ -1,15 +1,15 @@
 //! The loop: polls, reads, lets each connection's role handle its frames, writes. The roles are in the files beside.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::io::{self, Read};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, TryRecvError};
-use mio::{Events, Poll, Token, Waker};
+use crossbeam_channel::{Receiver, TryRecvError};
+use mio::Token;
 
 use super::bodies::Bodies;
 use super::clock::Clock;
@@ -19,6 +19,7 @@ use super::heal::Heals;
 use super::list::Lists;
 use super::local::Local;
 use super::order::Order;
+use super::outside::Outside;
 use super::peers::PeerState;
 use super::spans::Spans;
 use super::status::Counts;
@@ -31,7 +32,6 @@ use crate::peer::{Identity, Session};
 use crate::wire::proto::Frame;
 
 pub const WAKER: Token = Token(0);
-const EVENTS_MAX: usize = 256;
 /// Buffers read from one connection before the others have their turn.
 const READS_IN_TURN: usize = 8;
 /// A peer's frames wait in their lanes while this much waits for its socket.
@@ -132,15 +132,11 @@ pub struct Engine {
     pub subscribers: Subscribers,
     /// Last reason for which there was no worker, logged once.
     pub last_worker_error: String,
-    pub began: Instant,
+    pub outside: Box<dyn Outside>,
     /// When the journal was last committed, after the beginning.
     pub committed: Duration,
-    poll: Poll,
-    waker: Arc<Waker>,
     commands: Receiver<Command>,
-    /// For threads that resolve names; gone when the engine stops.
-    sender: Sender<Command>,
-    on_closed: Box<dyn Fn() + Send>,
+    on_closed: Box<dyn Fn()>,
     last_token: usize,
     /// Connections whose role is, or was, [`Role::Stranger`].
     strangers: Vec<Token>,
@@ -157,17 +153,14 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// The poll's waker and the channel are made before, for those who talk to the engine while it is still waiting for
-    /// its journal.
     pub fn new(
         config: Config,
-        (poll, waker): (Poll, Arc<Waker>),
-        (sender, commands): (Sender<Command>, Receiver<Command>),
-        on_closed: Box<dyn Fn() + Send>,
+        mut outside: Box<dyn Outside>,
+        commands: Receiver<Command>,
+        on_closed: Box<dyn Fn()>,
         (journal, start): (Journal, Start),
     ) -> Result<Engine, Fatal> {
-        let mut instance = vec![0; 16];
-        std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut instance)).map_err(Fatal::Poll)?;
+        let instance = outside.instance().map_err(Fatal::Poll)?;
         let me =
             Identity { server: config.server.clone(), instance, epoch: start.epoch, software: config.software.clone() };
         let mut engine = Engine {
@@ -199,12 +192,9 @@ impl Engine {
             last_refusals: HashMap::new(),
             subscribers: Subscribers::default(),
             last_worker_error: String::new(),
-            began: Instant::now(),
+            outside,
             committed: Duration::ZERO,
-            poll,
-            waker,
             commands,
-            sender,
             on_closed,
             last_token: WAKER.0,
             strangers: Vec::new(),
@@ -247,30 +237,37 @@ impl Engine {
                  port can change it. It is meant for tests only."
             );
         }
-        let mut events = Events::with_capacity(EVENTS_MAX);
         self.take_commands();
+        let mut happened = Vec::new();
         while !self.is_at_end() {
-            self.has_closed = false;
-            self.read_in_turn();
-            self.keep_time();
-            self.dispatch_jobs();
-            // Before anybody hears of it.
-            self.keep_journal()?;
-            self.write();
-            let timeout = self.timeout();
-            match self.poll.poll(&mut events, timeout) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(Fatal::Poll(error)),
-                _ => {}
-            }
-            self.now_ms = self.began.elapsed().as_millis() as u64;
-            for event in &events {
-                match event.token() {
-                    WAKER => self.take_commands(),
-                    token => self.look_at(token),
-                }
-            }
+            let timeout = self.round()?;
+            self.outside.wait(timeout, &mut happened).map_err(Fatal::Poll)?;
+            self.take(&mut happened);
         }
         self.keep_journal()
+    }
+
+    /// All that is to be done until something happens; how long that may be waited for.
+    pub fn round(&mut self) -> Result<Option<Duration>, Fatal> {
+        self.has_closed = false;
+        self.read_in_turn();
+        self.keep_time();
+        self.dispatch_jobs();
+        // Before anybody hears of it.
+        self.keep_journal()?;
+        self.write();
+        Ok(self.timeout())
+    }
+
+    /// This has happened.
+    pub fn take(&mut self, happened: &mut Vec<Token>) {
+        self.now_ms = self.outside.elapsed().as_millis() as u64;
+        for token in happened.drain(..) {
+            match token {
+                WAKER => self.take_commands(),
+                token => self.look_at(token),
+            }
+        }
     }
 
     /// Does what was asked for while the journal was not open.
@@ -283,10 +280,11 @@ impl Engine {
         self.insert(stream, is_connecting, false, role)
     }
 
-    fn insert(&mut self, stream: Stream, is_connecting: bool, is_accepted: bool, role: Role) -> io::Result<Token> {
+    fn insert(&mut self, mut stream: Stream, is_connecting: bool, is_accepted: bool, role: Role) -> io::Result<Token> {
         self.last_token += 1;
         let token = Token(self.last_token);
-        let connection = Connection::new(stream, is_connecting, self.poll.registry(), token)?;
+        self.outside.watch(&mut stream, token)?;
+        let connection = Connection::new(stream, is_connecting);
         self.sockets.insert(token, Socket { connection, role, is_accepted });
         Ok(token)
     }
@@ -320,17 +318,6 @@ impl Engine {
         if socket.is_accepted {
             (self.on_closed)();
         }
-    }
-
-    /// Resolves a peer's host in a thread of its own, because it may take long; answers by [`Command::Resolved`].
-    pub fn resolve(&self, index: usize, address: String) -> io::Result<()> {
-        let (sender, waker) = (self.sender.clone(), self.waker.clone());
-        let resolve = move || {
-            let addresses = std::net::ToSocketAddrs::to_socket_addrs(&address).map(Iterator::collect);
-            let _ = sender.send(Command::Resolved(index, addresses));
-            let _ = waker.wake();
-        };
-        std::thread::Builder::new().name("dovetail-dns".into()).spawn(resolve).map(drop)
     }
 
     pub fn is_stopping(&self) -> bool {
@@ -371,7 +358,10 @@ impl Engine {
     fn accept_local(&mut self, socket: OwnedFd) -> Result<(), String> {
         let stream = std::os::unix::net::UnixStream::from(socket);
         stream.set_nonblocking(true).map_err(|e| format!("fcntl() failed: {e}"))?;
-        let stream = Stream::Unix(mio::net::UnixStream::from_std(stream));
+        self.take_local(Stream::Unix(mio::net::UnixStream::from_std(stream)))
+    }
+
+    pub fn take_local(&mut self, stream: Stream) -> Result<(), String> {
         self.insert(stream, false, true, Role::Local(Local::default())).map_err(|e| format!("epoll failed: {e}"))?;
         Ok(())
     }
@@ -381,13 +371,16 @@ impl Engine {
         for address in [stream.peer_addr(), stream.local_addr()] {
             self.check_address(address.map_err(|e| format!("its address is not known: {e}"))?.ip())?;
         }
+        stream.set_nonblocking(true).map_err(|e| format!("fcntl() failed: {e}"))?;
+        stream.set_nodelay(true).map_err(|e| format!("setsockopt() failed: {e}"))?;
+        self.take_stranger(Stream::Tcp(mio::net::TcpStream::from_std(stream)))
+    }
+
+    pub fn take_stranger(&mut self, stream: Stream) -> Result<(), String> {
         if self.strangers.len() >= STRANGERS_MAX {
             return Err(format!("{STRANGERS_MAX} others have not said yet which peer they are"));
         }
-        stream.set_nonblocking(true).map_err(|e| format!("fcntl() failed: {e}"))?;
-        stream.set_nodelay(true).map_err(|e| format!("setsockopt() failed: {e}"))?;
         let session = self.session_with_stranger();
-        let stream = Stream::Tcp(mio::net::TcpStream::from_std(stream));
         let role = Role::Stranger(Box::new(session));
         let token = self.insert(stream, false, true, role).map_err(|e| format!("epoll failed: {e}"))?;
         self.strangers.push(token);
@@ -569,7 +562,7 @@ impl Engine {
             Role::Stranger(session) => Some(session.wake_up_ms()),
             _ => None,
         });
-        let now = self.began.elapsed();
+        let now = self.outside.elapsed();
         let until_commit = self.commit_due().map(|due| due.saturating_sub(now));
         let due_ms = strangers
             .chain(peers.filter_map(PeerState::wake_up_ms))
@@ -606,8 +599,4 @@ impl Engine {
         let is_settled = is_read && is_written && is_applied && self.peers.iter().all(PeerState::is_settled);
         is_settled || stop_by_ms <= self.now_ms
     }
-}
-
-pub fn wall_clock_us() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
 }

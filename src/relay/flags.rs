@@ -10,7 +10,7 @@ use std::sync::Arc;
 use prost::Message;
 
 use super::durable::sent_change;
-use super::engine::{wall_clock_us, Engine};
+use super::engine::Engine;
 use super::order::Release;
 use super::spans::Place;
 use crate::change;
@@ -39,7 +39,8 @@ fn update(flags: &FlagUpdate) -> Update {
 }
 
 fn operation(update: Update) -> Op {
-    let range = |Range { first, last, guid }| MessageRange { first_uid: first, last_uid: last, guid };
+    let range =
+        |Range { first, last, guid }| MessageRange { first_uid: first, last_uid: last, guid, ..Default::default() };
     let flags = FlagUpdate {
         messages: update.messages.into_iter().map(range).collect(),
         add: update.add,
@@ -246,7 +247,7 @@ impl Engine {
         let mailbox = Mailbox { guid: mailbox_guid(change).to_vec(), ..Default::default() };
         let kept = Change { mailbox: Some(mailbox), ops: change.ops.clone(), ..Default::default() }.encode_to_vec();
         let kept = FlagChange { clock: stamp.clock, origin: stamp.origin.clone(), change: kept };
-        self.journal.note_flags(user, &kept, wall_clock_us())?;
+        self.journal.note_flags(user, &kept, self.outside.now_us())?;
         let last = self.flags_clocks.entry(user.clone()).or_default();
         *last = stamp.clock.max(*last);
         Ok(())

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::engine::{wall_clock_us, Engine};
+use super::engine::Engine;
 use super::looks::look_at;
 use super::order::Release;
 use crate::change;
@@ -110,7 +110,7 @@ impl Engine {
             return Ok(());
         }
         self.lists.add_alias(user, mailbox, is_now);
-        self.journal.note_alias(user, mailbox, is_now, wall_clock_us())
+        self.journal.note_alias(user, mailbox, is_now, self.outside.now_us())
     }
 
     /// What a worker found of two mailboxes of one name: the first is gone, if it was ever here.

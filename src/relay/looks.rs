@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use prost::Message;
 
-use super::engine::{wall_clock_us, Close, Engine};
+use super::engine::{Close, Engine};
 use super::heal::Look;
 use super::order::{Release, HOLD_MS_MAX};
 use super::spans::Need;
@@ -183,6 +183,10 @@ impl Engine {
                 self.heals.note_rebuilt(user, mailbox, self.now_ms);
             }
             self.counts.counters.healed += 1;
+            // Who made it may have been killed, and another process's record of the same may come late.
+            if let (true, Some(mailbox)) = (change::is_of_list(&found), &found.mailbox) {
+                self.subscribers.changed(user, &mailbox.path, usize::MAX, self.now_ms);
+            }
             self.ship_all(vec![Release { user: user.clone(), change: Some(found), spans: Vec::new() }]);
         }
         if let Some(known) = looked.known {
@@ -248,6 +252,7 @@ impl Engine {
     /// A log was read up to there; what waited for it goes on.
     fn take_known(&mut self, user: &Arc<str>, known: Span, path: &[String]) {
         let need = Need::of(&known);
+        self.recall_healed(&known, &need);
         self.spans.heal(&need, (known.prev_log_seq, known.prev_log_end), (known.log_seq, known.end));
         match self.order.drop_healed(user, &self.spans) {
             0 => {}
@@ -265,6 +270,20 @@ impl Engine {
         self.ship_all(released);
     }
 
+    /// What was read from the log before the last start, too, is not told a second time.
+    fn recall_healed(&mut self, known: &Span, need: &Need) {
+        if self.spans.knows(need) {
+            return;
+        }
+        match self.journal.log(&known.user, &known.mailbox_guid, &known.private_user) {
+            Ok(Some(log)) if log.index_id == known.index_id => {
+                self.spans.recall(need, (log.log_seq, log.end), log.healed);
+            }
+            Ok(_) => {}
+            Err(error) => self.fail(error),
+        }
+    }
+
     pub fn take_doubt(&mut self, user: &Arc<str>, doubt: Doubt) {
         let reason = change::printable(&doubt.reason);
         let path = change::printable(&doubt.path.join("/"));
@@ -274,7 +293,7 @@ impl Engine {
         let failed = Failed {
             user: user.to_string(),
             mailbox: doubt.guid,
-            at_us: wall_clock_us(),
+            at_us: self.outside.now_us(),
             error: format!("mailbox {path}: {reason}"),
             ..Default::default()
         };

@@ -12,7 +12,8 @@ mod backoff;
 mod bodies;
 pub mod client;
 mod clock;
-mod connection;
+#[doc(hidden)]
+pub mod connection;
 mod durable;
 mod engine;
 mod flags;
@@ -21,9 +22,12 @@ mod list;
 mod local;
 mod looks;
 mod order;
+pub mod outside;
 mod peers;
 mod spans;
 mod status;
+#[doc(hidden)]
+pub mod stepped;
 mod subscribers;
 mod work;
 mod workers;
@@ -41,6 +45,7 @@ use mio::{Poll, Waker};
 
 use crate::change::SERVER_BYTES_MAX;
 use engine::{Command, Engine, Fatal};
+use outside::Sockets;
 
 /// After a failure the process lives on for so long before it asks to be started again.
 const FAILURE_PAUSE: Duration = Duration::from_secs(5);
@@ -143,16 +148,17 @@ fn pause(commands: &Receiver<Command>) -> bool {
 /// None: it was asked to stop before the relay that came before it had closed the journal.
 fn begin(
     config: Config,
-    poll: (Poll, Arc<Waker>),
-    commands: (Sender<Command>, Receiver<Command>),
+    (poll, waker): (Poll, Arc<Waker>),
+    (sender, commands): (Sender<Command>, Receiver<Command>),
     on_closed: Box<dyn Fn() + Send>,
 ) -> Result<Option<Engine>, Fatal> {
-    let durable::Opened { journal, waiting } = durable::open(&config, &commands.1)?;
+    let outside = Sockets::new(poll, waker, sender);
+    let durable::Opened { journal, waiting } = durable::open(&config, &commands, &outside)?;
     let Some(journal) = journal else {
         waiting.iter().filter(|command| matches!(command, Command::Accept(..))).for_each(|_| on_closed());
         return Ok(None);
     };
-    let mut engine = Engine::new(config, poll, commands, on_closed, journal)?;
+    let mut engine = Engine::new(config, Box::new(outside), commands, on_closed, journal)?;
     engine.take_waiting(waiting);
     Ok(Some(engine))
 }

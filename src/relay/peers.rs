@@ -7,14 +7,13 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use mio::net::TcpStream;
 use mio::Token;
 use prost::Message;
 
 use super::backoff::Backoff;
 use super::bodies::Party;
-use super::connection::{Connection, Stream};
-use super::engine::{wall_clock_us, Close, Engine, Role};
+use super::connection::Connection;
+use super::engine::{Close, Engine, Role};
 use super::work::Received;
 use super::Config;
 use crate::change;
@@ -247,7 +246,7 @@ impl Engine {
         }
         peer.is_resolving = true;
         let address = peer.address.clone();
-        if let Err(error) = self.resolve(index, address) {
+        if let Err(error) = self.outside.resolve(index, address) {
             self.peers[index].is_resolving = false;
             self.retry(index, format!("no thread can be started to resolve its address: {error}"), false);
         }
@@ -257,16 +256,14 @@ impl Engine {
         if let Err(error) = self.check_address(address.ip()) {
             return self.retry(index, error, true);
         }
-        let connected =
-            TcpStream::connect(address).and_then(|stream| stream.set_nodelay(true).map(|()| Stream::Tcp(stream)));
-        match connected.and_then(|stream| self.add(stream, true, Role::Peer(index))) {
+        match self.outside.connect_peer(address).and_then(|stream| self.add(stream, true, Role::Peer(index))) {
             Ok(token) => {
                 let first_pending = self.first_pending(index);
                 let clock = self.clock.last();
                 let peer = &mut self.peers[index];
                 let mut session = Session::new(self.me.clone(), Admits::Only(peer.name.clone()), self.now_ms);
                 let applied = (peer.inbox.epoch(), peer.inbox.applied_up_to());
-                session.greet(applied, first_pending, clock, wall_clock_us());
+                session.greet(applied, first_pending, clock, self.outside.now_us());
                 peer.link = Some(Link { token, session, up_since_ms: None });
             }
             Err(error) => self.retry(index, format!("connect({address}) failed: {error}"), false),
@@ -321,7 +318,7 @@ impl Engine {
         }
         if !link.session.is_up() {
             let applied = (peer.inbox.epoch(), peer.inbox.applied_up_to());
-            link.session.greet(applied, first_pending, self.clock.last(), wall_clock_us());
+            link.session.greet(applied, first_pending, self.clock.last(), self.outside.now_us());
         }
         peer.outbox.restart();
         if hello.applied_epoch == self.me.epoch {
@@ -340,7 +337,7 @@ impl Engine {
 
     /// Its clock may be wrong. Nothing depends on that but which of two changes counts as the later one.
     fn look_at_clock(&mut self, index: usize, hello: &Hello) {
-        let now_us = wall_clock_us();
+        let now_us = self.outside.now_us();
         let is_clock = self.clock.observe(hello.clock, now_us);
         let seconds = (i128::from(hello.now_us) - i128::from(now_us)) / 1_000_000;
         let peer = &mut self.peers[index];
@@ -382,7 +379,7 @@ impl Engine {
         }
         let user: Arc<str> = change.user.as_str().into();
         let checked = change::check_change(&change).map_err(|error| error.to_string()).and_then(|()| {
-            match self.clock.observe(clock, wall_clock_us()) {
+            match self.clock.observe(clock, self.outside.now_us()) {
                 true => Ok(()),
                 false => Err("its clock is years ahead of this server's".to_owned()),
             }

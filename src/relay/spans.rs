@@ -13,9 +13,13 @@ use crate::wire::proto::Span;
 const LOGS_MAX: usize = 100_000;
 /// Ranges of one log that are kept while something before them is missing.
 const AHEAD_MAX: usize = 1_024;
+/// Parts of one log that were read from the log itself, and are remembered.
+const HEALED_MAX: usize = 8;
 /// A first span that begins before this offset begins the file: the header (40 bytes on every version so far) and what
 /// the storage writes with the file itself (72 bytes for sdbox) belong to no commit.
 const FILE_BEGIN_MAX: u64 = 256;
+/// With a file that follows on another nothing but the header is written.
+const FILE_HEADER_MAX: u64 = 40;
 
 /// The end of a log of which nothing is known.
 const UNHEARD: Place = (0, 0);
@@ -70,8 +74,8 @@ struct Ahead {
 struct Log {
     end: Place,
     ahead: BTreeMap<Place, Ahead>,
-    /// What was read from the log itself last: whatever is told of it later is known.
-    healed: Option<(Place, Place)>,
+    /// What was read from the log itself, the last one last: whatever is told of it later is known.
+    healed: Vec<(Place, Place)>,
     /// Nothing is known before it is read.
     is_lost: bool,
 }
@@ -102,7 +106,8 @@ impl Log {
             return true;
         }
         match next.previous {
-            Some(previous) => place.0 > self.end.0 && previous <= self.end,
+            // Another process may have been the first to write to the new file.
+            Some(previous) => place.0 > self.end.0 && previous <= self.end && place.1 <= FILE_HEADER_MAX,
             None => place.0 > self.end.0 && place.1 <= FILE_BEGIN_MAX,
         }
     }
@@ -152,6 +157,7 @@ impl Spans {
 
     /// The log is known up to `end` from the last start, and what of it was read from the log itself.
     pub fn recall(&mut self, need: &Need, end: Place, healed: Option<(Place, Place)>) {
+        let healed = healed.into_iter().collect();
         self.young.insert(need.log.clone(), Log { end, ahead: BTreeMap::new(), healed, is_lost: false });
     }
 
@@ -161,22 +167,27 @@ impl Spans {
             self.recall(need, to, None);
         }
         let Some(log) = self.get(&need.log) else { return };
-        let from = log.healed.filter(|(_, healed_to)| *healed_to >= from).map_or(from, |(before, _)| before.min(from));
-        log.healed = Some((from, to));
+        match log.healed.last_mut().filter(|(_, healed_to)| *healed_to >= from) {
+            Some(last) => *last = (last.0.min(from), to),
+            None => log.healed.push((from, to)),
+        }
+        if log.healed.len() > HEALED_MAX {
+            log.healed.remove(0);
+        }
         log.is_lost = false;
         log.skip_to(to);
     }
 
     /// What was last read from the log itself.
     pub fn healed(&self, need: &Need) -> Option<(Place, Place)> {
-        self.young.get(&need.log).or_else(|| self.old.get(&need.log)).and_then(|log| log.healed)
+        self.young.get(&need.log).or_else(|| self.old.get(&need.log)).and_then(|log| log.healed.last().copied())
     }
 
     /// Whether the span is in a part that was read from the log.
     pub fn is_healed(&self, span: &Span, need: &Need) -> bool {
         let log = self.young.get(&need.log).or_else(|| self.old.get(&need.log));
-        let healed = log.and_then(|log| log.healed);
-        healed.is_some_and(|(from, to)| from <= need.place && (span.log_seq, span.end) <= to)
+        let mut healed = log.map_or(&[][..], |log| &log.healed).iter();
+        healed.any(|(from, to)| *from <= need.place && (span.log_seq, span.end) <= *to)
     }
 
     /// Whether the log is known up to the span's end.
@@ -264,6 +275,33 @@ mod tests {
         assert!(insert(&mut spans, &span(3, 90, 95)));
         assert!(insert(&mut spans, &span(4, 112, 120)), "a file's begin, without a link");
         assert!(insert(&mut spans, &span(2, 650, 700)), "a range that was known already");
+    }
+
+    #[test]
+    fn the_first_that_a_process_writes_to_a_new_file_may_have_something_before_it() {
+        let mut spans = Spans::default();
+        insert(&mut spans, &span(2, 112, 600));
+        let second = rotated(3, 90, 95, 600);
+        assert!(!insert(&mut spans, &second), "whoever rotated it has not told");
+        insert(&mut spans, &rotated(3, 40, 90, 600));
+        assert!(spans.has(&Need::of(&second)));
+    }
+
+    #[test]
+    fn what_was_read_from_a_log_stays_known_when_more_of_it_is_read() {
+        let mut spans = Spans::default();
+        insert(&mut spans, &span(2, 112, 600));
+        let is_healed = |spans: &Spans, span: Span| spans.is_healed(&span, &Need::of(&span));
+        spans.heal(&Need::of(&span(2, 600, 700)), (2, 600), (2, 700));
+        insert(&mut spans, &span(2, 700, 900));
+        spans.heal(&Need::of(&span(2, 900, 950)), (2, 900), (2, 950));
+        assert!(is_healed(&spans, span(2, 650, 700)) && is_healed(&spans, span(2, 900, 950)));
+        assert!(!is_healed(&spans, span(2, 700, 900)), "it was told");
+        assert_eq!(spans.healed(&Need::of(&span(2, 0, 0))), Some(((2, 900), (2, 950))));
+        for n in 1_000..2_000 {
+            spans.heal(&Need::of(&span(2, 2 * n, 2 * n + 1)), (2, 2 * n), (2, 2 * n + 1));
+        }
+        assert!(!is_healed(&spans, span(2, 650, 700)), "it is bounded");
     }
 
     #[test]

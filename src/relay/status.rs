@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::engine::{wall_clock_us, Engine};
+use super::engine::Engine;
 use super::peers::PeerState;
 use crate::change;
 use crate::wire::proto::{Counters, NamedCount, PeerStatus, Status};
@@ -43,7 +43,7 @@ impl Engine {
     }
 
     fn peer_status(&self, peer: &PeerState, look_error: &str) -> PeerStatus {
-        let now_us = wall_clock_us();
+        let now_us = self.outside.now_us();
         // What is held waits for others, and then for every peer.
         let held = self.order.held() as u64;
         let stats = peer.outbox.stats();

@@ -20,7 +20,8 @@ pub struct Subscribers {
 }
 
 impl Subscribers {
-    /// A process says that it changed the subscription. True: another one did so just before or after.
+    /// A process says that it changed the subscription. True: another one may have done so just before or after. What was told
+    /// to the relay before this one is not known.
     pub fn changed(&mut self, user: &Arc<str>, path: &[String], connection: usize, now_ms: u64) -> bool {
         if self.last.len() >= NAMES_MAX {
             self.last.retain(|_, (_, at_ms)| *at_ms + LATE_MS_MAX > now_ms);
@@ -29,7 +30,7 @@ impl Subscribers {
             return true;
         }
         let before = self.last.insert((user.clone(), path.to_vec()), (connection, now_ms));
-        before.is_some_and(|(other, at_ms)| other != connection && at_ms + LATE_MS_MAX > now_ms)
+        now_ms < LATE_MS_MAX || before.is_some_and(|(other, at_ms)| other != connection && at_ms + LATE_MS_MAX > now_ms)
     }
 }
 
@@ -42,15 +43,23 @@ mod tests {
         let mut subscribers = Subscribers::default();
         let (jane, joe): (Arc<str>, Arc<str>) = ("jane".into(), "joe".into());
         let (work, news) = (["Work".to_owned()], ["News".to_owned()]);
-        assert!(!subscribers.changed(&jane, &work, 1, 0));
-        assert!(!subscribers.changed(&jane, &work, 1, 1), "in the order of the process");
-        assert!(!subscribers.changed(&jane, &news, 2, 1) && !subscribers.changed(&joe, &work, 2, 1));
-        assert!(subscribers.changed(&jane, &work, 2, 2));
+        assert!(!subscribers.changed(&jane, &work, 1, 20_000));
+        assert!(!subscribers.changed(&jane, &work, 1, 20_001), "in the order of the process");
+        assert!(!subscribers.changed(&jane, &news, 2, 20_001) && !subscribers.changed(&joe, &work, 2, 20_001));
+        assert!(subscribers.changed(&jane, &work, 2, 20_002));
         assert!(!subscribers.changed(&jane, &work, 3, 60_000), "long ago");
         for n in 0..2 * NAMES_MAX {
             subscribers.changed(&jane, &[n.to_string()], 1, 60_000);
         }
         assert!(subscribers.last.len() <= NAMES_MAX);
         assert!(!subscribers.changed(&jane, &work, 1, 120_000), "forgotten");
+    }
+
+    #[test]
+    fn what_was_told_to_the_relay_before_may_have_been_the_last() {
+        let mut subscribers = Subscribers::default();
+        let jane: Arc<str> = "jane".into();
+        assert!(subscribers.changed(&jane, &["Work".to_owned()], 1, LATE_MS_MAX - 1));
+        assert!(!subscribers.changed(&jane, &["News".to_owned()], 1, LATE_MS_MAX));
     }
 }

@@ -6,14 +6,12 @@
 
 use std::sync::Arc;
 
-use mio::net::UnixStream;
 use mio::Token;
 use prost::Message;
 
 use super::backoff::Backoff;
 use super::bodies::Party;
-use super::connection::Stream;
-use super::engine::{wall_clock_us, Close, Engine, Role};
+use super::engine::{Close, Engine, Role};
 use super::looks::LookJob;
 use super::order::{Arrival, Release};
 use super::peers::PeerState;
@@ -130,9 +128,8 @@ impl Engine {
         if !is_due || self.is_stopping() {
             return;
         }
-        let connected = UnixStream::connect(&self.config.worker_socket)
-            .and_then(|stream| self.add(Stream::Unix(stream), false, Role::Worker(index)));
-        match connected {
+        let connected = self.outside.connect_worker(&self.config.worker_socket);
+        match connected.and_then(|stream| self.add(stream, false, Role::Worker(index))) {
             Ok(token) => {
                 self.workers[index].token = Some(token);
                 self.workers[index].connected_ms = self.now_ms;
@@ -306,7 +303,7 @@ impl Engine {
         user: &Arc<str>,
         elsewhere: proto::Elsewhere,
     ) -> Result<(), JournalError> {
-        let now_us = wall_clock_us();
+        let now_us = self.outside.now_us();
         let proto::Elsewhere { mailbox_guid, uid, guid, moved } = elsewhere;
         let mailbox = self.lists.canonical(user, &mailbox_guid).to_vec();
         let noted = Elsewhere { mailbox, uid, guid };
@@ -514,7 +511,7 @@ impl Engine {
             user: job.user.to_string(),
             mailbox: item.mailbox.clone(),
             seq: item.seq,
-            at_us: wall_clock_us(),
+            at_us: self.outside.now_us(),
             error: error.to_owned(),
             frame: None,
         };

@@ -160,6 +160,8 @@ pub struct Apply<'a, S, C> {
     /// Changes whose writing has been begun and not been committed, the current one included.
     seqs: Vec<proto::SeqOf>,
     current: proto::SeqOf,
+    /// The current change has one operation.
+    is_single: bool,
     /// Changes that are complete but for the commit of what is pending.
     complete: u32,
     next_body: &'a mut u64,
@@ -208,6 +210,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             pending_keywords: HashMap::new(),
             seqs: Vec::new(),
             current: proto::SeqOf::default(),
+            is_single: false,
             complete: 0,
             next_body,
             done: 0,
@@ -283,6 +286,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             return Err(format!("malformed change: UIDNEXT {}", mailbox.uid_next).into());
         }
         self.current = proto::SeqOf { origin: stamp.origin.clone(), epoch: stamp.epoch, seq: stamp.seq };
+        self.is_single = change.ops.len() == 1;
         self.seqs.push(self.current.clone());
         self.storage.applying(&self.seqs);
 
@@ -501,9 +505,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 let Some(body) = fetched.body() else {
                     // It was expunged there; that comes next.
                     self.note("body_gone");
-                    // No other message may get its UID.
+                    // No other message may get its UID. (Where it could not be had, none was used up here.)
                     if let Some(open) = &mut self.open {
-                        open.min_uid_next = open.min_uid_next.max(uid.saturating_add(1));
+                        open.min_uid_next = open.min_uid_next.max(wanted.saturating_add(1));
                     }
                     return Ok(self.raise_uid_next()?);
                 };
@@ -643,8 +647,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         let mut found = Vec::new();
         let moved = self.has_diverged();
         for range in messages {
-            if range.guid.is_empty() {
+            if range.guid.is_empty() && range.guid_128.is_empty() {
                 self.find_by_uid(range, &mut found)?;
+                continue;
+            }
+            if range.guid.is_empty() {
+                found.extend(self.find_hashed(range)?.map(|uid| (uid, uid)));
                 continue;
             }
             match self.storage.message_guid(range.first_uid)? {
@@ -659,6 +667,19 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             }
         }
         Ok(found)
+    }
+
+    /// The message with this hashed GUID. The one that has the UID here may have been saved at the same time.
+    fn find_hashed(&mut self, range: &proto::MessageRange) -> Result<Option<u32>> {
+        let guid = Guid::try_from(&range.guid_128[..]).map_err(|_| "malformed change: a GUID is not 16 bytes")?;
+        let there = self.storage.message_info(range.first_uid)?;
+        if there.is_some_and(|info| info.guid_128 == guid) {
+            return Ok(Some(range.first_uid));
+        }
+        match self.has_diverged() {
+            true => Ok(self.storage.find_hashed(&guid)?.last().copied()),
+            false => Ok(None),
+        }
     }
 
     /// Of messages that the origin names by their UIDs alone.
@@ -817,7 +838,7 @@ mod tests {
     }
 
     fn expunge(seq: u64, uid: u32, guid: &str) -> proto::Change {
-        let range = proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.into() };
+        let range = proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.into(), ..Default::default() };
         change(seq, What::Expunge(proto::Expunge { messages: vec![range], ..Default::default() }))
     }
 
@@ -1095,6 +1116,44 @@ mod tests {
     }
 
     #[test]
+    fn what_a_log_says_was_expunged_is_no_other_message() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "ours")]);
+        let gone = |guid_128: [u8; 16]| {
+            let range =
+                proto::MessageRange { first_uid: 5, last_uid: 5, guid_128: guid_128.to_vec(), ..Default::default() };
+            What::Expunge(proto::Expunge { messages: vec![range], ..Default::default() })
+        };
+        apply(&mut storage, Script::default(), &[change(1, gone([9; 16]))]);
+        assert_eq!(storage.messages("INBOX"), named(&[(5, "ours")]));
+        apply(&mut storage, Script::default(), &[change(2, gone(HASHED_GUID))]);
+        assert_eq!(storage.messages("INBOX"), []);
+    }
+
+    #[test]
+    fn a_message_that_cannot_be_where_it_is_claimed_is_meant_by_that_uid() {
+        let ours = [(5, "ours"), (6, "theirs"), (9, "other")];
+        let claimed = [claim(1, "theirs", 9, &[5]), expunge(2, 9, "")];
+        let nacked = [nack(1, "theirs", 6, 9, 10), expunge(2, 9, "")];
+        for (resolves, changes) in [(false, claimed), (true, nacked)] {
+            let mut storage = FakeStorage::default();
+            storage.add("INBOX", GUID, 9, &ours);
+            apply_as(resolves, &mut storage, Script::default(), &changes);
+            assert_eq!(storage.messages("INBOX"), named(&[(5, "ours"), (9, "other")]));
+        }
+    }
+
+    #[test]
+    fn uidnext_reaches_what_was_given_to_a_message_that_is_expunged_here() {
+        for change in [claim(4, "one", 8, &[1]), nack(4, "one", 1, 7, 9)] {
+            let mut storage = FakeStorage::default();
+            apply(&mut storage, Script::default(), &[save(1, 1, "one"), expunge(2, 1, "one")]);
+            apply_as(true, &mut storage, Script::default(), &[change]);
+            assert_eq!(storage.uid_next("INBOX"), 9);
+        }
+    }
+
+    #[test]
     fn a_message_copied_inside_of_its_mailbox_stays_there_twice() {
         let mut storage = FakeStorage::default();
         storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "ours")]);
@@ -1102,6 +1161,18 @@ mod tests {
         assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (2, "ours"), (3, "one")]));
         apply(&mut storage, Script::default(), &[claim(2, "one", 7, &[2, 3])]);
         assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (2, "ours"), (7, "one")]));
+    }
+
+    #[test]
+    fn a_claim_that_may_not_have_been_told_is_told_again() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "one")]);
+        let nacked = [nack(1, "one", 5, 9, 10)];
+        let raised = proto::Claim { guid: "one".into(), uid: 10, was: vec![5, 9], raised: 1 };
+        let outcome = apply_as(true, &mut storage, Script::default(), &nacked);
+        assert_eq!(outcome.told, [What::Claim(raised)]);
+        let outcome = apply_as(true, &mut storage, Script::default(), &nacked);
+        assert!(matches!(&outcome.told[..], [What::Claim(claim)] if claim.uid == 10), "{outcome:?}");
     }
 
     #[test]
@@ -1211,7 +1282,7 @@ mod tests {
     fn what_a_server_lost_when_its_index_was_rebuilt_is_told_to_it_again() {
         let mut storage = FakeStorage::default();
         storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "two"), (3, "three")]);
-        let present = vec![proto::MessageRange { first_uid: 1, last_uid: 1, guid: String::new() }];
+        let present = vec![proto::MessageRange { first_uid: 1, last_uid: 1, ..Default::default() }];
         let rebuilt = What::Rebuilt(proto::MailboxRebuilt { present, uid_next: 3 });
         let outcome = apply(&mut storage, Script::default(), &[change(1, rebuilt)]);
         let [What::Save(save)] = &outcome.told[..] else { panic!("{outcome:?}") };
@@ -1287,6 +1358,17 @@ mod tests {
         let outcome = apply(&mut storage, gone(1), &[large]);
         assert_eq!((outcome.done, outcome.notes), (1, vec!["body_gone".to_string()]));
         assert_eq!(storage.messages("INBOX"), []);
+        assert_eq!(storage.uid_next("INBOX"), 6);
+    }
+
+    #[test]
+    fn a_body_that_is_gone_uses_up_no_uid_that_others_do_not_know() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "ours")]);
+        let mut large = save(1, 5, "large");
+        let Some(What::Save(save)) = &mut large.ops[0].what else { unreachable!() };
+        (save.body_inline, save.body) = (false, Vec::new());
+        apply_as(true, &mut storage, gone(1), &[large]);
         assert_eq!(storage.uid_next("INBOX"), 6);
     }
 

@@ -1,6 +1,6 @@
 //! The jobs that a relay gives, one after another.
 use std::io::{Read, Write};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use super::apply::{Apply, Committed, Failure};
 use super::body::{self, Link};
@@ -9,6 +9,7 @@ use super::elsewhere::Elsewhere;
 use super::look::{self, Wanted};
 use super::storage::Storage;
 use crate::change::ELSEWHERE_MAX;
+use crate::time::{Clocks, Time};
 use crate::wire::proto::{self, frame::Kind};
 
 /// Changes in one job at most, over all of its frames.
@@ -23,8 +24,8 @@ const SPANS_MAX: usize = 32;
 const SPANS_APPLIED_MAX: usize = 512;
 
 /// What a connection has asked for so far.
-#[derive(Default)]
 pub struct Jobs {
+    time: Box<dyn Time>,
     /// Frames of an Apply that are not all there yet.
     collecting: Option<Collecting>,
     /// Frames of a Look, the same.
@@ -44,7 +45,17 @@ struct Collecting {
     error: Option<String>,
 }
 
+impl Default for Jobs {
+    fn default() -> Jobs {
+        Jobs::new(Box::new(Clocks::default()))
+    }
+}
+
 impl Jobs {
+    pub fn new(time: Box<dyn Time>) -> Jobs {
+        Jobs { time, collecting: None, wanted: None, next_body: 0 }
+    }
+
     /// Does what the frame asks for. Fails only if the connection cannot be used any more.
     pub fn handle<S: Storage, C: Read + Write>(
         &mut self,
@@ -61,7 +72,7 @@ impl Jobs {
                 Ok(())
             }
             Kind::Look(look) => match self.collect_look(look) {
-                Some(wanted) => look::look(storage, connection, &wanted, now_secs()),
+                Some(wanted) => look::look(storage, connection, &wanted, (self.time.now_us() / 1_000_000) as i64),
                 None => Ok(()),
             },
             Kind::BodyRequest(request) => {
@@ -170,17 +181,18 @@ impl Jobs {
             return Err("unknown here".to_string().into());
         }
         let job = answer.job;
-        let mut reported = Instant::now();
+        let time = self.time.as_ref();
+        let mut reported = time.elapsed();
         let mut unreported = Vec::new();
         let mut before = 0;
         let mut on_commit = |storage: &mut S, connection: &mut Connection<C>, committed: Committed| {
             let done = committed.done;
             send_news(connection, job, std::mem::replace(&mut before, done), committed)?;
             unreported.extend(storage.take_spans());
-            if unreported.len() < SPANS_MAX && reported.elapsed() < SPANS_DELAY_MAX {
+            if unreported.len() < SPANS_MAX && time.elapsed() < reported + SPANS_DELAY_MAX {
                 return Ok(());
             }
-            reported = Instant::now();
+            reported = time.elapsed();
             let spans = std::mem::take(&mut unreported);
             send_spans(connection, proto::Applied { job, done, more: true, spans, ..Default::default() }).map(drop)
         };
@@ -213,10 +225,6 @@ fn send_news<C: Read + Write>(connection: &mut Connection<C>, job: u64, done: u3
         connection.send(Kind::Applied(proto::Applied { changes: vec![change], ..empty() }))?;
     }
     Ok(())
-}
-
-fn now_secs() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }
 
 /// The last answer to a job; what does not fit goes ahead.

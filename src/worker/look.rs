@@ -21,6 +21,8 @@ use crate::wire::proto::{self, frame::Kind, op::What, Doubt, LookAt, Looked, Mai
 const TAIL_BYTES: usize = 64;
 /// Ranges in one operation.
 const RANGES_MAX: usize = 512;
+/// Changes of flags in one mailbox that name the message by its GUID, too: worth opening some files, but not all.
+const NAMED_MAX: usize = 1_000;
 /// Deltas of one look; a log with more is compared instead.
 const DELTAS_MAX: usize = 1_000_000;
 
@@ -513,7 +515,7 @@ fn rebuilt(deltas: &[Delta]) -> proto::MailboxRebuilt {
     for uid in uids {
         match present.last_mut() {
             Some(last) if last.last_uid + 1 == uid => last.last_uid = uid,
-            _ => present.push(MessageRange { first_uid: uid, last_uid: uid, guid: String::new() }),
+            _ => present.push(MessageRange { first_uid: uid, last_uid: uid, ..Default::default() }),
         }
     }
     proto::MailboxRebuilt { present, uid_next: next.max(uid_next(deltas)) }
@@ -546,19 +548,27 @@ fn operations<S: Storage>(
     moves: Option<&[(u32, u32)]>,
 ) -> Result<(Vec<What>, Vec<What>)> {
     let (mut of_messages, mut expunges) = (Vec::new(), Vec::new());
+    // They came and went, and were never told. A peer may have given these UIDs to others meanwhile.
+    let mut gone = BTreeSet::new();
+    let mut unnamed = NAMED_MAX;
     let flags =
         |add: u8, remove: u8| proto::FlagUpdate { add: add.into(), remove: remove.into(), ..Default::default() };
     for delta in deltas {
         match delta {
-            Delta::Append { uid, flags } => of_messages.extend(save(storage, uid, flags)?.map(What::Save)),
+            Delta::Append { uid, flags } => match save(storage, uid, flags)? {
+                Some(save) => of_messages.push(What::Save(save)),
+                None => drop(gone.insert(uid)),
+            },
+            Delta::Flags { first_uid, last_uid, .. } if first_uid == last_uid && gone.contains(&first_uid) => {}
             Delta::Flags { first_uid, last_uid, add, remove } => {
-                for messages in named(storage, &[UidRange { first: first_uid, last: last_uid }], moves)? {
+                for messages in named(storage, &[UidRange { first: first_uid, last: last_uid }], moves, &mut unnamed)? {
                     of_messages.push(What::Flags(proto::FlagUpdate { messages, ..flags(add, remove) }));
                 }
             }
-            Delta::Keywords { add, name, ranges } => {
+            Delta::Keywords { add, name, mut ranges } => {
+                ranges.retain(|range| range.first != range.last || !gone.contains(&range.first));
                 let (added, removed) = if add { (vec![name], vec![]) } else { (vec![], vec![name]) };
-                for messages in named(storage, &ranges, moves)? {
+                for messages in named(storage, &ranges, moves, &mut unnamed)? {
                     of_messages.push(What::Flags(proto::FlagUpdate {
                         messages,
                         add_keywords: added.clone(),
@@ -571,8 +581,11 @@ fn operations<S: Storage>(
                 let hashed = vec![guid.to_vec()];
                 expunges.push(What::Expunge(proto::Expunge { hashed, ..Default::default() }));
             }
-            Delta::Expunge { first_uid, last_uid, .. } => {
-                let messages = vec![MessageRange { first_uid, last_uid, guid: String::new() }];
+            Delta::Expunge { first_uid, last_uid, guid: None }
+                if (first_uid..=last_uid).all(|uid| gone.contains(&uid)) => {}
+            Delta::Expunge { first_uid, last_uid, guid } => {
+                let guid_128 = guid.map(|guid| guid.to_vec()).unwrap_or_default();
+                let messages = vec![MessageRange { first_uid, last_uid, guid_128, ..Default::default() }];
                 expunges.push(What::Expunge(proto::Expunge { messages, ..Default::default() }));
             }
             // No client does it. The rest travels with the mailbox.
@@ -588,9 +601,15 @@ fn named<S: Storage>(
     storage: &mut S,
     ranges: &[UidRange],
     moves: Option<&[(u32, u32)]>,
+    unnamed: &mut usize,
 ) -> Result<Vec<Vec<MessageRange>>> {
     let Some(moves) = moves else {
-        let messages = without_gaps(storage, ranges)?;
+        let mut messages = without_gaps(storage, ranges)?;
+        // The peer may have given a UID to another one at the same time.
+        for single in messages.iter_mut().filter(|range| range.first_uid == range.last_uid).take(*unnamed) {
+            single.guid = storage.message_guid(single.first_uid)?.unwrap_or_default();
+            *unnamed -= 1;
+        }
         return Ok(messages.chunks(RANGES_MAX).map(<[_]>::to_vec).collect());
     };
     let is_meant = |uid: u32| is_in(ranges, uid);
@@ -601,7 +620,7 @@ fn named<S: Storage>(
     let mut messages = Vec::new();
     for uid in uids {
         if let Some(guid) = storage.message_guid(uid)? {
-            messages.push(MessageRange { first_uid: uid, last_uid: uid, guid });
+            messages.push(MessageRange { first_uid: uid, last_uid: uid, guid, ..Default::default() });
         }
     }
     Ok(messages.chunks(RANGES_MAX).map(<[_]>::to_vec).collect())
@@ -615,7 +634,7 @@ fn is_in(ranges: &[UidRange], uid: u32) -> bool {
 
 /// Where a log's range has a gap, the peer may have a message.
 fn without_gaps<S: Storage>(storage: &mut S, ranges: &[UidRange]) -> Result<Vec<MessageRange>> {
-    let range = |first_uid, last_uid| MessageRange { first_uid, last_uid, guid: String::new() };
+    let range = |first_uid, last_uid| MessageRange { first_uid, last_uid, ..Default::default() };
     if ranges.iter().all(|range| range.first == range.last) {
         return Ok(ranges.iter().map(|single| range(single.first, single.last)).collect());
     }
@@ -672,6 +691,20 @@ mod tests {
         LookAt { index_id: header.indexid, log_seq: header.file_seq, end, tail, ..inbox() }
     }
 
+    /// Up to the commit that first expunges this message.
+    fn known_before_expunge(log: &[u8], uid: u32) -> LookAt {
+        let header = Header::parse(log).unwrap();
+        let first = u64::from(header.hdr_size);
+        let expunges = |commit: &Commit| {
+            fold([commit], |_| false)
+                .iter()
+                .any(|delta| matches!(delta, Delta::Expunge { first_uid, .. } if *first_uid == uid))
+        };
+        let commits = Commits::new(&header, &log[first as usize..], first);
+        let begin = commits.map(|commit| commit.unwrap()).find(expunges).expect("it is expunged").begin;
+        known_up_to(log, begin)
+    }
+
     fn look_at(storage: &mut FakeStorage, mailboxes: Vec<LookAt>, whole: bool) -> Vec<Looked> {
         let wanted = Wanted { job: 1, user: "jane".into(), mailboxes, whole, since: 0 };
         let mut found = Found::default();
@@ -717,7 +750,7 @@ mod tests {
         let all = look_at(&mut storage, vec![inbox()], false);
         let words = told(&all);
         assert_eq!(words[..2], ["save 1", "save 3"], "2 and 4 are gone meanwhile");
-        assert!(words.ends_with(&["expunge 2".into(), "expunge 4".into()]), "{words:?}");
+        assert!(!words.iter().any(|word| word.starts_with("expunge")), "nobody knows of them: {words:?}");
         let known = all.iter().find_map(|answer| answer.known.clone()).unwrap();
         assert_eq!(known.end, SDBOX.len() as u64);
         assert!(SDBOX.ends_with(&known.tail));
@@ -797,7 +830,12 @@ mod tests {
         storage.open("INBOX", false).unwrap();
         let range = |first, last| [UidRange { first, last }];
         let mut uids = |ranges: &[UidRange], moves: &[(u32, u32)]| -> Vec<u32> {
-            named(&mut storage, ranges, Some(moves)).unwrap().concat().iter().map(|range| range.first_uid).collect()
+            named(&mut storage, ranges, Some(moves), &mut 9)
+                .unwrap()
+                .concat()
+                .iter()
+                .map(|range| range.first_uid)
+                .collect()
         };
         assert_eq!(uids(&range(1, 3), &[]), [1, 3]);
         assert_eq!(uids(&range(5, 5), &[(5, 7), (7, 3)]), [3]);
@@ -881,8 +919,24 @@ mod tests {
     #[test]
     fn what_was_put_beside_dovecots_back_is_told() {
         let mut storage = storage(&[MAILDIR]);
-        let words = told(&look_at(&mut storage, vec![inbox()], false));
-        assert!(words.contains(&"expunge 5".to_string()), "{words:?}");
+        let words = told(&look_at(&mut storage, vec![known_before_expunge(MAILDIR, 5)], false));
+        assert_eq!(words, ["expunge 5"]);
+    }
+
+    #[test]
+    fn what_came_and_went_untold_is_named_by_its_guid_if_at_all() {
+        // A peer may have given these UIDs to other messages meanwhile.
+        let words = told(&look_at(&mut storage(&[MAILDIR]), vec![inbox()], false));
+        assert!(!words.iter().any(|word| word.contains('5')), "{words:?}");
+        let answers = look_at(&mut storage(&[MAILDIR]), vec![known_before_expunge(MAILDIR, 2)], false);
+        let ops = answers.iter().filter_map(|answer| answer.change.as_ref()).flat_map(|change| &change.ops);
+        let guids: Vec<usize> = ops
+            .filter_map(|op| match &op.what {
+                Some(What::Expunge(expunge)) => Some(expunge.messages[0].guid_128.len()),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(guids, [16, 16]);
     }
 
     #[test]
@@ -890,8 +944,10 @@ mod tests {
         let mut storage = storage(&[SDBOX]);
         storage.add("Archive", [8; 16], 9, &[(1, "one")]);
         storage.set_logs("Archive", &[SDBOX]);
+        let known = known_before_expunge(SDBOX, 2);
         let archive = LookAt { guid: vec![8; 16], path: vec!["Archive".into()], ..Default::default() };
-        let words = told(&look_at(&mut storage, vec![inbox(), archive], false));
+        let words = told(&look_at(&mut storage, vec![known, archive], false));
+        assert!(words.len() > 4, "{words:?}");
         let last_save = words.iter().rposition(|word| word.starts_with("save")).unwrap();
         let first_expunge = words.iter().position(|word| word.starts_with("expunge")).unwrap();
         assert!(last_save < first_expunge, "{words:?}");

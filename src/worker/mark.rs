@@ -129,6 +129,17 @@ pub fn end(logs: &[Vec<u8>]) -> Place {
     (Header::parse(log).map_or(0, |header| header.file_seq), log.len() as u64)
 }
 
+/// Where the log says that the message was moved, the last time, and the UID that its copy got.
+pub fn move_of(logs: &[Vec<u8>], moved: (u32, u32)) -> Option<(Place, u32)> {
+    let of_log = |log: &Vec<u8>| {
+        let file_seq = Header::parse(log).map_or(0, |header| header.file_seq);
+        let is_it = |commit: &Commit| wanted_moves_of(commit).any(|wanted| wanted == moved);
+        let of_commit = |commit: &Commit| Some(((file_seq, commit.begin), copy_of(commit)?));
+        commits(log).iter().rev().filter(|commit| is_it(commit)).find_map(of_commit)
+    };
+    logs.iter().rev().find_map(of_log)
+}
+
 /// What others did to the message with this UID behind the place.
 pub fn done_since(logs: &[Vec<u8>], place: Place, uid: u32) -> Vec<Delta> {
     let behind = |log: &Vec<u8>| {
@@ -161,7 +172,22 @@ fn commits(log: &[u8]) -> Vec<Commit> {
     Commits::new(&header, log.get(first..).unwrap_or_default(), first as u64).map_while(Result::ok).collect()
 }
 
+/// Where the copy got another UID than it was to get, because some process had used that up, it is where the commit put it.
 fn moves_of(commit: &Commit) -> impl Iterator<Item = (u32, u32)> + '_ {
+    let copy = copy_of(commit);
+    wanted_moves_of(commit).map(move |(from, to)| (from, copy.unwrap_or(to)))
+}
+
+/// The UID of a message that the commit brought.
+fn copy_of(commit: &Commit) -> Option<u32> {
+    let appends = commit.records.iter().find_map(|record| match &record.what {
+        What::Append(appends) => appends.last(),
+        _ => None,
+    });
+    appends.map(|append| append.uid)
+}
+
+fn wanted_moves_of(commit: &Commit) -> impl Iterator<Item = (u32, u32)> + '_ {
     let updates = commit.records.iter().filter_map(|record| match &record.what {
         What::ExtHeaderUpdate(updates) => Some(updates),
         _ => None,
@@ -214,6 +240,22 @@ mod tests {
             assert_eq!(marks.has(&change(origin, epoch, seq)), has, "{origin} {epoch} {seq}");
         }
         assert!(marks.has(&change("b", 1 << 40, 7)));
+    }
+
+    #[test]
+    fn a_message_moved_to_where_its_copy_is() {
+        use crate::indexlog::{Append, Record};
+        let (offset, data) = Marks::default().set_moving(Some((5, 7)));
+        let mark = What::ExtHeaderUpdate(vec![HeaderUpdate { offset: offset as u32, data }]);
+        let copy = What::Append(vec![Append { uid: 9, flags: 0 }]);
+        let commit = |all: &[&What]| {
+            let record = |what: &&What| Record { offset: 40, external: true, sync: true, what: (*what).clone() };
+            Commit { begin: 40, end: 60, records: all.iter().map(record).collect() }
+        };
+        let moves = |all: &[&What]| moves_of(&commit(all)).collect::<Vec<_>>();
+        assert_eq!(moves(&[&copy, &mark]), [(5, 9)]);
+        assert_eq!(moves(&[&mark]), [(5, 7)], "said once more");
+        assert_eq!(moves(&[&copy]), []);
     }
 
     #[test]

@@ -75,10 +75,13 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         // Of copies inside of the mailbox, the one that is meant.
         let meant = |uid: &&u32| **uid == claim.uid || claim.was.contains(uid);
         let Some(stands) = found.iter().rfind(meant).or(found.last()).copied() else {
-            return self.reserve(&claim.guid, &claim.was, there);
+            self.note_elsewhere(claim.uid, &claim.guid, false);
+            self.reserve(there);
+            return Ok(());
         };
         let put = uid::place(self.here(Some(stands)), there);
-        self.put(&claim.guid, stands, put, there, claim.was.clone())
+        self.put(&claim.guid, stands, put, there, claim.was.clone())?;
+        self.note_if_elsewhere(claim.uid, &claim.guid)
     }
 
     pub(super) fn nack(&mut self, mailbox: &proto::Mailbox, nack: &proto::Nack) -> Outcome<()> {
@@ -93,25 +96,29 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let was = vec![nack.uid, nack.stands];
         let found = self.storage.find_messages(&nack.guid)?;
         let Some(stands) = found.iter().find(|uid| **uid == nack.uid).or(found.last()).copied() else {
-            return self.reserve(&nack.guid, &was, there);
+            self.note_elsewhere(nack.stands, &nack.guid, false);
+            self.reserve(there);
+            return Ok(());
         };
-        match uid::answer(self.here(Some(stands)), there, nack.is_new || was_applied) {
-            Some(put) => self.put(&nack.guid, stands, put, there, was),
-            None => Ok(()),
+        if let Some(put) = uid::answer(self.here(Some(stands)), there, nack.is_new || was_applied) {
+            self.put(&nack.guid, stands, put, there, was)?;
         }
+        self.note_if_elsewhere(nack.stands, &nack.guid)
     }
 
-    /// The message is not here. If it was expunged, its claims do not matter any more.
-    fn reserve(&mut self, guid: &str, was: &[u32], there: There) -> Outcome<()> {
-        for uid in was {
-            if self.storage.was_expunged(*uid, guid)? {
-                return Ok(());
-            }
+    /// The changes' origin has the message at this UID, and may name it so until it hears of ours.
+    fn note_if_elsewhere(&mut self, uid: u32, guid: &str) -> Outcome<()> {
+        if uid != 0 && !self.is_at(uid, guid)? {
+            self.note_elsewhere(uid, guid, false);
         }
+        Ok(())
+    }
+
+    /// The message is not here. Also if it was expunged: UIDNEXT is to be the same everywhere in the end.
+    fn reserve(&mut self, there: There) {
         if let Some(open) = &mut self.open {
             open.min_uid_next = open.min_uid_next.max(uid::reserve(there));
         }
-        Ok(())
     }
 
     /// Also if it was applied before: what it gave rise to may not have been told.
@@ -170,12 +177,17 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             self.storage.commit()?;
         }
         self.note_elsewhere(from, guid, true);
+        // What is told of it may be lost: when the change comes again, it is to be known as applied, and told again.
+        if let Some(open) = self.open.as_mut().filter(|_| self.is_single) {
+            open.complete = Some(self.current.clone());
+        }
         self.finish_moving(from)?;
         if self.redo_since(begin, from, uid)? {
             return Ok(Some(uid));
         }
         // Their process may not find out any more which message it was.
-        let messages = vec![proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.to_owned() }];
+        let messages =
+            vec![proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.to_owned(), ..Default::default() }];
         self.tell_op(What::Expunge(proto::Expunge { messages, ..Default::default() }));
         Ok(None)
     }
@@ -218,24 +230,41 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     /// A worker was killed while it gave a message another UID.
     pub(super) fn finish_what_was_moving(&mut self) -> Outcome<()> {
         let Some((from, to)) = self.open.as_ref().and_then(|open| open.marks.moving()) else { return Ok(()) };
+        let of_log = mark::move_of(&self.storage.log_files()?, (from, to));
+        let (begin, to) = of_log.map_or((None, to), |(begin, copy)| (Some(begin), copy));
         let (old, new) = (self.storage.message_guid(from)?, self.storage.message_guid(to)?);
-        match old.is_some() && old == new {
-            true => {
-                self.finish_moving(from)?;
-                let Some(guid) = new else { return Ok(()) };
-                // Perhaps it was not told.
-                self.note_elsewhere(from, &guid, true);
-                if self.resolves {
-                    self.tell_uid(&guid, to, There { uid: from, next: 0, raised: 0 }, vec![from], false);
-                }
-                Ok(())
-            }
-            false => {
-                self.note_moving(None)?;
-                self.pending = Pending::Changes;
-                self.flush()
+        let Some(guid) = old.filter(|old| new.as_ref() == Some(old)) else {
+            return self.end_half_moved(begin, from, to);
+        };
+        self.finish_moving(from)?;
+        // Perhaps it was not told.
+        self.note_elsewhere(from, &guid, true);
+        if let Some(begin) = begin {
+            self.redo_since(begin, from, to)?;
+        }
+        if self.resolves {
+            self.tell_uid(&guid, to, There { uid: from, next: 0, raised: 0 }, vec![from], false);
+        }
+        Ok(())
+    }
+
+    /// One of the two is gone: a client that expunged it, whichever it saw, meant the message.
+    fn end_half_moved(&mut self, begin: Option<mark::Place>, from: u32, to: u32) -> Outcome<()> {
+        let logs = self.storage.log_files()?;
+        for (gone, left) in [(from, to), (to, from)] {
+            let done = begin.map(|begin| mark::done_since(&logs, begin, gone)).unwrap_or_default();
+            let expunged = done.iter().find_map(|delta| match delta {
+                Delta::Expunge { guid, .. } => *guid,
+                _ => None,
+            });
+            let info = self.storage.message_info(left)?;
+            if info.is_some_and(|info| expunged == Some(info.guid_128)) {
+                self.storage.expunge(left, left)?;
             }
         }
+        self.note_moving(None)?;
+        self.pending = Pending::Changes;
+        self.flush()
     }
 
     fn note_moving(&mut self, moving: Option<(u32, u32)>) -> Result<()> {

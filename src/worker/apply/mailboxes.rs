@@ -50,9 +50,11 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         }
         self.storage.close();
         if let Some(found) = self.find_guid(&guid)? {
-            if self.storage.open(&found, false)? {
-                return self.entered(mailbox, &found, reason);
-            }
+            return match self.storage.open(&found, false)? {
+                true => self.entered(mailbox, &found, reason),
+                // It was there a moment ago. If it is not any more, it is not to be made a second time.
+                false => Err("it was renamed or deleted just now".to_string().into()),
+            };
         }
         if !is_there {
             if reason == Reason::Change {

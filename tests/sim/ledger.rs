@@ -1,0 +1,125 @@
+//! What clients were told, against which all servers are checked.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use dovetail::worker::storage::Guid;
+
+use super::mailbox::Mailbox;
+
+/// A flag (its bit) or a keyword.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Flag {
+    System(u8),
+    Keyword(String),
+}
+
+/// A mail that a client was told is stored.
+#[derive(Default)]
+struct Mail {
+    is_expunged: bool,
+    /// What clients made of its flags: by which server, in which order.
+    flags: BTreeMap<Flag, Vec<(usize, bool)>>,
+}
+
+/// Who is named by UIDVALIDITY and UID.
+type Names = HashMap<(u32, u32), String>;
+
+/// See the module.
+#[derive(Default)]
+pub struct Ledger {
+    mails: BTreeMap<(String, Guid, String), Mail>,
+    names: HashMap<(usize, String, String), Names>,
+    uid_nexts: HashMap<(usize, String, String, u32), u32>,
+    /// Mailboxes that somebody deleted.
+    deleted: BTreeSet<(String, Guid)>,
+    /// The first invariant that did not hold.
+    pub broken: Option<String>,
+}
+
+impl Ledger {
+    fn breaks(&mut self, why: String) {
+        self.broken.get_or_insert(why);
+    }
+
+    pub fn is_known(&self, user: &str, mailbox: &Guid, guid: &str) -> bool {
+        self.mails.contains_key(&(user.into(), *mailbox, guid.into()))
+    }
+
+    pub fn is_saved(&mut self, user: &str, mailbox: &Guid, guid: &str) {
+        self.mails.entry((user.into(), *mailbox, guid.into())).or_default();
+    }
+
+    pub fn is_expunged(&mut self, user: &str, mailbox: &Guid, guid: &str) {
+        self.mails.entry((user.into(), *mailbox, guid.into())).or_default().is_expunged = true;
+    }
+
+    pub fn is_flagged(&mut self, server: usize, user: &str, mailbox: &Guid, guid: &str, flag: Flag, is_set: bool) {
+        let mail = self.mails.entry((user.into(), *mailbox, guid.into())).or_default();
+        mail.flags.entry(flag).or_default().push((server, is_set));
+    }
+
+    pub fn is_deleted(&mut self, user: &str, mailbox: &Mailbox) {
+        self.deleted.insert((user.into(), mailbox.guid));
+    }
+
+    /// (UIDVALIDITY, UID) never names two messages, UIDNEXT only rises.
+    pub fn look(&mut self, server: usize, user: &str, name: &str, mailbox: &Mailbox) {
+        let mut wrong = None;
+        let names = self.names.entry((server, user.into(), name.into())).or_default();
+        for (uid, message) in &mailbox.messages {
+            match names.get(&(mailbox.uid_validity, *uid)) {
+                None => drop(names.insert((mailbox.uid_validity, *uid), message.guid.clone())),
+                Some(guid) if *guid == message.guid => {}
+                Some(guid) => {
+                    wrong = Some(format!(
+                        "in {name}, UIDVALIDITY {} UID {uid} was {guid} and is {}",
+                        mailbox.uid_validity, message.guid
+                    ));
+                }
+            }
+        }
+        let last = self.uid_nexts.entry((server, user.into(), name.into(), mailbox.uid_validity)).or_default();
+        if mailbox.uid_next < *last {
+            wrong.get_or_insert(format!("in {name}, UIDNEXT fell from {last} to {}", mailbox.uid_next));
+        }
+        *last = mailbox.uid_next;
+        if let Some(wrong) = wrong {
+            self.breaks(wrong);
+        }
+    }
+
+    /// Whether a server has in the end what the clients were told.
+    pub fn check(&self, user: &str, mailboxes: &BTreeMap<String, Mailbox>) -> Result<(), String> {
+        for ((of, mailbox_guid, guid), mail) in &self.mails {
+            if of != user || self.deleted.contains(&(of.clone(), *mailbox_guid)) {
+                continue;
+            }
+            let Some((name, mailbox)) = mailboxes.iter().find(|(_, mailbox)| mailbox.guid == *mailbox_guid) else {
+                return Err(format!("the mailbox of mail {guid} is not there"));
+            };
+            let found: Vec<_> = mailbox.messages.values().filter(|message| message.guid == *guid).collect();
+            match (mail.is_expunged, found.len()) {
+                (true, 0) => continue,
+                (true, _) => return Err(format!("mail {guid} in {name} was expunged and is there")),
+                (false, 0) => return Err(format!("mail {guid} is missing in {name}")),
+                (false, 1) => {}
+                (false, count) => return Err(format!("mail {guid} is in {name} {count} times")),
+            }
+            for (flag, changes) in &mail.flags {
+                let is_set = match flag {
+                    Flag::System(bit) => found[0].flags & bit != 0,
+                    Flag::Keyword(keyword) => found[0].keywords.contains(keyword),
+                };
+                // What each server's clients did last; which of these holds, clocks decide.
+                let lasts = changes
+                    .iter()
+                    .enumerate()
+                    .filter(|(at, change)| changes[at + 1..].iter().all(|later| later.0 != change.0));
+                if lasts.into_iter().all(|(_, change)| change.1 != is_set) {
+                    return Err(format!("mail {guid} in {name}: {flag:?} is {is_set}, which nobody set last"));
+                }
+            }
+        }
+        Ok(())
+    }
+}

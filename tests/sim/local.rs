@@ -1,0 +1,726 @@
+//! What runs on one server beside its relay: Dovecot's mailboxes, and mail processes that tell the relay what they do with the
+//! plugin's own code.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::rc::Rc;
+
+use dovetail::capture::records::Records;
+use dovetail::capture::{mailbox_change, Commit, Place, Saved, Transaction, Written};
+use dovetail::relay::connection::Pipe;
+use dovetail::wire::frame;
+use dovetail::wire::proto::{self, frame::Kind, op::What};
+use dovetail::worker::mark::{moves, Marks};
+use dovetail::worker::storage::Guid;
+
+use super::chance::Chance;
+use super::ledger::{Flag, Ledger};
+use super::mailbox::{hashed, Act, Committed, Mailbox, Message, User};
+use super::net::{Event, Network, Owner, PipeEnd};
+use super::story::tell;
+
+/// Microseconds since 1970 when a run begins.
+const BEGIN_US: u64 = 1_700_000_000_000_000;
+/// A process that finds no relay tries again.
+const RETRY_US: u64 = 200_000;
+/// The process's queue.
+const QUEUE_BYTES: usize = 8 << 20;
+
+/// What a client does. Mailboxes by name, messages by any number: the one that it leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Do {
+    Save { mailbox: String, flags: u8, keyword: Option<String>, inline: bool },
+    Flags { mailbox: String, pick: u64, count: u64, add: u8, remove: u8, named: bool },
+    Keyword { mailbox: String, pick: u64, name: String, add: bool },
+    Expunge { mailbox: String, pick: u64, count: u64 },
+    Copy { from: String, to: String, pick: u64, expunge: bool },
+    Create { mailbox: String },
+    Rename { from: String, to: String },
+    Delete { mailbox: String },
+    Subscribe { mailbox: String, subscribed: bool },
+}
+
+/// A mail process.
+struct Process {
+    records: Records,
+    intents: BTreeSet<(String, Guid)>,
+    connection: Option<PipeEnd>,
+    /// Encoded frames that are not written yet, and how much of the first is.
+    waiting: VecDeque<Vec<u8>>,
+    written: usize,
+    last_logs: BTreeMap<Guid, u32>,
+    is_ending: bool,
+}
+
+impl Process {
+    fn new() -> Process {
+        Process {
+            records: Records::new(|guid| hashed(guid).to_vec()),
+            intents: BTreeSet::new(),
+            connection: None,
+            waiting: VecDeque::new(),
+            written: 0,
+            last_logs: BTreeMap::new(),
+            is_ending: false,
+        }
+    }
+
+    fn note(&mut self, mut written: Written) {
+        let last = self.last_logs.insert(written.mailbox_guid, written.log_seq);
+        if last == Some(written.log_seq) {
+            (written.prev_log_seq, written.prev_log_end) = (0, 0);
+        }
+        self.records.written(&written);
+    }
+}
+
+/// See the module.
+pub struct Local {
+    pub server: usize,
+    pub name: String,
+    network: Network,
+    chance: Chance,
+    users: BTreeMap<String, User>,
+    processes: BTreeMap<u64, Process>,
+    /// The process that serves a client.
+    slots: BTreeMap<usize, u64>,
+    last_process: u64,
+    /// By which the machine's clock is wrong.
+    pub offset_us: i64,
+    in_between: VecDeque<(usize, Do)>,
+    /// A worker dies at this moment of its work.
+    pub kill_worker_in: Option<u64>,
+    is_locked: bool,
+    pub is_disk_full: bool,
+    guids: u64,
+    follow_wrote: Vec<Written>,
+    /// Its mail processes may take longer than the relay waits for them.
+    pub is_slow: bool,
+    pub ledger: Rc<RefCell<Ledger>>,
+}
+
+impl Local {
+    pub fn new(server: usize, name: String, network: Network, seed: u64, ledger: Rc<RefCell<Ledger>>) -> Local {
+        Local {
+            server,
+            name,
+            network,
+            chance: Chance::new(seed, 100 + server as u64),
+            users: BTreeMap::new(),
+            processes: BTreeMap::new(),
+            slots: BTreeMap::new(),
+            last_process: 0,
+            offset_us: 0,
+            in_between: VecDeque::new(),
+            kill_worker_in: None,
+            is_locked: false,
+            is_disk_full: false,
+            guids: 0,
+            follow_wrote: Vec::new(),
+            is_slow: false,
+            ledger,
+        }
+    }
+
+    pub fn inbox_guid(user: &str) -> Guid {
+        let mut guid = [b'I'; 16];
+        guid.iter_mut().zip(user.bytes()).for_each(|(to, from)| *to = from);
+        guid
+    }
+
+    /// The machine's clock.
+    pub fn now_us(&self) -> u64 {
+        (BEGIN_US + self.network.borrow().now_us).saturating_add_signed(self.offset_us)
+    }
+
+    pub fn now_secs(&self) -> u32 {
+        (self.now_us() / 1_000_000) as u32
+    }
+
+    pub fn new_guid(&mut self) -> Guid {
+        self.guids += 1;
+        let mut guid = [0; 16];
+        guid[..8].copy_from_slice(&self.chance.next().to_be_bytes());
+        guid[8] = self.name.as_bytes()[0];
+        guid[12..].copy_from_slice(&(self.guids as u32).to_be_bytes());
+        guid
+    }
+
+    pub fn user(&mut self, user: &str) -> &mut User {
+        self.users.entry(user.into()).or_default()
+    }
+
+    pub fn users(&self) -> &BTreeMap<String, User> {
+        &self.users
+    }
+
+    /// INBOX is born on every server by itself.
+    pub fn make_inbox(&mut self, user: &str) -> Option<Vec<Written>> {
+        let now_secs = self.now_secs();
+        let guid = Local::inbox_guid(user);
+        self.user(user).create(user, "INBOX", guid, 0, now_secs)
+    }
+
+    pub fn lock(&mut self, _user: &str) -> bool {
+        !std::mem::replace(&mut self.is_locked, true)
+    }
+
+    pub fn unlock(&mut self) {
+        self.is_locked = false;
+    }
+
+    pub fn check_disk(&self) -> Result<(), String> {
+        match self.is_disk_full {
+            true => Err("write() failed: No space left on device".into()),
+            false => Ok(()),
+        }
+    }
+
+    pub fn is_worker_killed_now(&mut self) -> bool {
+        match &mut self.kill_worker_in {
+            Some(0) => {
+                self.kill_worker_in = None;
+                tell(|| format!("{}: a worker is killed in the middle of a job", self.name));
+                true
+            }
+            Some(left) => {
+                *left -= 1;
+                false
+            }
+            None => false,
+        }
+    }
+
+    /// A commit of anybody on this server.
+    pub fn is_committed(
+        &mut self,
+        user: &str,
+        name: &str,
+        who: &str,
+        committed: &Committed,
+        applying: &[proto::SeqOf],
+    ) {
+        let Some(mailbox) = self.users.get(user).and_then(|user| user.mailboxes.get(name)) else { return };
+        tell(|| {
+            let saved: Vec<String> = committed
+                .saved
+                .iter()
+                .map(|uid| format!("{uid}={}", mailbox.messages.get(uid).map_or("?", |message| short(&message.guid))))
+                .collect();
+            let gone: Vec<String> =
+                committed.expunged.iter().map(|(uid, guid)| format!("{uid}={}", short(guid))).collect();
+            let applied: Vec<String> = applying.iter().map(|of| format!("{}{}", of.origin, of.seq)).collect();
+            let places: Vec<String> =
+                committed.written.iter().map(|w| format!("{}:{}..{}", w.log_seq, w.begin, w.end)).collect();
+            format!(
+                "{}: {who} commits to {name} [{}]{}{}{}",
+                self.name,
+                places.join(" "),
+                if saved.is_empty() { String::new() } else { format!(" saved {}", saved.join(" ")) },
+                if gone.is_empty() { String::new() } else { format!(" expunged {}", gone.join(" ")) },
+                if applied.is_empty() { String::new() } else { format!(", applying {}", applied.join(" ")) },
+            )
+        });
+        self.ledger.borrow_mut().look(self.server, user, name, mailbox);
+    }
+
+    // ---- Clients.
+
+    /// To be done while a worker is in the middle of its work.
+    pub fn do_in_between(&mut self, slot: usize, what: Do) {
+        self.in_between.push_back((slot, what));
+    }
+
+    pub fn act_in_between(&mut self) {
+        if let Some((slot, what)) = self.in_between.pop_front() {
+            tell(|| format!("{}: while a worker works,", self.name));
+            self.act(slot, &what);
+        }
+    }
+
+    /// What found no worker at work.
+    pub fn act_all(&mut self) {
+        while !self.in_between.is_empty() {
+            self.act_in_between();
+        }
+    }
+
+    /// The process of this client, a new one if there is none.
+    fn process_of(&mut self, slot: usize) -> u64 {
+        if let Some(number) = self.slots.get(&slot) {
+            return *number;
+        }
+        self.last_process += 1;
+        self.processes.insert(self.last_process, Process::new());
+        self.slots.insert(slot, self.last_process);
+        self.last_process
+    }
+
+    /// A client does something, and has its answer.
+    pub fn act(&mut self, slot: usize, what: &Do) {
+        let user = "jane";
+        let number = self.process_of(slot);
+        let Some(mut process) = self.processes.remove(&number) else { return };
+        self.carry_out(&mut process, number, user, what);
+        self.processes.insert(number, process);
+        let delay = match self.chance.below(20) {
+            // The first that is heard of a log waits for a second only.
+            0 => self.chance.below(if self.is_slow { 1_500_000 } else { 900_000 }),
+            1..=3 => self.chance.below(50_000),
+            _ => self.chance.below(5_000),
+        };
+        self.network.borrow_mut().after(delay, Event::Flush(self.server, number));
+    }
+
+    fn carry_out(&mut self, process: &mut Process, number: u64, user: &str, what: &Do) {
+        match what {
+            Do::Save { mailbox, flags, keyword, inline } => {
+                if !self.open(process, number, user, mailbox) {
+                    return;
+                }
+                let guid = hex(&self.new_guid());
+                let now_secs = i64::from(self.now_secs());
+                let message = Message {
+                    body: format!("mail {guid}").into_bytes(),
+                    guid,
+                    flags: *flags,
+                    keywords: keyword.iter().cloned().collect(),
+                    received_date: now_secs,
+                    save_date: now_secs,
+                };
+                self.save(process, number, user, mailbox, message, None, *inline);
+            }
+            Do::Flags { mailbox, pick, count, add, remove, named } => {
+                let Some(uids) = self.pick(user, mailbox, *pick, *count) else { return };
+                let mut transaction = Transaction::new(QUEUE_BYTES);
+                let delta = proto::FlagUpdate { add: (*add).into(), remove: (*remove).into(), ..Default::default() };
+                let mut acts = Vec::new();
+                for (uid, guid) in &uids {
+                    transaction.flags(*uid, None, delta.clone());
+                    acts.push(Act::Flags { uid: *uid, add: *add, remove: *remove });
+                    let flags = (0..5).map(|bit| 1u8 << bit).filter(|bit| (add | remove) & bit != 0);
+                    for bit in flags {
+                        self.is_flagged(user, mailbox, guid, Flag::System(bit), add & bit != 0);
+                    }
+                }
+                if *named {
+                    transaction.name(|uid| uids.iter().find(|(of, _)| *of == uid).map(|(_, guid)| guid.clone()));
+                }
+                tell(|| {
+                    format!("{}: process {number} changes flags +{add:x} -{remove:x} of {}", self.name, list(&uids))
+                });
+                self.commit(process, number, user, mailbox, transaction, acts);
+            }
+            Do::Keyword { mailbox, pick, name, add } => {
+                let Some(uids) = self.pick(user, mailbox, *pick, 1) else { return };
+                let mut transaction = Transaction::new(QUEUE_BYTES);
+                let (added, removed) = if *add { (vec![name.clone()], vec![]) } else { (vec![], vec![name.clone()]) };
+                let delta = proto::FlagUpdate { add_keywords: added, remove_keywords: removed, ..Default::default() };
+                let mut acts = Vec::new();
+                for (uid, guid) in &uids {
+                    let mailbox = self.user(user).mailboxes.get(mailbox);
+                    let has = mailbox.and_then(|m| m.messages.get(uid)).is_some_and(|m| m.keywords.contains(name));
+                    if has == *add {
+                        // notify tells only what changes.
+                        return;
+                    }
+                    transaction.flags(*uid, Some(guid.clone()), delta.clone());
+                    acts.push(Act::Keyword { uid: *uid, name: name.clone(), add: *add });
+                }
+                for (_, guid) in &uids {
+                    self.is_flagged(user, mailbox, guid, Flag::Keyword(name.clone()), *add);
+                }
+                tell(|| {
+                    let sign = if *add { '+' } else { '-' };
+                    format!("{}: process {number} changes keyword {sign}{name} of {}", self.name, list(&uids))
+                });
+                self.commit(process, number, user, mailbox, transaction, acts);
+            }
+            Do::Expunge { mailbox, pick, count } => {
+                let Some(uids) = self.pick(user, mailbox, *pick, *count) else { return };
+                self.expunge(process, number, user, mailbox, &uids);
+            }
+            Do::Copy { from, to, pick, expunge } => {
+                let Some(uids) = self.pick(user, from, *pick, 1) else { return };
+                let source = self.user(user).mailboxes.get(from).map(|m| (m.guid, m.messages.get(&uids[0].0).cloned()));
+                let Some((source, Some(message))) = source else { return };
+                let target = self.user(user).mailboxes.get(to).map(|mailbox| mailbox.guid);
+                let Some(target) = target else { return };
+                // One that was there before would be a second message of that GUID.
+                if self.ledger.borrow().is_known(user, &target, &message.guid) {
+                    return;
+                }
+                let from_mailbox = proto::Mailbox { guid: source.to_vec(), path: path(from), ..Default::default() };
+                let copied = proto::CopiedFrom { mailbox: Some(from_mailbox), uid: uids[0].0 };
+                self.save(process, number, user, to, message, Some(copied), false);
+                if *expunge {
+                    self.expunge(process, number, user, from, &uids);
+                }
+            }
+            Do::Create { mailbox } => {
+                self.intend(
+                    process,
+                    number,
+                    user,
+                    &Place { user: user.into(), guid: Guid::default(), path: path(mailbox) },
+                );
+                let (guid, now_secs) = (self.new_guid(), self.now_secs());
+                let Some(written) = self.user(user).create(user, mailbox, guid, 0, now_secs) else { return };
+                written.into_iter().for_each(|written| process.note(written));
+                tell(|| format!("{}: process {number} creates mailbox {mailbox}", self.name));
+                self.tell_list(process, user, mailbox, What::Create(proto::MailboxCreate::default()));
+            }
+            Do::Rename { from, to } => {
+                self.intend(
+                    process,
+                    number,
+                    user,
+                    &Place { user: user.into(), guid: Guid::default(), path: path(from) },
+                );
+                if !self.user(user).rename(from, to) {
+                    return;
+                }
+                tell(|| format!("{}: process {number} renames mailbox {from} to {to}", self.name));
+                let guid = self.user(user).mailboxes.get(to).map(|mailbox| mailbox.guid).unwrap_or_default();
+                let mailbox = proto::Mailbox { guid: guid.to_vec(), path: path(from), ..Default::default() };
+                let what = What::Rename(proto::MailboxRename { new_path: path(to), back: vec![] });
+                process.records.mailbox(mailbox_change(user, mailbox, what, self.now_us()));
+            }
+            Do::Delete { mailbox } => {
+                self.intend(
+                    process,
+                    number,
+                    user,
+                    &Place { user: user.into(), guid: Guid::default(), path: path(mailbox) },
+                );
+                let Some(deleted) = self.user(user).delete(mailbox) else { return };
+                tell(|| format!("{}: process {number} deletes mailbox {mailbox}", self.name));
+                self.ledger.borrow_mut().is_deleted(user, &deleted);
+                let of = proto::Mailbox { guid: deleted.guid.to_vec(), path: path(mailbox), ..Default::default() };
+                let what = What::Delete(proto::MailboxDelete::default());
+                process.records.mailbox(mailbox_change(user, of, what, self.now_us()));
+            }
+            Do::Subscribe { mailbox, subscribed } => {
+                let now_secs = self.now_secs().into();
+                self.intend(
+                    process,
+                    number,
+                    user,
+                    &Place { user: user.into(), guid: Guid::default(), path: path(mailbox) },
+                );
+                self.user(user).subscribe(mailbox, *subscribed, now_secs);
+                tell(|| format!("{}: process {number} sets subscription of {mailbox} to {subscribed}", self.name));
+                let of = proto::Mailbox { path: path(mailbox), ..Default::default() };
+                let what = What::Subscription(proto::Subscription { subscribed: *subscribed });
+                process.records.mailbox(mailbox_change(user, of, what, self.now_us()));
+            }
+        }
+    }
+
+    /// False if there is no such mailbox.
+    fn open(&mut self, process: &mut Process, number: u64, user: &str, name: &str) -> bool {
+        let made = if name == "INBOX" { self.make_inbox(user) } else { None };
+        if let Some(written) = made {
+            tell(|| format!("{}: process {number} makes INBOX", self.name));
+            let place = Place { user: user.into(), guid: Guid::default(), path: path(name) };
+            self.intend(process, number, user, &place);
+            written.into_iter().for_each(|written| process.note(written));
+            self.tell_list(process, user, name, What::Create(proto::MailboxCreate::default()));
+        }
+        self.user(user).mailboxes.contains_key(name)
+    }
+
+    /// A change of a mailbox as it is now.
+    fn tell_list(&mut self, process: &mut Process, user: &str, name: &str, what: What) {
+        let now_us = self.now_us();
+        let Some(mailbox) = self.user(user).mailboxes.get(name) else { return };
+        process.records.mailbox(mailbox_change(user, described(name, mailbox), what, now_us));
+    }
+
+    /// The messages from the one that is picked on.
+    fn pick(&mut self, user: &str, name: &str, pick: u64, count: u64) -> Option<Vec<(u32, String)>> {
+        let mailbox = self.user(user).mailboxes.get(name)?;
+        let length = mailbox.messages.len() as u64;
+        let first = pick.checked_rem(length)?;
+        let picked = mailbox.messages.iter().skip(first as usize).take(count as usize);
+        Some(picked.map(|(uid, message)| (*uid, message.guid.clone())).collect())
+    }
+
+    fn is_flagged(&mut self, user: &str, name: &str, guid: &str, flag: Flag, is_set: bool) {
+        let server = self.server;
+        let Some(mailbox) = self.users.get(user).and_then(|user| user.mailboxes.get(name)) else { return };
+        self.ledger.borrow_mut().is_flagged(server, user, &mailbox.guid, guid, flag, is_set);
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn save(
+        &mut self,
+        process: &mut Process,
+        number: u64,
+        user: &str,
+        name: &str,
+        message: Message,
+        copied_from: Option<proto::CopiedFrom>,
+        inline: bool,
+    ) {
+        let mut transaction = Transaction::new(QUEUE_BYTES);
+        transaction.save(proto::Save {
+            guid: message.guid.clone(),
+            flags: message.flags.into(),
+            keywords: message.keywords.iter().cloned().collect(),
+            received_date: message.received_date,
+            save_date: message.save_date,
+            size: message.body.len() as u64,
+            body_inline: inline,
+            body: if inline { message.body.clone() } else { Vec::new() },
+            copied_from,
+            ..Default::default()
+        });
+        if let Some(mailbox) = self.user(user).mailboxes.get(name) {
+            let guid = mailbox.guid;
+            self.ledger.borrow_mut().is_saved(user, &guid, &message.guid);
+        }
+        self.commit(process, number, user, name, transaction, vec![Act::Save(0, message)]);
+    }
+
+    fn expunge(&mut self, process: &mut Process, number: u64, user: &str, name: &str, uids: &[(u32, String)]) {
+        let mut transaction = Transaction::new(QUEUE_BYTES);
+        let Some(mailbox) = self.user(user).mailboxes.get(name).map(|mailbox| mailbox.guid) else { return };
+        for (uid, guid) in uids {
+            transaction.expunge(*uid, Some(guid.clone()));
+            self.ledger.borrow_mut().is_expunged(user, &mailbox, guid);
+        }
+        let acts = uids.iter().map(|(uid, _)| Act::Expunge(*uid)).collect();
+        self.commit(process, number, user, name, transaction, acts);
+    }
+
+    /// Commits, and notes it as the plugin does.
+    fn commit(
+        &mut self,
+        process: &mut Process,
+        number: u64,
+        user: &str,
+        name: &str,
+        mut transaction: Transaction,
+        acts: Vec<Act>,
+    ) {
+        let stale = acts.clone();
+        let Some(guid) = self.user(user).mailboxes.get(name).map(|mailbox| mailbox.guid) else { return };
+        let place = Place { user: user.into(), guid, path: path(name) };
+        self.intend(process, number, user, &place);
+        let Some(mailbox) = self.user(user).mailboxes.get_mut(name) else { return };
+        let committed = mailbox.commit(user, acts, false);
+        let (uid_validity, uid_next, highest_modseq) = (mailbox.uid_validity, mailbox.uid_next, mailbox.modseq);
+        self.is_committed(user, name, &format!("process {number}"), &committed, &[]);
+        let followed = self.follow(user, name, &stale);
+        transaction.follow(|range, _| followed.get(&range.first_uid).cloned());
+        process.records.begin(guid);
+        let mut written = committed.written.into_iter();
+        if let Some(of_transaction) = written.next() {
+            process.note(of_transaction);
+        }
+        let saved = committed.saved.iter().map(|uid| Saved { uid: *uid, guid: None }).collect();
+        let commit = Commit { guid, uid_validity, uid_next, highest_modseq, saved, clock: self.now_us() };
+        process.records.commit(&place, transaction, &commit);
+        // Of the sync.
+        written.for_each(|written| process.note(written));
+        for mut written in std::mem::take(&mut self.follow_wrote) {
+            // What it did is told already.
+            (written.adds_or_changes, written.expunges, written.appends) = (false, false, 0);
+            process.note(written);
+        }
+    }
+
+    /// What was done to messages that a worker is moving, or has moved, is done where they are now: see src/shim/follow.c.
+    /// GUIDs of messages that their old UIDs name no more.
+    fn follow(&mut self, user: &str, name: &str, acts: &[Act]) -> BTreeMap<u32, String> {
+        let mut followed = BTreeMap::new();
+        let Some(mailbox) = self.user(user).mailboxes.get_mut(name) else { return followed };
+        if !Marks::parse(&mailbox.mark).has_diverged() {
+            return followed;
+        }
+        let moves: Vec<(u32, u32)> = mailbox.log_files().iter().flat_map(|log| moves(log)).collect();
+        let mut again = Vec::new();
+        for act in acts {
+            let (Act::Expunge(uid) | Act::Flags { uid, .. } | Act::Keyword { uid, .. }) = act else { continue };
+            for (_, to) in moves.iter().filter(|(from, _)| from == uid) {
+                let to = moves.iter().fold(*to, |to, next| if next.0 == to { next.1 } else { to });
+                let Some(message) = mailbox.messages.get(&to) else { continue };
+                if mailbox.messages.contains_key(uid) {
+                    continue;
+                }
+                followed.insert(*uid, message.guid.clone());
+                again.push(match act.clone() {
+                    Act::Flags { add, remove, .. } => Act::Flags { uid: to, add, remove },
+                    Act::Keyword { name, add, .. } => Act::Keyword { uid: to, name, add },
+                    _ => Act::Expunge(to),
+                });
+            }
+        }
+        if !again.is_empty() {
+            let committed = mailbox.commit(user, again, false);
+            self.is_committed(user, name, "the process, which follows a move,", &committed, &[]);
+            self.follow_wrote = committed.written;
+        }
+        followed
+    }
+
+    // ---- What processes say.
+
+    /// Before the first write.
+    fn intend(&mut self, process: &mut Process, number: u64, user: &str, place: &Place) {
+        if process.intents.insert((user.into(), place.guid)) {
+            let is_new = process.connection.is_none();
+            if is_new {
+                self.connect(process, number);
+            } else {
+                process.waiting.push_back(intent(user, place));
+            }
+            self.write(process);
+        }
+    }
+
+    /// False if there is no relay.
+    fn connect(&mut self, process: &mut Process, number: u64) -> bool {
+        let mut net = self.network.borrow_mut();
+        if !net.is_listening[self.server] {
+            return false;
+        }
+        let (here, there) = net.pair(Owner::Process(self.server, number), Owner::Relay(self.server), true);
+        net.accepting.push((self.server, there));
+        drop(net);
+        process.connection = Some(PipeEnd { network: self.network.clone(), end: here });
+        process.written = 0;
+        let attach = proto::Attach { process: "imap".into(), pid: number as u32 };
+        let intents = process
+            .intents
+            .iter()
+            .map(|(user, guid)| intent(user, &Place { user: user.clone(), guid: *guid, path: Vec::new() }));
+        let said: Vec<Vec<u8>> = std::iter::once(encoded(Kind::Attach(attach))).chain(intents).collect();
+        said.into_iter().rev().for_each(|frame| process.waiting.push_front(frame));
+        true
+    }
+
+    fn write(&mut self, process: &mut Process) {
+        let Some(connection) = &mut process.connection else { return };
+        while let Some(first) = process.waiting.front() {
+            match connection.write(&first[process.written..]) {
+                Ok(length) => process.written += length,
+                Err(_) => {
+                    process.connection = None;
+                    return;
+                }
+            }
+            if process.written == first.len() {
+                process.waiting.pop_front();
+                process.written = 0;
+            }
+        }
+    }
+
+    /// The client has its answer: what could wait is told.
+    pub fn flush(&mut self, number: u64) {
+        let Some(mut process) = self.processes.remove(&number) else { return };
+        if process.connection.as_ref().is_some_and(|c| self.network.borrow().is_broken(c.end)) {
+            process.connection = None;
+        }
+        // Of a connection that is gone, what says who we are is said again.
+        if process.connection.is_none() {
+            process.waiting.retain(|frame| is_record(frame));
+        }
+        for record in process.records.take() {
+            process.waiting.push_back(encoded(Kind::Record(record)));
+        }
+        let has_relay = process.connection.is_some() || self.connect(&mut process, number);
+        if process.is_ending && process.waiting.iter().all(|frame| is_record(frame)) {
+            process.waiting.push_back(encoded(Kind::Goodbye(proto::Goodbye {})));
+        }
+        self.write(&mut process);
+        let is_left = !process.waiting.is_empty();
+        if process.is_ending {
+            // It waits no longer.
+            return;
+        }
+        if is_left || !has_relay {
+            self.network.borrow_mut().after(RETRY_US, Event::Flush(self.server, number));
+        }
+        self.processes.insert(number, process);
+    }
+
+    /// Its connection broke.
+    pub fn lost_relay(&mut self, number: u64) {
+        let Some(process) = self.processes.get_mut(&number) else { return };
+        if process.connection.as_ref().is_some_and(|c| self.network.borrow().is_broken(c.end)) {
+            process.connection = None;
+            self.network.borrow_mut().after(RETRY_US, Event::Flush(self.server, number));
+        }
+    }
+
+    /// It ends as it should.
+    pub fn end_process(&mut self, slot: usize) {
+        let Some(number) = self.slots.remove(&slot) else { return };
+        tell(|| format!("{}: process {number} ends", self.name));
+        if let Some(process) = self.processes.get_mut(&number) {
+            process.is_ending = true;
+        }
+        self.flush(number);
+    }
+
+    pub fn kill_process(&mut self, slot: usize) {
+        let Some(number) = self.slots.remove(&slot) else { return };
+        tell(|| format!("{}: process {number} is killed", self.name));
+        self.processes.remove(&number);
+    }
+
+    pub fn kill_all_processes(&mut self) {
+        self.slots.clear();
+        self.processes.clear();
+    }
+
+    /// Whether all is said.
+    pub fn is_quiet(&self) -> bool {
+        self.in_between.is_empty() && self.processes.values().all(|process| process.waiting.is_empty())
+    }
+}
+
+fn encoded(kind: Kind) -> Vec<u8> {
+    frame::encode(&kind.into()).expect("a small frame")
+}
+
+/// Others are said again on another connection.
+fn is_record(frame: &[u8]) -> bool {
+    use prost::Message;
+    let frame = proto::Frame::decode(&frame[frame::HEADER_BYTES..]).expect("our own frame");
+    matches!(frame.kind, Some(Kind::Record(_)))
+}
+
+fn intent(user: &str, place: &Place) -> Vec<u8> {
+    encoded(Kind::Intent(proto::Intent { user: user.into(), mailbox: Some(place.mailbox()) }))
+}
+
+pub fn path(name: &str) -> Vec<String> {
+    name.split('/').map(str::to_owned).collect()
+}
+
+fn described(name: &str, mailbox: &Mailbox) -> proto::Mailbox {
+    proto::Mailbox {
+        guid: mailbox.guid.to_vec(),
+        path: path(name),
+        uid_validity: mailbox.uid_validity,
+        uid_next: mailbox.uid_next,
+        highest_modseq: mailbox.modseq,
+    }
+}
+
+pub fn hex(guid: &Guid) -> String {
+    guid.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Enough of a GUID to know it by: who made it, and its number.
+pub fn short(guid: &str) -> &str {
+    guid.get(16..).unwrap_or(guid)
+}
+
+fn list(uids: &[(u32, String)]) -> String {
+    uids.iter().map(|(uid, guid)| format!("{uid}={}", short(guid))).collect::<Vec<_>>().join(" ")
+}

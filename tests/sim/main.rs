@@ -1,0 +1,135 @@
+//! A whole cluster in one thread: relays, workers and mail processes as they are, around them a clock, a network, disks and a
+//! model of Dovecot's mailboxes that a seed decides about.
+//!
+//! `make sim SEEDS=1000 FIRST=1` plays the runs of so many seeds, `make sim SEED=17` one of them and tells its story.
+
+mod chance;
+mod ledger;
+mod local;
+mod mailbox;
+mod net;
+mod schedule;
+mod storage;
+mod story;
+mod world;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use schedule::{Kind, Schedule};
+
+/// Runs of an ordinary test.
+const SEEDS: u64 = 1_000;
+/// Failing seeds that are told of.
+const FAILURES_MAX: usize = 3;
+/// Runs that making one smaller may take.
+const SHRINKS_MAX: usize = 400;
+
+fn number(name: &str, otherwise: u64) -> u64 {
+    match std::env::var(name).ok().filter(|text| !text.is_empty()) {
+        Some(text) => text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")),
+        None => otherwise,
+    }
+}
+
+/// A new folder, in memory if the machine has one there.
+fn folder() -> PathBuf {
+    static FOLDERS: AtomicUsize = AtomicUsize::new(0);
+    let shm = PathBuf::from("/dev/shm");
+    let base = if shm.is_dir() { shm } else { std::env::temp_dir() };
+    base.join(format!("dovetail-sim-{}-{}", std::process::id(), FOLDERS.fetch_add(1, Ordering::Relaxed)))
+}
+
+fn play(schedule: &Schedule) -> Result<u64, String> {
+    let folder = folder();
+    let run = || world::play(schedule, &folder);
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()));
+        Err(format!("a panic: {}", text.unwrap_or_default()))
+    })
+}
+
+/// What happens in the run, in words.
+fn story_of(schedule: &Schedule) -> String {
+    story::begin();
+    let outcome = play(schedule);
+    let mut lines = story::take();
+    lines.push(match outcome {
+        Ok(count) => format!("It went well ({count} events)."),
+        Err(why) => format!("It failed: {why}"),
+    });
+    lines.join("\n")
+}
+
+/// The first failures of these seeds.
+fn play_all(first: u64, seeds: u64, kind: Kind) -> Vec<(u64, String)> {
+    let next = AtomicU64::new(first);
+    let failures = std::sync::Mutex::new(Vec::new());
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let play_some = || loop {
+        let seed = next.fetch_add(1, Ordering::Relaxed);
+        if seed >= first + seeds || failures.lock().unwrap().len() >= FAILURES_MAX {
+            return;
+        }
+        if let Err(why) = play(&Schedule::of_seed(seed, kind)) {
+            failures.lock().unwrap().push((seed, why));
+        }
+    };
+    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(play_some))));
+    failures.into_inner().unwrap()
+}
+
+fn kind() -> Kind {
+    let Kind { servers_max, has_clashes } = Kind::default();
+    Kind {
+        servers_max: number("DOVETAIL_SIM_SERVERS", servers_max),
+        has_clashes: number("DOVETAIL_SIM_CLASHES", has_clashes.into()) != 0,
+    }
+}
+
+#[test]
+fn every_seed_ends_well() {
+    if let Ok(seed) = std::env::var("DOVETAIL_SIM_SEED").unwrap_or_default().parse() {
+        let schedule = Schedule::of_seed(seed, kind());
+        return match play(&schedule) {
+            Ok(_) => println!("{}", story_of(&schedule)),
+            Err(_) => panic!("seed {seed}\n{}", story_of(&smallest(schedule))),
+        };
+    }
+    let (first, seeds) = (number("DOVETAIL_SIM_FIRST", 1), number("DOVETAIL_SIM_SEEDS", SEEDS));
+    let failures = play_all(first, seeds, kind());
+    for (seed, why) in &failures {
+        println!(
+            "\nseed {seed}: {why}\nmake sim SEED={seed} plays it again. Its story, without what it does not need:"
+        );
+        println!("{}", story_of(&smallest(Schedule::of_seed(*seed, kind()))));
+    }
+    assert!(failures.is_empty(), "{} seeds failed", failures.len());
+}
+
+/// Still fails, and in the same way.
+fn smallest(schedule: Schedule) -> Schedule {
+    let Err(why) = play(&schedule) else { return schedule };
+    let mut left = SHRINKS_MAX;
+    schedule.shrink(|schedule| {
+        left = left.saturating_sub(1);
+        left > 0 && play(schedule).is_err_and(|now| way(&now) == way(&why))
+    })
+}
+
+/// Without names and numbers.
+fn way(why: &str) -> String {
+    let is_word = |word: &&str| word.chars().all(|c| c.is_ascii_lowercase());
+    why.split_whitespace().filter(is_word).take(4).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn a_seed_gives_one_run() {
+    for seed in 1..20 {
+        let schedule = Schedule::of_seed(seed, kind());
+        let (first, second) = (story_of(&schedule), story_of(&schedule));
+        let differ = first.lines().zip(second.lines()).find(|(first, second)| first != second);
+        assert!(first == second, "seed {seed} is played in two ways: {differ:#?}");
+    }
+}
