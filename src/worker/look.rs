@@ -577,11 +577,15 @@ fn named<S: Storage>(
     unnamed: &mut usize,
 ) -> Result<Vec<Vec<MessageRange>>> {
     let Some(moves) = moves else {
-        let mut messages = without_gaps(storage, ranges)?;
-        // The peer may have given a UID to another one at the same time.
-        for single in messages.iter_mut().filter(|range| range.first_uid == range.last_uid).take(*unnamed) {
-            single.guid = storage.message_guid(single.first_uid)?.unwrap_or_default();
-            *unnamed -= 1;
+        let mut messages = Vec::new();
+        for mut range in without_gaps(storage, ranges)? {
+            if range.first_uid == range.last_uid && *unnamed > 0 {
+                *unnamed -= 1;
+                // The peer may have given the UID to another one at the same time. One that is gone needs no flags.
+                let Some(guid) = storage.message_guid(range.first_uid)? else { continue };
+                range.guid = guid;
+            }
+            messages.push(range);
         }
         return Ok(messages.chunks(RANGES_MAX).map(<[_]>::to_vec).collect());
     };
