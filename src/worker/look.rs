@@ -668,18 +668,17 @@ mod tests {
         LookAt { index_id: header.indexid, log_seq: header.file_seq, end, tail, ..inbox() }
     }
 
-    /// Up to the commit that first expunges this message.
-    fn known_before_expunge(log: &[u8], uid: u32) -> LookAt {
+    /// Up to the first commit that does this.
+    fn known_before(log: &[u8], is_it: impl Fn(&Delta) -> bool) -> LookAt {
         let header = Header::parse(log).unwrap();
         let first = u64::from(header.hdr_size);
-        let expunges = |commit: &Commit| {
-            fold([commit], |_| false)
-                .iter()
-                .any(|delta| matches!(delta, Delta::Expunge { first_uid, .. } if *first_uid == uid))
-        };
-        let commits = Commits::new(&header, &log[first as usize..], first);
-        let begin = commits.map(|commit| commit.unwrap()).find(expunges).expect("it is expunged").begin;
-        known_up_to(log, begin)
+        let mut commits = Commits::new(&header, &log[first as usize..], first).map(|commit| commit.unwrap());
+        let commit = commits.find(|commit| fold([commit], |_| false).iter().any(&is_it)).expect("somebody does it");
+        known_up_to(log, commit.begin)
+    }
+
+    fn known_before_expunge(log: &[u8], uid: u32) -> LookAt {
+        known_before(log, |delta| matches!(delta, Delta::Expunge { first_uid, .. } if *first_uid == uid))
     }
 
     fn look_at(storage: &mut FakeStorage, mailboxes: Vec<LookAt>, whole: bool) -> Vec<Looked> {
@@ -914,6 +913,14 @@ mod tests {
             })
             .collect();
         assert_eq!(guids, [16, 16]);
+    }
+
+    #[test]
+    fn flags_of_messages_that_are_gone_are_not_told() {
+        let known = known_before(SDBOX, |delta| matches!(delta, Delta::Flags { .. }));
+        let words = told(&look_at(&mut storage(&[SDBOX]), vec![known], false));
+        let is_of_gone = |word: &&String| word.starts_with("2 ") || word.starts_with("4 ");
+        assert_eq!(words.iter().find(is_of_gone), None, "{words:?}");
     }
 
     #[test]
