@@ -604,11 +604,15 @@ fn named<S: Storage>(
     unnamed: &mut usize,
 ) -> Result<Vec<Vec<MessageRange>>> {
     let Some(moves) = moves else {
-        let mut messages = without_gaps(storage, ranges)?;
-        // The peer may have given a UID to another one at the same time.
-        for single in messages.iter_mut().filter(|range| range.first_uid == range.last_uid).take(*unnamed) {
-            single.guid = storage.message_guid(single.first_uid)?.unwrap_or_default();
-            *unnamed -= 1;
+        let mut messages = Vec::new();
+        for mut range in without_gaps(storage, ranges)? {
+            if range.first_uid == range.last_uid && *unnamed > 0 {
+                *unnamed -= 1;
+                // The peer may have given the UID to another one at the same time. One that is gone needs no flags.
+                let Some(guid) = storage.message_guid(range.first_uid)? else { continue };
+                range.guid = guid;
+            }
+            messages.push(range);
         }
         return Ok(messages.chunks(RANGES_MAX).map(<[_]>::to_vec).collect());
     };
@@ -691,18 +695,17 @@ mod tests {
         LookAt { index_id: header.indexid, log_seq: header.file_seq, end, tail, ..inbox() }
     }
 
-    /// Up to the commit that first expunges this message.
-    fn known_before_expunge(log: &[u8], uid: u32) -> LookAt {
+    /// Up to the first commit that does this.
+    fn known_before(log: &[u8], is_it: impl Fn(&Delta) -> bool) -> LookAt {
         let header = Header::parse(log).unwrap();
         let first = u64::from(header.hdr_size);
-        let expunges = |commit: &Commit| {
-            fold([commit], |_| false)
-                .iter()
-                .any(|delta| matches!(delta, Delta::Expunge { first_uid, .. } if *first_uid == uid))
-        };
-        let commits = Commits::new(&header, &log[first as usize..], first);
-        let begin = commits.map(|commit| commit.unwrap()).find(expunges).expect("it is expunged").begin;
-        known_up_to(log, begin)
+        let mut commits = Commits::new(&header, &log[first as usize..], first).map(|commit| commit.unwrap());
+        let commit = commits.find(|commit| fold([commit], |_| false).iter().any(&is_it)).expect("somebody does it");
+        known_up_to(log, commit.begin)
+    }
+
+    fn known_before_expunge(log: &[u8], uid: u32) -> LookAt {
+        known_before(log, |delta| matches!(delta, Delta::Expunge { first_uid, .. } if *first_uid == uid))
     }
 
     fn look_at(storage: &mut FakeStorage, mailboxes: Vec<LookAt>, whole: bool) -> Vec<Looked> {
@@ -937,6 +940,14 @@ mod tests {
             })
             .collect();
         assert_eq!(guids, [16, 16]);
+    }
+
+    #[test]
+    fn flags_of_messages_that_are_gone_are_not_told() {
+        let known = known_before(SDBOX, |delta| matches!(delta, Delta::Flags { .. }));
+        let words = told(&look_at(&mut storage(&[SDBOX]), vec![known], false));
+        let is_of_gone = |word: &&String| word.starts_with("2 ") || word.starts_with("4 ");
+        assert_eq!(words.iter().find(is_of_gone), None, "{words:?}");
     }
 
     #[test]

@@ -577,6 +577,12 @@ impl Local {
                 process.waiting.push_back(intent(user, place));
             }
             self.write(process);
+            if process.connection.is_none() {
+                // It finds out only now that the relay is another one.
+                process.waiting.retain(|frame| is_record(frame));
+                self.connect(process, number);
+                self.write(process);
+            }
         }
     }
 
@@ -666,7 +672,14 @@ impl Local {
         self.flush(number);
     }
 
+    /// Not one that has not told its relay of itself yet, because that is a new one: what it does until its next record, nobody
+    /// would look for.
     pub fn kill_process(&mut self, slot: usize) {
+        let process = self.slots.get(&slot).and_then(|number| self.processes.get(number));
+        let connection = process.and_then(|process| process.connection.as_ref());
+        if connection.is_none_or(|connection| self.network.borrow().is_lost(connection.end)) {
+            return;
+        }
         let Some(number) = self.slots.remove(&slot) else { return };
         tell(|| format!("{}: process {number} is killed", self.name));
         self.processes.remove(&number);

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use schedule::{Kind, Schedule};
 
 /// Runs of an ordinary test.
-const SEEDS: u64 = 1_000;
+const SEEDS: u64 = 2_000;
 /// Failing seeds that are told of.
 const FAILURES_MAX: usize = 3;
 /// Runs that making one smaller may take.

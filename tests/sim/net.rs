@@ -235,6 +235,11 @@ impl Net {
         !end.here.is_empty() || end.is_over || end.is_reset
     }
 
+    /// Whether the other end is gone, noticed or not.
+    pub fn is_lost(&self, end: usize) -> bool {
+        self.is_broken(end) || self.ends[self.ends[end].other].is_closed
+    }
+
     pub fn is_broken(&self, end: usize) -> bool {
         let end = &self.ends[end];
         end.is_over || end.is_reset || end.is_closed

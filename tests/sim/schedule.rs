@@ -269,7 +269,7 @@ impl Maker {
             }
             91..=95 => self.create(server),
             96..=97 => self.rename(server),
-            98 if self.kind.has_clashes => Do::Delete { mailbox },
+            98 if self.kind.has_clashes && mailbox != "INBOX" => Do::Delete { mailbox },
             _ => {
                 let subscribed = self.chance.percent(60);
                 // Each server its own: which of two changes is the later one is not what is tested here.
