@@ -21,6 +21,7 @@ mod inbox;
 mod lock;
 mod logs;
 mod open;
+mod seen;
 
 pub use changes::{Stored, Trimmed};
 pub use elsewhere::Elsewhere;
@@ -29,6 +30,7 @@ pub use flags::FlagChange;
 pub use lock::Lock;
 pub use logs::KnownLog;
 pub use open::{Options, Start};
+pub use seen::Seen;
 
 use std::path::PathBuf;
 
@@ -37,7 +39,7 @@ use rusqlite::Connection;
 use checkpoint::Checkpoints;
 
 /// The format of the file that this version reads and writes.
-pub const FORMAT: i32 = 2;
+pub const FORMAT: i32 = 3;
 
 /// Why the journal cannot be used. Nothing was changed in it.
 #[derive(Debug, thiserror::Error)]

@@ -27,6 +27,9 @@ CREATE INDEX changes_of_user ON changes (user, seq);
 CREATE TABLE applied (peer TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, PRIMARY KEY (peer, first))
     STRICT, WITHOUT ROWID;
 CREATE TABLE epochs (peer TEXT PRIMARY KEY, epoch INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+-- Up to which number each server's changes of a user are applied here.
+CREATE TABLE seen (user TEXT NOT NULL, origin TEXT NOT NULL, epoch INTEGER NOT NULL, seq INTEGER NOT NULL,
+    PRIMARY KEY (user, origin)) STRICT, WITHOUT ROWID;
 -- How far each mailbox's transaction log is known; `tail`: the bytes before that place.
 CREATE TABLE logs (user TEXT NOT NULL, mailbox BLOB NOT NULL, private_user TEXT NOT NULL, index_id INTEGER NOT NULL,
     log_seq INTEGER NOT NULL, end INTEGER NOT NULL, tail BLOB NOT NULL, path BLOB,

@@ -18,7 +18,7 @@ use crate::change::{self, CHANGE_BYTES_MAX, USER_BYTES_MAX};
 use crate::journal::{Failed, Journal, JournalError, KnownLog, Lock, Options, Start};
 use crate::peer::Loaded;
 use crate::wire::frame;
-use crate::wire::proto::{frame::Kind, op::What, Change, Frame, SeqOf, Span, Stamp};
+use crate::wire::proto::{frame::Kind, op::What, Change, Frame, Span, Stamp};
 
 /// Bytes that one look into the journal brings.
 const LOAD_BYTES: usize = 1 << 20;
@@ -183,7 +183,7 @@ impl Engine {
             epoch: self.me.epoch,
             seq,
             clock: self.clock.stamp(given, now_us),
-            vector: self.applied_of_others(),
+            vector: self.vector(user)?,
         });
         if change.encoded_len() > CHANGE_BYTES_MAX {
             change.spans.clear();
@@ -204,6 +204,7 @@ impl Engine {
         };
         let names: Vec<&str> = self.peers.iter().map(|peer| peer.name.as_str()).collect();
         self.journal.append(user, now_us, &encoded, &names)?;
+        self.note_seen(user, &self.me.server.clone(), self.me.epoch, seq);
         for peer in &mut self.peers {
             peer.outbox.append(user, seq, encoded.clone(), now_us);
         }
@@ -233,15 +234,6 @@ impl Engine {
             error: format!("a change could not be sent to the peers: {why}"),
             ..Default::default()
         });
-    }
-
-    fn applied_of_others(&self) -> Vec<SeqOf> {
-        let applied = self.peers.iter().map(|peer| SeqOf {
-            origin: peer.name.clone(),
-            epoch: peer.inbox.epoch(),
-            seq: peer.inbox.applied_up_to(),
-        });
-        applied.filter(|applied| applied.seq > 0).collect()
     }
 
     /// A peer has applied more of our changes than the journal knows of: it was set back, and numbers were given away again.

@@ -12,6 +12,7 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use mio::{Events, Poll, Token, Waker};
 
 use super::bodies::Bodies;
+use super::causes::Causes;
 use super::clock::Clock;
 use super::connection::{Connection, Incoming, Stream, READ_BYTES};
 use super::flags::Races;
@@ -99,6 +100,7 @@ pub struct Engine {
     pub peers: Vec<PeerState>,
     pub workers: Vec<Worker>,
     pub work: Work,
+    pub causes: Causes,
     pub bodies: Bodies,
     pub order: Order,
     pub spans: Spans,
@@ -175,6 +177,7 @@ impl Engine {
             peers: PeerState::all(&config),
             workers: Worker::all(config.workers),
             work: Work::default(),
+            causes: Causes::default(),
             bodies: Bodies::default(),
             order: Order::default(),
             spans: Spans::default(),
@@ -573,6 +576,7 @@ impl Engine {
             .chain(workers.filter_map(Worker::wake_up_ms))
             .chain(self.order.wake_up_ms())
             .chain(self.heals.wake_up_ms())
+            .chain(self.work.wake_up_ms())
             .chain(self.unnamed.front().map(|(due_ms, ..)| *due_ms))
             .chain(self.stop_by_ms)
             .min();

@@ -10,6 +10,7 @@
 
 mod backoff;
 mod bodies;
+mod causes;
 pub mod client;
 mod clock;
 mod connection;

@@ -332,6 +332,8 @@ impl Engine {
         }
         peer.is_refused = false;
         peer.last_error.clear();
+        self.causes.hope_again(&peer.name);
+        self.work.look_at_all_again();
         let software = change::printable(&hello.software);
         let held = peer.outbox.stats().pending;
         log::info!("Peer {} ({}): connected to its relay ({software}), {held} changes held.", peer.name, peer.address);
@@ -392,7 +394,7 @@ impl Engine {
             self.refuse(index, epoch, seq, &user, &error);
             return Ok(());
         }
-        self.work.push(&user, Received { peer: index, epoch, seq, bytes, change });
+        self.work.push(&user, Received { peer: index, epoch, seq, bytes, change, waits_since_ms: None });
         Ok(())
     }
 

@@ -1,9 +1,10 @@
 //! Received changes on their way to the workers: one job per user at a time, users in turn.
 //!
-//! Guarantees that a user's changes are handed out in the order in which they came, and that he has never two jobs at
-//! once. Bounded by the peers' windows. Pure.
+//! Guarantees that a user's changes are handed out in the order in which each peer sent them, and that he has never two
+//! jobs at once. What waits for a change that comes from another peer holds up its own peer's later ones of the user and
+//! nothing else, and is handed out in the end whether that came or not. Bounded by the peers' windows. Pure.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use crate::wire::proto::Change;
@@ -12,6 +13,8 @@ use crate::wire::proto::Change;
 const JOB_CHANGES_MAX: usize = 64;
 /// Encoded bytes in one job; a single change may have more.
 const JOB_BYTES_MAX: usize = 256 << 10;
+/// How long a change waits for those that it comes after: longer than a peer takes to connect again.
+pub const WAIT_MS_MAX: u64 = 60_000;
 
 /// A change that came from a peer.
 #[derive(Debug)]
@@ -22,12 +25,81 @@ pub struct Received {
     pub seq: u64,
     pub bytes: usize,
     pub change: Change,
+    /// Since when it was found to wait for another peer's changes.
+    pub waits_since_ms: Option<u64>,
+}
+
+impl Received {
+    fn origin(&self) -> &str {
+        self.change.stamp.as_ref().map_or("", |stamp| stamp.origin.as_str())
+    }
+
+    /// It waited for as long as it may.
+    pub fn is_overdue(&self, now_ms: u64) -> bool {
+        self.waits_since_ms.is_some_and(|since| since + WAIT_MS_MAX <= now_ms)
+    }
 }
 
 #[derive(Default)]
 struct UserWork {
     queue: VecDeque<Received>,
     is_busy: bool,
+    /// All that could be next waits: until when.
+    parked_ms: Option<u64>,
+}
+
+impl UserWork {
+    /// The next change of each peer.
+    fn firsts(&self) -> Vec<usize> {
+        let mut firsts: Vec<usize> = Vec::new();
+        for (at, received) in self.queue.iter().enumerate() {
+            if firsts.iter().all(|first| self.queue[*first].peer != received.peer) {
+                firsts.push(at);
+            }
+        }
+        firsts
+    }
+
+    /// Changes of one peer and one origin whose time has come, in order.
+    fn take_job(&mut self, now_ms: u64, waits: impl Fn(&Received, Option<&Received>) -> bool) -> Vec<Received> {
+        let goes = |received: &Received| received.is_overdue(now_ms) || !waits(received, None);
+        if self.queue.front().is_some_and(goes) {
+            return self.take_from(0, waits);
+        }
+        for first in self.firsts() {
+            if goes(&self.queue[first]) {
+                return self.take_from(first, waits);
+            }
+            self.queue[first].waits_since_ms.get_or_insert(now_ms);
+        }
+        Vec::new()
+    }
+
+    fn take_from(&mut self, first: usize, waits: impl Fn(&Received, Option<&Received>) -> bool) -> Vec<Received> {
+        let peer = self.queue[first].peer;
+        let mut bytes = 0;
+        let mut last: Option<&Received> = None;
+        let length = (self.queue.iter().skip(first).filter(|received| received.peer == peer))
+            .take(JOB_CHANGES_MAX)
+            .take_while(|received| {
+                bytes += received.bytes;
+                let fits = bytes <= JOB_BYTES_MAX || last.is_none();
+                let goes = last.is_none_or(|last| last.origin() == received.origin() && !waits(received, Some(last)));
+                last = Some(received);
+                fits && goes
+            })
+            .count();
+        let mut job = Vec::with_capacity(length);
+        let mut at = first;
+        while job.len() < length {
+            match self.queue.get(at).map(|received| received.peer == peer) {
+                Some(true) => job.extend(self.queue.remove(at)),
+                Some(false) => at += 1,
+                None => break,
+            }
+        }
+        job
+    }
 }
 
 /// See the module.
@@ -36,6 +108,8 @@ pub struct Work {
     users: HashMap<Arc<str>, UserWork>,
     /// Users with changes and without a job. One may stand here twice after his changes were dropped.
     line: VecDeque<Arc<str>>,
+    /// Users whose changes all wait for those of other peers, by the end of their patience.
+    parked: BTreeSet<(u64, Arc<str>)>,
 }
 
 impl Work {
@@ -45,6 +119,36 @@ impl Work {
         if work.queue.len() == 1 && !work.is_busy {
             self.line.push_back(user.clone());
         }
+        self.look_again(user);
+    }
+
+    /// What the user's changes wait for may have come.
+    pub fn look_again(&mut self, user: &Arc<str>) {
+        let Some(work) = self.users.get_mut(user) else { return };
+        if let Some(until_ms) = work.parked_ms.take() {
+            self.parked.remove(&(until_ms, user.clone()));
+            self.line.push_back(user.clone());
+        }
+    }
+
+    /// The same for all users.
+    pub fn look_at_all_again(&mut self) {
+        let parked: Vec<Arc<str>> = self.parked.iter().map(|(_, user)| user.clone()).collect();
+        parked.iter().for_each(|user| self.look_again(user));
+    }
+
+    /// When [`Work::next_job`] has something although nothing else happened.
+    pub fn wake_up_ms(&self) -> Option<u64> {
+        self.parked.first().map(|(until_ms, _)| *until_ms)
+    }
+
+    /// A change from the peer that waits for those of others.
+    pub fn waiting(&self, peer: usize) -> Option<&Received> {
+        let of_user = |(_, user): &(u64, Arc<str>)| {
+            let queue = &self.users.get(user)?.queue;
+            queue.iter().find(|received| received.peer == peer)
+        };
+        self.parked.iter().find_map(of_user)
     }
 
     /// Whether the user has a job.
@@ -53,25 +157,48 @@ impl Work {
     }
 
     /// The next job: changes of one user from one peer. The user is busy until [`Work::finish`]. `is_busy`: otherwise.
-    pub fn next_job(&mut self, is_busy: impl Fn(&str) -> bool) -> Option<(Arc<str>, Vec<Received>)> {
+    /// `waits`: whether a change comes after others that are not applied yet, or will be with the one that is in the job
+    /// before it.
+    pub fn next_job(
+        &mut self,
+        now_ms: u64,
+        is_busy: impl Fn(&str) -> bool,
+        waits: impl Fn(&Received, Option<&Received>) -> bool,
+    ) -> Option<(Arc<str>, Vec<Received>)> {
+        while let Some((_, user)) = self.parked.first().filter(|(until_ms, _)| *until_ms <= now_ms).cloned() {
+            self.look_again(&user);
+        }
         for _ in 0..self.line.len() {
             let Some(user) = self.line.pop_front() else { break };
             if is_busy(&user) {
                 self.line.push_back(user);
                 continue;
             }
-            let Some(work) = self.users.get_mut(&user).filter(|work| !work.is_busy) else {
+            let Some(work) = self.users.get_mut(&user).filter(|work| !work.is_busy && work.parked_ms.is_none()) else {
                 continue;
             };
-            let job = take_job(&mut work.queue);
+            let job = work.take_job(now_ms, &waits);
             if job.is_empty() {
-                self.users.remove(&user);
+                self.park(user);
                 continue;
             }
             work.is_busy = true;
             return Some((user, job));
         }
         None
+    }
+
+    /// Nothing of the user can go on now.
+    fn park(&mut self, user: Arc<str>) {
+        let Some(work) = self.users.get_mut(&user) else { return };
+        let since_ms = work.firsts().into_iter().filter_map(|first| work.queue[first].waits_since_ms).min();
+        match since_ms.map(|since_ms| since_ms + WAIT_MS_MAX) {
+            Some(until_ms) => {
+                work.parked_ms = Some(until_ms);
+                self.parked.insert((until_ms, user));
+            }
+            None => drop(self.users.remove(&user)),
+        }
     }
 
     /// The user's job is over, however it ended.
@@ -90,8 +217,12 @@ impl Work {
         let Some(work) = self.users.get_mut(user) else {
             return Vec::new();
         };
-        let (dropped, kept) = std::mem::take(&mut work.queue).into_iter().partition(|r| r.peer == peer);
+        let (dropped, kept): (VecDeque<_>, _) =
+            std::mem::take(&mut work.queue).into_iter().partition(|r| r.peer == peer);
         work.queue = kept;
+        if !dropped.is_empty() {
+            self.look_again(&user.into());
+        }
         dropped.into()
     }
 
@@ -107,31 +238,22 @@ impl Work {
     }
 }
 
-fn take_job(queue: &mut VecDeque<Received>) -> Vec<Received> {
-    let Some(first) = queue.front() else { return Vec::new() };
-    let peer = first.peer;
-    let mut bytes = 0;
-    let length = queue
-        .iter()
-        .take(JOB_CHANGES_MAX)
-        .take_while(|received| {
-            bytes += received.bytes;
-            received.peer == peer && (bytes <= JOB_BYTES_MAX || bytes == received.bytes)
-        })
-        .count();
-    queue.drain(..length).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn received(peer: usize, seq: u64, bytes: usize) -> Received {
-        Received { peer, epoch: 1, seq, bytes, change: Change::default() }
+        Received { peer, epoch: 1, seq, bytes, change: Change::default(), waits_since_ms: None }
     }
 
     fn job(work: &mut Work) -> Option<(String, Vec<u64>)> {
-        work.next_job(|_| false).map(|(user, job)| (user.to_string(), job.iter().map(|r| r.seq).collect()))
+        job_but(work, 0, &[])
+    }
+
+    /// While these wait.
+    fn job_but(work: &mut Work, now_ms: u64, waiting: &[u64]) -> Option<(String, Vec<u64>)> {
+        let job = work.next_job(now_ms, |_| false, |received, _| waiting.contains(&received.seq));
+        job.map(|(user, job)| (user.to_string(), job.iter().map(|r| r.seq).collect()))
     }
 
     #[test]
@@ -168,6 +290,45 @@ mod tests {
             work.finish(&jane);
         }
         assert_eq!(lengths, [64, 6, 1, 1, 1]);
+    }
+
+    #[test]
+    fn what_waits_is_overtaken_by_what_comes_from_others_and_by_other_users() {
+        let mut work = Work::default();
+        let (jane, joe): (Arc<str>, Arc<str>) = ("jane".into(), "joe".into());
+        for seq in [1, 2, 3] {
+            work.push(&jane, received(0, seq, 1));
+        }
+        assert_eq!(job_but(&mut work, 0, &[2]), Some(("jane".into(), vec![1])));
+        work.finish(&jane);
+        work.push(&joe, received(0, 4, 1));
+        assert_eq!(job_but(&mut work, 0, &[2]), Some(("joe".into(), vec![4])));
+        assert_eq!(job_but(&mut work, 0, &[2]), None, "3 comes after 2");
+        assert_eq!(work.waiting(0).map(|received| received.seq), Some(2));
+        work.push(&jane, received(1, 9, 1));
+        assert_eq!(job_but(&mut work, 0, &[2]), Some(("jane".into(), vec![9])));
+        work.finish(&jane);
+        assert_eq!(job(&mut work), Some(("jane".into(), vec![2, 3])), "its time has come");
+        work.finish(&jane);
+        work.finish(&joe);
+        assert!(work.is_idle() && work.wake_up_ms().is_none());
+    }
+
+    #[test]
+    fn nobody_waits_for_ever() {
+        let mut work = Work::default();
+        let jane: Arc<str> = "jane".into();
+        work.push(&jane, received(0, 1, 1));
+        work.push(&jane, received(0, 2, 1));
+        assert_eq!(job_but(&mut work, 5, &[1, 2]), None);
+        assert_eq!(work.wake_up_ms(), Some(5 + WAIT_MS_MAX));
+        assert_eq!(job_but(&mut work, 4 + WAIT_MS_MAX, &[1, 2]), None);
+        assert_eq!(job_but(&mut work, 5 + WAIT_MS_MAX, &[1, 2]), Some(("jane".into(), vec![1])));
+        work.finish(&jane);
+        assert_eq!(job_but(&mut work, 5 + WAIT_MS_MAX, &[2]), None);
+        work.drop_peer(0);
+        assert_eq!(job(&mut work), None);
+        assert!(work.is_idle());
     }
 
     #[test]

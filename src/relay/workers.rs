@@ -4,6 +4,7 @@
 //! start. The last one never applies: it reads bodies for peers, even while all others wait for bodies themselves. It
 //! is opened when it is first needed.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use mio::net::UnixStream;
@@ -12,6 +13,7 @@ use prost::Message;
 
 use super::backoff::Backoff;
 use super::bodies::Party;
+use super::causes;
 use super::connection::Stream;
 use super::engine::{wall_clock_us, Close, Engine, Role};
 use super::looks::LookJob;
@@ -154,10 +156,17 @@ impl Engine {
         self.dispatch_reads();
         self.dispatch_looks();
         while let Some(index) = self.workers.iter().position(Worker::may_work) {
-            let heals = &self.heals;
-            let Some((user, received)) = self.work.next_job(|user| heals.is_running(user)) else {
-                return;
+            let (heals, failed) = (&self.heals, Cell::new(None));
+            let context = (&self.peers[..], &self.journal, &self.causes);
+            let waits = |received: &Received, before: Option<&Received>| {
+                let unmet = causes::unmet(received, before, context).map_err(|error| failed.set(Some(error)));
+                matches!(unmet, Ok(Some(_)))
             };
+            let job = self.work.next_job(self.now_ms, |user| heals.is_running(user), waits);
+            if let Some(error) = failed.into_inner() {
+                return self.fail(error);
+            }
+            let Some((user, received)) = job else { return };
             self.begin_job(index, user, received);
         }
     }
@@ -201,6 +210,7 @@ impl Engine {
                 let user = job.user.clone();
                 let reason = why.reason();
                 self.refuse_rest(job, &format!("the worker that applied it went away ({reason})"));
+                self.forget_partly_applied(&user);
                 self.work.finish(&user);
                 // What it wrote last was not told.
                 self.heals.want_mailboxes(&user);
@@ -242,6 +252,15 @@ impl Engine {
             self.acknowledge(peer, again.epoch, again.seq);
         }
         if received.is_empty() {
+            return self.work.finish(&user);
+        }
+        if let Some(error) = received.first().and_then(|first| self.wait_is_over(first)) {
+            for received in &received {
+                self.peers[peer].inbox.finish(received.bytes);
+            }
+            if let Some(first) = received.first() {
+                self.refuse(peer, first.epoch, first.seq, &user, &error);
+            }
             return self.work.finish(&user);
         }
         let mut received = received;
@@ -363,6 +382,7 @@ impl Engine {
         } else if job.done < job.items.len() {
             self.refuse_rest(job, "the worker ended the job without applying it");
         }
+        self.forget_partly_applied(&user);
         self.work.finish(&user);
         Ok(())
     }
@@ -408,6 +428,10 @@ impl Engine {
         }
         let newly = job.done..done;
         job.done = done;
+        if let Some(last) = job.items[newly.clone()].last() {
+            let origin = self.peers[job.peer].name.clone();
+            self.note_seen(&job.user, &origin, last.epoch, last.seq);
+        }
         for doubt in &applied.doubts {
             self.take_doubt(&job.user.clone(), doubt.clone());
         }
@@ -436,6 +460,7 @@ impl Engine {
     pub fn take_own_spans(&mut self, index: usize, spans: Vec<Span>) {
         self.counts.counters.spans += spans.len() as u64;
         self.note_where_flags_stand(&spans);
+        self.note_partly_applied(&spans);
         let Some(token) = self.workers[index].token else { return };
         let Some(user) = spans.first().map(|span| span.user.as_str().into()) else { return };
         let mut released = Vec::new();
@@ -480,6 +505,8 @@ impl Engine {
         let inbox = &mut self.peers[job.peer].inbox;
         inbox.apply(done.epoch, done.seq);
         inbox.finish(done.bytes);
+        let origin = self.peers[job.peer].name.clone();
+        self.note_seen(&job.user, &origin, done.epoch, done.seq);
         self.acknowledge(job.peer, done.epoch, done.seq);
         if job.done < job.items.len() {
             self.refuse_rest(job, "a change before it was set aside");
