@@ -23,7 +23,7 @@ mod logs;
 mod open;
 mod seen;
 
-pub use changes::{Stored, Trimmed};
+pub use changes::{PassedOn, Stored, Trimmed};
 pub use elsewhere::Elsewhere;
 pub use failed::Failed;
 pub use flags::FlagChange;

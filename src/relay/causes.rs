@@ -12,7 +12,7 @@ use super::peers::PeerState;
 use super::work::{Received, WAIT_MS_MAX};
 use crate::change::VECTOR_MAX;
 use crate::journal::{Failed, Journal, JournalError, Seen};
-use crate::wire::proto::{SeqOf, Span, Stamp};
+use crate::wire::proto::{Change, SeqOf, Span, Stamp};
 
 /// Users of whom it is known that something will not come, at most.
 const ABANDONED_MAX: usize = 10_000;
@@ -66,7 +66,7 @@ pub fn unmet(
 impl Engine {
     /// Where there are only two servers, all order is that of their connection.
     pub fn is_mesh(&self) -> bool {
-        self.peers.len() > 1
+        self.peers.len() > 1 || !self.far.is_empty()
     }
 
     /// What the next change of the user here comes after.
@@ -94,6 +94,18 @@ impl Engine {
         }
         if let Err(error) = self.journal.set_seen(user, &Seen { origin: origin.to_owned(), epoch, seq }) {
             self.fail(error);
+        }
+    }
+
+    /// Whether the user's change is applied, from whomever it came.
+    pub fn has_seen(&mut self, change: &Change) -> bool {
+        let Some(stamp) = change.stamp.as_ref().filter(|_| self.is_mesh()) else { return false };
+        match self.journal.has_seen(&change.user, &stamp.origin, stamp.epoch, stamp.seq) {
+            Ok(has_seen) => has_seen,
+            Err(error) => {
+                self.fail(error);
+                false
+            }
         }
     }
 

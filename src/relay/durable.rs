@@ -83,6 +83,8 @@ impl Engine {
             let (epoch, runs) = self.journal.applied(&peer.name)?;
             peer.inbox.resume(epoch, runs);
         }
+        self.far = self.journal.origins()?.into_iter().collect();
+        self.far.retain(|origin| self.peers.iter().all(|peer| peer.name != *origin));
         self.counts.counters.failed = self.journal.failed_count()?;
         self.flags_clocks =
             self.journal.users_with_flags()?.into_iter().map(|(user, clock)| (user.into(), clock)).collect();
@@ -185,6 +187,8 @@ impl Engine {
             clock: self.clock.stamp(given, now_us),
             vector: self.vector(user)?,
         });
+        let peers: Vec<usize> = self.peers_of(user).collect();
+        change.given = peers.iter().map(|peer| self.peers[*peer].name.clone()).collect();
         if change.encoded_len() > CHANGE_BYTES_MAX {
             change.spans.clear();
         }
@@ -202,11 +206,11 @@ impl Engine {
                 return Ok(());
             }
         };
-        let names: Vec<&str> = self.peers.iter().map(|peer| peer.name.as_str()).collect();
+        let names: Vec<&str> = peers.iter().map(|peer| self.peers[*peer].name.as_str()).collect();
         self.journal.append(user, now_us, &encoded, &names)?;
         self.note_seen(user, &self.me.server.clone(), self.me.epoch, seq);
-        for peer in &mut self.peers {
-            peer.outbox.append(user, seq, encoded.clone(), now_us);
+        for peer in peers {
+            self.peers[peer].outbox.append(user, seq, encoded.clone(), now_us);
         }
         match flags {
             Some(flags) => self.note_own_flags(user, &flags),
@@ -243,7 +247,11 @@ impl Engine {
         let outcome = self.journal.skip_numbers(applied_seq).and_then(|again| {
             again.into_iter().try_for_each(|stored| {
                 let Some(change) = sent_change(&stored.frame) else { return Ok(()) };
-                self.ship_change(&stored.user.as_str().into(), change)
+                let user = stored.user.as_str().into();
+                match change.carrier {
+                    0 => self.ship_change(&user, change),
+                    _ => self.pass_on(&user, change, None),
+                }
             })
         });
         self.remember_failed(&Failed {
@@ -303,6 +311,7 @@ impl Engine {
                     seq: stored.seq,
                     frame: stored.frame.into(),
                     at_us: stored.at_us,
+                    expected: stored.expected.map(Arc::from),
                 });
                 peer.outbox.load(&want, loaded.collect(), is_all);
             }
@@ -317,13 +326,15 @@ impl Engine {
         self.journal.forget_elsewhere(oldest_us)?;
         self.journal.trim_flags(self.config.journal_bytes_max / FLAGS_SHARE, oldest_us)?;
         while let Some((name, trimmed)) = self.journal.trim(self.config.journal_bytes_max, oldest_us)? {
-            log::error!(
-                "Peer {name}: {} changes did not fit into the journal any more (dovetail_journal_size, \
-                 dovetail_journal_days) and will be missing there: it must be compared with this server.",
-                trimmed.changes
-            );
+            if trimmed.missing > 0 {
+                log::error!(
+                    "Peer {name}: {} changes did not fit into the journal any more (dovetail_journal_size, \
+                     dovetail_journal_days) and will be missing there: it must be compared with this server.",
+                    trimmed.missing
+                );
+            }
             let Some(index) = self.peers.iter().position(|peer| peer.name == name) else { continue };
-            self.peers[index].outbox.note_dropped(trimmed.changes);
+            self.peers[index].outbox.note_dropped(trimmed.missing);
             self.peers[index].outbox.restart();
             self.peers[index].outbox.skip_up_to(trimmed.up_to, trimmed.changes);
         }

@@ -1,6 +1,6 @@
 //! The loop: polls, reads, lets each connection's role handle its frames, writes. The roles are in the files beside.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::io::{self, Read};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -19,6 +19,7 @@ use super::flags::Races;
 use super::heal::Heals;
 use super::local::Local;
 use super::order::Order;
+use super::passing::Told;
 use super::peers::PeerState;
 use super::spans::Spans;
 use super::status::Counts;
@@ -101,6 +102,9 @@ pub struct Engine {
     pub workers: Vec<Worker>,
     pub work: Work,
     pub causes: Causes,
+    pub told: Told,
+    /// Servers that are no peers, whose changes peers pass on.
+    pub far: BTreeSet<String>,
     pub bodies: Bodies,
     pub order: Order,
     pub spans: Spans,
@@ -178,6 +182,8 @@ impl Engine {
             workers: Worker::all(config.workers),
             work: Work::default(),
             causes: Causes::default(),
+            told: Told::default(),
+            far: BTreeSet::new(),
             bodies: Bodies::default(),
             order: Order::default(),
             spans: Spans::default(),

@@ -277,14 +277,18 @@ impl Engine {
     /// Says to each peer what it has heard of, and forgets what all have.
     pub fn settle_flags(&mut self) -> Result<(), JournalError> {
         let is_time = self.flags_settled_ms + FORGET_EVERY_MS <= self.now_ms;
-        for peer in &mut self.peers {
+        for index in 0..self.peers.len() {
+            // What others have not told us yet may have to be passed on, with whatever clock it has.
+            let others = self.peers.iter().enumerate().filter(|(other, _)| *other != index);
+            let others = others.map(|(_, other)| other.heard_clock).min().unwrap_or(u64::MAX);
+            let peer = &mut self.peers[index];
             let Some(link) = &mut peer.link else { continue };
             if !peer.outbox.has_pending() {
-                link.session.set_heard_clock(self.clock.last());
-            } else if is_time {
+                link.session.set_heard_clock(self.clock.last().min(others));
+            } else if is_time && !self.journal.has_to_pass_on(&peer.name)? {
                 let first = self.journal.unacknowledged(&peer.name, None, 0, 1)?.pop();
                 let clock = first.and_then(|first| sent_change(&first.frame)?.stamp).map_or(0, |stamp| stamp.clock);
-                link.session.set_heard_clock(clock.saturating_sub(1));
+                link.session.set_heard_clock(clock.saturating_sub(1).min(others));
             }
             peer.heard_clock = peer.heard_clock.max(link.session.peers_heard_clock());
         }

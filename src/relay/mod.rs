@@ -21,6 +21,7 @@ mod heal;
 mod local;
 mod looks;
 mod order;
+mod passing;
 mod peers;
 mod spans;
 mod status;
@@ -39,7 +40,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use mio::{Poll, Waker};
 
-use crate::change::SERVER_BYTES_MAX;
+use crate::change::is_server;
 use engine::{Command, Engine, Fatal};
 
 /// After a failure the process lives on for so long before it asks to be started again.
@@ -191,13 +192,12 @@ impl Handle {
 }
 
 fn check(config: &Config) -> Result<(), String> {
-    let good_name = |name: &str| (1..=SERVER_BYTES_MAX).contains(&name.len()) && !name.chars().any(char::is_control);
-    if !good_name(&config.server) {
+    if !is_server(&config.server) {
         return Err(format!("dovetail_server: '{}' is not a server's name", config.server.escape_debug()));
     }
     let mut names = HashSet::new();
     for peer in &config.peers {
-        if !good_name(&peer.name) {
+        if !is_server(&peer.name) {
             return Err(format!("dovetail_peers: '{}' is not a server's name", peer.name.escape_debug()));
         }
         if peer.name == config.server {

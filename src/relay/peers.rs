@@ -211,6 +211,11 @@ impl Engine {
                 self.body_cancel(from, &cancel);
                 Ok(())
             }
+            Some(Event::Known(known)) => {
+                self.peer_knows(index, known);
+                Ok(())
+            }
+            Some(Event::Linked(linked)) => self.take_linked(index, &linked.servers),
             None => Ok(()),
         }
     }
@@ -237,6 +242,9 @@ impl Engine {
             &format!("the connection to server '{}' broke", self.peers[index].name),
         );
         self.retry(index, reason, matches!(why, Close::Refused { .. }));
+        if up_ms.is_some() {
+            self.tell_linked();
+        }
     }
 
     fn connect(&mut self, index: usize) {
@@ -262,11 +270,11 @@ impl Engine {
         match connected.and_then(|stream| self.add(stream, true, Role::Peer(index))) {
             Ok(token) => {
                 let first_pending = self.first_pending(index);
-                let clock = self.clock.last();
+                let (clock, linked) = (self.clock.last(), self.linked());
                 let peer = &mut self.peers[index];
                 let mut session = Session::new(self.me.clone(), Admits::Only(peer.name.clone()), self.now_ms);
                 let applied = (peer.inbox.epoch(), peer.inbox.applied_up_to());
-                session.greet(applied, first_pending, clock, wall_clock_us());
+                session.greet(applied, first_pending, clock, wall_clock_us(), linked);
                 peer.link = Some(Link { token, session, up_since_ms: None });
             }
             Err(error) => self.retry(index, format!("connect({address}) failed: {error}"), false),
@@ -310,7 +318,8 @@ impl Engine {
             return Err(Close::Ended("the journal was set back".into()));
         }
         self.look_at_clock(index, hello);
-        let first_pending = self.first_pending(index);
+        self.take_linked(index, &hello.linked)?;
+        let (first_pending, linked) = (self.first_pending(index), self.linked());
         let peer = &mut self.peers[index];
         let Some(link) = &mut peer.link else { return Ok(()) };
         link.up_since_ms = Some(now_ms);
@@ -321,7 +330,7 @@ impl Engine {
         }
         if !link.session.is_up() {
             let applied = (peer.inbox.epoch(), peer.inbox.applied_up_to());
-            link.session.greet(applied, first_pending, self.clock.last(), wall_clock_us());
+            link.session.greet(applied, first_pending, self.clock.last(), wall_clock_us(), linked);
         }
         peer.outbox.restart();
         if hello.applied_epoch == self.me.epoch {
@@ -337,6 +346,7 @@ impl Engine {
         let software = change::printable(&hello.software);
         let held = peer.outbox.stats().pending;
         log::info!("Peer {} ({}): connected to its relay ({software}), {held} changes held.", peer.name, peer.address);
+        self.tell_linked();
         Ok(())
     }
 
@@ -364,7 +374,17 @@ impl Engine {
     fn take_change(&mut self, index: usize, change: Change) -> Result<(), Close> {
         let peer = &mut self.peers[index];
         let (epoch, seq, clock) = match &change.stamp {
-            Some(stamp) if stamp.origin == peer.name && stamp.seq > 0 => (stamp.epoch, stamp.seq, stamp.clock),
+            Some(stamp) if stamp.origin == peer.name && stamp.seq > 0 && change.carrier == 0 => {
+                (stamp.epoch, stamp.seq, stamp.clock)
+            }
+            // Another server's, which it passes on.
+            Some(stamp)
+                if stamp.seq > 0
+                    && change.carrier > 0
+                    && may_be_passed_on(&stamp.origin, &peer.name, &self.me.server) =>
+            {
+                (peer.inbox.epoch(), change.carrier, stamp.clock)
+            }
             Some(stamp) => {
                 let (origin, seq) = (stamp.origin.escape_debug(), stamp.seq);
                 return Err(Close::Malformed(format!("it sent change {seq} of server '{origin}'")));
@@ -376,7 +396,7 @@ impl Engine {
         match verdict.map_err(|error| Close::Malformed(error.to_string()))? {
             Verdict::Ignore => return Ok(()),
             Verdict::Acknowledge => {
-                self.forget_coming(index, &change.user, seq, &change);
+                self.forget_coming(&change);
                 self.acknowledge(index, epoch, seq);
                 return Ok(());
             }
@@ -389,6 +409,10 @@ impl Engine {
                 false => Err("its clock is years ahead of this server's".to_owned()),
             }
         });
+        let checked = checked.and_then(|()| match self.take_origin(&change) {
+            true => Ok(()),
+            false => Err("it is passed on from more servers than can be known".to_owned()),
+        });
         if let Err(error) = checked {
             self.peers[index].inbox.finish(bytes);
             self.refuse(index, epoch, seq, &user, &error);
@@ -396,6 +420,14 @@ impl Engine {
         }
         self.work.push(&user, Received { peer: index, epoch, seq, bytes, change, waits_since_ms: None });
         Ok(())
+    }
+
+    fn take_origin(&mut self, change: &Change) -> bool {
+        let origin = change.stamp.as_ref().map(|stamp| stamp.origin.as_str()).unwrap_or_default();
+        self.note_far_origin(origin).unwrap_or_else(|error| {
+            self.fail(error);
+            false
+        })
     }
 
     fn take_acks(&mut self, index: usize, ack: &Ack) {
@@ -429,6 +461,10 @@ impl Engine {
             );
         }
     }
+}
+
+fn may_be_passed_on(origin: &str, by: &str, to: &str) -> bool {
+    change::is_server(origin) && origin != by && origin != to
 }
 
 fn refusal(error: SessionError) -> Close {

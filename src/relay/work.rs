@@ -7,7 +7,7 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
-use crate::wire::proto::Change;
+use crate::wire::proto::{Change, SeqOf, Stamp};
 
 /// Changes in one job.
 const JOB_CHANGES_MAX: usize = 64;
@@ -21,6 +21,7 @@ pub const WAIT_MS_MAX: u64 = 60_000;
 pub struct Received {
     /// Which peer, as the engine counts them.
     pub peer: usize,
+    /// Its number among those of the peer, whoever made it.
     pub epoch: u64,
     pub seq: u64,
     pub bytes: usize,
@@ -32,6 +33,14 @@ pub struct Received {
 impl Received {
     fn origin(&self) -> &str {
         self.change.stamp.as_ref().map_or("", |stamp| stamp.origin.as_str())
+    }
+
+    /// Its origin and its number there.
+    pub fn made(&self) -> SeqOf {
+        let stamp = self.change.stamp.as_ref();
+        stamp
+            .map(|Stamp { origin, epoch, seq, .. }| SeqOf { origin: origin.clone(), epoch: *epoch, seq: *seq })
+            .unwrap_or_default()
     }
 
     /// It waited for as long as it may.

@@ -452,6 +452,13 @@ impl Wire {
 
     // ---- A peer.
 
+    pub fn greet_linked(&mut self, server: &str, linked: &[&str]) {
+        let linked = linked.iter().map(|server| (*server).to_owned()).collect();
+        let (server, instance) = (server.to_owned(), server.as_bytes().to_vec());
+        self.send(Kind::Hello(Hello { server, instance, epoch: 5, linked, ..Default::default() }));
+        assert!(matches!(self.next(), Kind::Hello(_)));
+    }
+
     /// The first of its changes that it will send has this number.
     pub fn greet_without(&mut self, server: &str, first_pending: u64) {
         let (server, instance) = (server.to_owned(), server.as_bytes().to_vec());
@@ -497,16 +504,19 @@ impl Wire {
                     let stamp = change.stamp.unwrap();
                     return Seq { epoch: stamp.epoch, seq: stamp.seq };
                 }
-                Kind::Ping(_) => {}
+                Kind::Ping(_) | Kind::Linked(_) => {}
                 other => panic!("{other:?}"),
             }
         }
     }
 
     pub fn next_ack(&mut self, seq: u64) {
-        match self.next() {
-            Kind::Ack(ack) => assert_eq!((ack.epoch, ack.seqs), (5, vec![seq])),
-            other => panic!("{other:?}"),
+        loop {
+            match self.next() {
+                Kind::Ack(ack) => return assert_eq!((ack.epoch, ack.seqs), (5, vec![seq])),
+                Kind::Linked(_) => {}
+                other => panic!("{other:?}"),
+            }
         }
     }
 
@@ -516,6 +526,26 @@ impl Wire {
 
     pub fn send_change_of(&mut self, origin: &str, user: &str, seq: u64) {
         self.send_change_after(origin, user, seq, &[]);
+    }
+
+    /// One that is sent to these servers, or (with its number there) is passed on by another one.
+    pub fn send_given(&mut self, origin: &str, user: &str, seq: u64, given: &[&str], carrier: u64) {
+        let mut change = save(user, seq as u32);
+        change.stamp = Some(Stamp { origin: origin.into(), epoch: 5, seq, clock: 1, vector: vec![] });
+        change.given = given.iter().map(|server| (*server).to_owned()).collect();
+        change.carrier = carrier;
+        self.send(Kind::Change(change));
+    }
+
+    /// The next change, of whomever.
+    pub fn next_whole_change(&mut self) -> Change {
+        loop {
+            match self.next() {
+                Kind::Change(change) => return change,
+                Kind::Ping(_) | Kind::Linked(_) | Kind::Ack(_) | Kind::Known(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
     }
 
     /// One that comes after others.

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use dovetail::wire::proto::frame::Kind;
-use dovetail::wire::proto::{Applied, Apply};
+use dovetail::wire::proto::op::What;
+use dovetail::wire::proto::{Ack, Applied, Apply, BodyRequest, Change, Known, Linked};
 
 use super::house::*;
 
@@ -40,12 +41,16 @@ fn a_change_names_the_users_changes_that_it_comes_after_and_no_others() {
     until("both are acknowledged", || a.peer("b").acked == 2 && a.peer("c").acked == 2);
     b.process("imap").save("jane", 2);
     b.process("imap").save("jim", 1);
+    let mut of_b = 0;
     for server in [&a, &a, &c, &c] {
         let (worker, apply) = server.next_job();
         let vector = &apply.changes[0].stamp.as_ref().unwrap().vector;
         let vector: Vec<_> = vector.iter().map(|seen| (seen.origin.as_str(), seen.seq)).collect();
         match apply.user.as_str() {
-            "jane" => assert_eq!(vector, [("a", 2)]),
+            "jane" => {
+                of_b = apply.changes[0].stamp.as_ref().unwrap().seq;
+                assert_eq!(vector, [("a", 2)]);
+            }
             _ => assert_eq!(vector, []),
         }
         worker.applied(&apply);
@@ -54,7 +59,10 @@ fn a_change_names_the_users_changes_that_it_comes_after_and_no_others() {
     b.process("imap").save("jane", 3);
     let (_, apply) = c.next_job();
     let vector = &apply.changes[0].stamp.as_ref().unwrap().vector;
-    assert!(vector.iter().any(|seen| (seen.origin.as_str(), seen.seq) == ("b", 1)), "its own one before: {vector:?}");
+    assert!(
+        vector.iter().any(|seen| (seen.origin.as_str(), seen.seq) == ("b", of_b)),
+        "its own one before: {vector:?}"
+    );
 }
 
 #[test]
@@ -131,4 +139,172 @@ fn the_part_of_a_change_that_is_seen_counts_as_a_cause() {
     let (_, apply) = a.next_job();
     let vector = &apply.changes[0].stamp.as_ref().unwrap().vector;
     assert_eq!(vector.iter().map(|seen| (seen.origin.as_str(), seen.seq)).collect::<Vec<_>>(), [("a", 1)]);
+}
+
+fn stamped(change: &Change) -> (String, u64) {
+    let stamp = change.stamp.as_ref().unwrap();
+    (stamp.origin.clone(), stamp.seq)
+}
+
+fn has_body(change: &Change) -> bool {
+    matches!(&change.ops[0].what, Some(What::Save(save)) if save.body_inline)
+}
+
+#[test]
+fn in_a_chain_changes_are_passed_on_and_bodies_asked_of_who_passed_them_on() {
+    let house = House::new();
+    let [a, b, c] = house.connected(["a", "b", "c"], [vec!["b"], vec!["a", "c"], vec!["b"]]);
+    a.process("lmtp").save("jane", 1);
+    applies(&b, "a", &[1]);
+    let (mut worker, apply) = c.next_job();
+    assert_eq!((names(&apply), has_body(&apply.changes[0])), (vec![("a".into(), 1)], true));
+    let request = BodyRequest { id: 1, origin: "a".into(), user: "jane".into(), window: 1, ..Default::default() };
+    worker.send(Kind::BodyRequest(request));
+    let (_, request) = b.next_read();
+    assert_eq!(request.origin, "b");
+    worker.applied(&apply);
+    until("it is acknowledged", || a.peer("b").pending == 0 && b.peer("c").pending == 0);
+
+    c.process("imap").save("jane", 2);
+    applies(&b, "c", &[1]);
+    applies(&a, "c", &[1]);
+    until("nothing is pending", || {
+        [&a, &b, &c].iter().all(|server| server.status().peers.iter().all(|p| p.pending == 0))
+    });
+    let applied = [&a, &b, &c].map(|server| server.status().counters.unwrap().applied);
+    assert_eq!(applied, [1, 2, 1]);
+}
+
+#[test]
+fn in_a_mesh_nothing_comes_twice() {
+    let house = House::new();
+    let all = house.mesh(["a", "b", "c"]);
+    let mut imap = all[0].process("imap");
+    for uid in 1..=5 {
+        imap.save("jane", uid);
+    }
+    std::thread::scope(|scope| {
+        for server in &all[1..] {
+            scope.spawn(|| {
+                let mut applied = 0;
+                while applied < 5 {
+                    let (worker, apply) = server.next_job();
+                    applied += apply.changes.len();
+                    worker.applied(&apply);
+                }
+            });
+        }
+    });
+    until("nothing is pending", || all.iter().all(|server| server.status().peers.iter().all(|p| p.pending == 0)));
+    assert!(all[1..].iter().all(|server| server.status().counters.unwrap().applied == 5));
+    let acked: u64 = all.iter().flat_map(|server| server.status().peers).map(|peer| peer.acked).sum();
+    assert_eq!(acked, 10, "each was sent by a to both, and by nobody else");
+}
+
+/// Server b, with a that connects to it and c that it connects to; both are played, and say so.
+fn second(house: &House) -> (Server, Wire, Wire) {
+    let listener = house.listener();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into()), ("c", address(&listener))]);
+    let mut a = b.connect();
+    a.greet_linked("a", &["b", "c"]);
+    let mut c = Wire::accept(&listener);
+    c.greet_linked("c", &["a", "b"]);
+    until("both are connected", || b.status().peers.iter().all(|peer| peer.state == "connected"));
+    (b, a, c)
+}
+
+#[test]
+fn what_a_peer_says_to_have_is_not_passed_on_to_it() {
+    let house = House::new();
+    let (b, mut a, mut c) = second(&house);
+    let known = |seq| Kind::Known(Known { origin: "a".into(), epoch: 5, seqs: vec![seq] });
+    a.send_given("a", "jane", 7, &["b", "c"], 0);
+    let (worker, apply) = b.next_job();
+    // It was faster.
+    c.send(known(7));
+    until("it was heard", || b.peer("c").pending == 0);
+    worker.applied(&apply);
+    a.send_given("a", "jane", 8, &["b", "c"], 0);
+    applies(&b, "a", &[8]);
+    until("it is kept", || b.peer("c").pending == 1);
+    b.process("imap").save("jane", 9);
+    until("both are kept", || b.peer("c").pending == 2);
+    c.send(known(8));
+    let change = c.next_whole_change();
+    assert_eq!(stamped(&change).0, "b");
+    let vector: Vec<_> = change.stamp.unwrap().vector.iter().map(|seen| (seen.origin.clone(), seen.seq)).collect();
+    assert_eq!(vector, [("a".to_owned(), 8)]);
+}
+
+#[test]
+fn a_peer_that_is_cut_from_the_origin_gets_what_it_lacks_in_order() {
+    let house = House::new();
+    let (b, mut a, mut c) = second(&house);
+    a.send_given("a", "jane", 7, &["b", "c"], 0);
+    applies(&b, "a", &[7]);
+    b.process("imap").save("jane", 9);
+    until("both are kept", || b.peer("c").pending == 2);
+    c.send(Kind::Linked(Linked { servers: vec!["b".into()] }));
+    let change = c.next_whole_change();
+    assert_eq!((stamped(&change), has_body(&change)), (("a".into(), 7), false));
+    assert_eq!(change.given, ["b", "c"]);
+    let epoch = b.status().epoch;
+    c.send(Kind::Ack(Ack { epoch, seqs: vec![change.carrier], heard_clock: 0 }));
+    let change = c.next_whole_change();
+    assert_eq!((stamped(&change).0.as_str(), change.carrier), ("b", 0));
+    c.send(Kind::Ack(Ack { epoch, seqs: vec![change.stamp.unwrap().seq], heard_clock: 0 }));
+    until("nothing is pending", || b.peer("c").pending == 0);
+}
+
+#[test]
+fn what_is_to_be_passed_on_survives_a_restart() {
+    let house = House::new();
+    let (b, mut a, c) = second(&house);
+    a.send_given("a", "jane", 7, &["b", "c"], 0);
+    applies(&b, "a", &[7]);
+    a.next_ack(7);
+    drop((a, c, b));
+    let listener = house.listener();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into()), ("c", address(&listener))]);
+    assert_eq!(b.peer("c").pending, 1);
+    let mut c = Wire::accept(&listener);
+    c.greet_linked("c", &["b"]);
+    assert_eq!(stamped(&c.next_whole_change()), ("a".into(), 7));
+}
+
+#[test]
+fn what_comes_from_two_is_applied_once_and_acknowledged_to_both() {
+    let house = House::new();
+    let c = third(&house);
+    let (mut a, mut b) = (c.connect_as_peer("a"), c.connect_as_peer("b"));
+    b.send_given("a", "jane", 7, &["b", "c"], 31);
+    b.send_given("x", "jane", 2, &["a", "b"], 32);
+    applies(&c, "a", &[7]);
+    b.next_ack(31);
+    applies(&c, "x", &[2]);
+    b.next_ack(32);
+    a.send_given("a", "jane", 7, &["b", "c"], 0);
+    a.send_given("a", "jane", 8, &["b", "c"], 0);
+    applies(&c, "a", &[8]);
+    a.send_given("x", "jane", 2, &["a", "b"], 9);
+    b.send_given("a", "jane", 8, &["b", "c"], 33);
+    loop {
+        match b.next() {
+            Kind::Ack(ack) if ack.seqs == [33] => break,
+            Kind::Known(_) | Kind::Linked(_) | Kind::Ack(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(c.status().counters.unwrap().applied, 3);
+}
+
+#[test]
+fn a_change_of_the_receiver_itself_or_without_its_number_is_malformed() {
+    let house = House::new();
+    let c = third(&house);
+    for (origin, carrier) in [("c", 9), ("x", 0), ("b", 9), ("", 9)] {
+        let mut b = c.connect_as_peer("b");
+        b.send_given(origin, "jane", 7, &[], carrier);
+        assert!(b.is_closed());
+    }
 }
