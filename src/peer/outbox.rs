@@ -82,6 +82,8 @@ struct Stream {
     refused: Option<u64>,
     /// The next one is held back, or was, until then.
     held_until_ms: Option<(u64, u64)>,
+    /// One was held back in vain: none up to this number is.
+    not_held: u64,
     /// In the line of users who have something to send.
     lined_up: bool,
 }
@@ -119,6 +121,8 @@ pub struct Outbox {
     hungry: BTreeSet<Arc<str>>,
     /// Servers that the peer is connected with.
     linked: HashSet<Arc<str>>,
+    /// The highest number so far.
+    last: u64,
 }
 
 impl Outbox {
@@ -139,6 +143,7 @@ impl Outbox {
             behind: HashMap::new(),
             hungry: BTreeSet::new(),
             linked: HashSet::new(),
+            last: 0,
         }
     }
 
@@ -174,6 +179,7 @@ impl Outbox {
         expected: Option<Arc<str>>,
     ) {
         self.pending += 1;
+        self.last = seq;
         if self.tail.is_some() || self.behind.contains_key(user) {
             return;
         }
@@ -289,7 +295,8 @@ impl Outbox {
                 continue;
             }
             let next = &stream.queue[stream.sent];
-            let is_expected = next.expected.as_ref().is_some_and(|server| self.linked.contains(server));
+            let is_expected =
+                next.seq > stream.not_held && next.expected.as_ref().is_some_and(|server| self.linked.contains(server));
             let hold = stream.held_until_ms.filter(|(seq, _)| *seq == next.seq);
             if is_expected && hold.is_none_or(|(_, until_ms)| now_ms < until_ms) {
                 let until_ms = hold.map_or(now_ms + EXPECT_MS_MAX, |(_, until_ms)| until_ms);
@@ -297,6 +304,10 @@ impl Outbox {
                 stream.wait_until_ms = Some(until_ms);
                 self.waiting.insert((until_ms, user));
                 continue;
+            }
+            if is_expected {
+                // The peer may have said of others before that it has them, and was not heard.
+                stream.not_held = self.last.max(next.seq);
             }
             let next = &stream.queue[stream.sent];
             let frame = next.frame.clone();

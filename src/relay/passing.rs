@@ -5,21 +5,26 @@
 //! the two are not connected, or if it does not come for a while, and without its bodies, which it asks us for then. Mostly
 //! the peer says meanwhile that it has it, and it is dropped.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use prost::Message;
 
 use super::engine::{wall_clock_us, Close, Engine};
+use super::peers::PeerState;
 use crate::change::{self, CHANGE_BYTES_MAX, VECTOR_MAX};
 use crate::journal::{JournalError, PassedOn, Seen};
 use crate::wire::frame;
 use crate::wire::proto::frame::Kind;
 use crate::wire::proto::op::What;
-use crate::wire::proto::{Change, Known, Linked, SeqOf};
+use crate::wire::proto::{Change, Known, Linked, Reach, SeqOf};
 
 /// Changes that peers have and we do not, yet.
 const TOLD_MAX: usize = 16_384;
+/// Changes that a peer is told of when it connects.
+const APPLIED_MAX: usize = 4_096;
+/// Connections that a server is away, at most. What was reached once, and is told in circles, is forgotten beyond.
+const HOPS_MAX: u32 = 8;
 
 /// What peers said to have before it was applied here. Forgetting it costs sending that to them.
 #[derive(Default)]
@@ -27,9 +32,18 @@ pub struct Told {
     /// Bits of the peers.
     peers: HashMap<(String, u64, u64), u64>,
     order: VecDeque<(String, u64, u64)>,
+    /// What was last applied here and who was given it, for those who connect later.
+    applied: VecDeque<(SeqOf, Vec<String>)>,
 }
 
 impl Told {
+    fn is_applied(&mut self, change: &SeqOf, given: &[String]) {
+        if self.applied.len() >= APPLIED_MAX {
+            self.applied.pop_front();
+        }
+        self.applied.push_back((change.clone(), given.to_vec()));
+    }
+
     fn add(&mut self, peer: usize, change: Seen) {
         let change = (change.origin, change.epoch, change.seq);
         if let Some(peers) = self.peers.get_mut(&change) {
@@ -124,9 +138,23 @@ impl Engine {
 
     /// Says to all that may pass it on to us, and to its origin, that it is applied here. `via`: to whom it is acknowledged.
     pub fn tell_known(&mut self, change: &SeqOf, given: &[String], via: usize) {
+        if !self.is_mesh() {
+            return;
+        }
+        self.told.is_applied(change, given);
         for (index, peer) in self.peers.iter_mut().enumerate() {
             let may_ask = index != via && (peer.name == change.origin || given.contains(&peer.name));
             if let Some(link) = peer.link.as_mut().filter(|link| may_ask && link.session.is_up()) {
+                link.session.tell_known(change.clone());
+            }
+        }
+    }
+
+    /// A peer is connected again: it may wait for us to say what came through others meanwhile.
+    pub fn tell_last_known(&mut self, index: usize) {
+        let PeerState { name, link: Some(link), .. } = &mut self.peers[index] else { return };
+        for (change, given) in &self.told.applied {
+            if change.origin == *name || given.contains(name) {
                 link.session.tell_known(change.clone());
             }
         }
@@ -168,24 +196,57 @@ impl Engine {
         self.peers.iter().filter(|peer| peer.is_up()).map(|peer| peer.name.clone()).collect()
     }
 
-    /// A connection came or went.
+    /// A connection came or went, here or elsewhere: says so to those for whom it is news.
     pub fn tell_linked(&mut self) {
         if !self.is_mesh() {
             return;
         }
         let servers = self.linked();
-        for link in self.peers.iter_mut().filter_map(|peer| peer.link.as_mut()).filter(|link| link.session.is_up()) {
-            link.session.control(Kind::Linked(Linked { servers: servers.clone() }));
+        for index in 0..self.peers.len() {
+            let reach =
+                self.reach_without(Some(index)).into_iter().map(|(server, hops)| Reach { server, hops }).collect();
+            let linked = Linked { servers: servers.clone(), reach };
+            let Some(link) = self.peers[index].link.as_mut().filter(|link| link.session.is_up()) else { continue };
+            if link.told_linked.as_ref() != Some(&linked) {
+                link.session.control(Kind::Linked(linked.clone()));
+                link.told_linked = Some(linked);
+            }
         }
     }
 
+    /// Whom this server reaches, and over how many connections. What the peer says does not count: it may be what it heard
+    /// from us.
+    pub fn reach_without(&self, peer: Option<usize>) -> BTreeMap<String, u32> {
+        let mut reach = BTreeMap::new();
+        for (_, peer) in self.peers.iter().enumerate().filter(|(index, other)| Some(*index) != peer && other.is_up()) {
+            let through = peer.reach.iter().map(|(server, hops)| (server, hops + 1));
+            for (server, hops) in [(&peer.name, 1)].into_iter().chain(through) {
+                if *server != self.me.server && hops <= HOPS_MAX {
+                    reach.entry(server.clone()).and_modify(|known: &mut u32| *known = hops.min(*known)).or_insert(hops);
+                }
+            }
+        }
+        reach
+    }
+
     /// With whom the peer is connected.
-    pub fn take_linked(&mut self, index: usize, servers: &[String]) -> Result<(), Close> {
-        if servers.len() > VECTOR_MAX || !servers.iter().all(|server| change::is_server(server)) {
+    pub fn take_linked(&mut self, index: usize, linked: Linked) -> Result<(), Close> {
+        let Linked { servers, reach } = linked;
+        let mut names = servers.iter().chain(reach.iter().map(|reach| &reach.server));
+        if servers.len() > VECTOR_MAX || reach.len() > 2 * VECTOR_MAX || !names.all(|server| change::is_server(server))
+        {
             return Err(Close::Malformed("it is connected with too many servers, or with one that has no name".into()));
         }
         self.peers[index].outbox.set_linked(servers.iter().map(|server| server.as_str().into()));
+        self.peers[index].reach =
+            reach.into_iter().map(|Reach { server, hops }| (server, hops.min(HOPS_MAX))).collect();
+        self.tell_linked();
         Ok(())
+    }
+
+    /// Servers that are reached and, as far as is known, have this user's mail.
+    pub fn servers_of(&self, _user: &str) -> Vec<String> {
+        self.reach_without(None).into_keys().collect()
     }
 
     /// Peers that this user's changes go to, and come from.

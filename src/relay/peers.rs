@@ -17,11 +17,11 @@ use super::connection::{Connection, Stream};
 use super::engine::{wall_clock_us, Close, Engine, Role};
 use super::work::Received;
 use super::Config;
-use crate::change;
+use crate::change::{self, VECTOR_MAX};
 use crate::peer::{Admits, Event, Inbox, Outbox, Session, SessionError, Verdict};
 use crate::wire::frame;
 use crate::wire::proto::frame::Kind;
-use crate::wire::proto::{Ack, Change, Frame, Hello, Refused};
+use crate::wire::proto::{Ack, Change, Frame, Hello, Linked, Refused};
 
 /// Pauses between attempts to connect.
 const RETRY_MS_MIN: u64 = 50;
@@ -36,6 +36,8 @@ pub struct Link {
     pub token: Token,
     pub session: Session,
     up_since_ms: Option<u64>,
+    /// What it was last told of our connections.
+    pub told_linked: Option<Linked>,
 }
 
 /// One peer, connected or not.
@@ -51,6 +53,8 @@ pub struct PeerState {
     pub clock_error: String,
     /// It had acknowledged to us what it knows of us up to this clock; see [`Session::peers_heard_clock`].
     pub heard_clock: u64,
+    /// Whom it reaches without us, and over how many connections.
+    pub reach: Vec<(String, u32)>,
     is_resolving: bool,
     is_refused: bool,
     retry_at_ms: u64,
@@ -71,6 +75,7 @@ impl PeerState {
             last_error: String::new(),
             clock_error: String::new(),
             heard_clock: 0,
+            reach: Vec::new(),
             is_resolving: false,
             is_refused: false,
             retry_at_ms: 0,
@@ -173,7 +178,7 @@ impl Engine {
         let Role::Stranger(session) = std::mem::replace(&mut socket.role, Role::Peer(index)) else {
             return Ok(());
         };
-        self.peers[index].link = Some(Link { token, session: *session, up_since_ms: None });
+        self.peers[index].link = Some(Link { token, session: *session, up_since_ms: None, told_linked: None });
         self.take_hello(index, &hello)
     }
 
@@ -215,7 +220,7 @@ impl Engine {
                 self.peer_knows(index, known);
                 Ok(())
             }
-            Some(Event::Linked(linked)) => self.take_linked(index, &linked.servers),
+            Some(Event::Linked(linked)) => self.take_linked(index, linked),
             None => Ok(()),
         }
     }
@@ -228,6 +233,7 @@ impl Engine {
             send_refusal(&mut connection, reason);
         }
         let link = self.peers[index].link.take();
+        self.peers[index].reach.clear();
         let up_ms = link.and_then(|link| link.up_since_ms).map(|since| self.now_ms - since);
         if up_ms.is_some_and(|up| up >= GOOD_SESSION_MS) {
             self.peers[index].backoff.reset();
@@ -275,7 +281,7 @@ impl Engine {
                 let mut session = Session::new(self.me.clone(), Admits::Only(peer.name.clone()), self.now_ms);
                 let applied = (peer.inbox.epoch(), peer.inbox.applied_up_to());
                 session.greet(applied, first_pending, clock, wall_clock_us(), linked);
-                peer.link = Some(Link { token, session, up_since_ms: None });
+                peer.link = Some(Link { token, session, up_since_ms: None, told_linked: None });
             }
             Err(error) => self.retry(index, format!("connect({address}) failed: {error}"), false),
         }
@@ -318,7 +324,8 @@ impl Engine {
             return Err(Close::Ended("the journal was set back".into()));
         }
         self.look_at_clock(index, hello);
-        self.take_linked(index, &hello.linked)?;
+        let linked = hello.linked.iter().filter(|server| change::is_server(server)).take(VECTOR_MAX);
+        self.peers[index].outbox.set_linked(linked.map(|server| server.as_str().into()));
         let (first_pending, linked) = (self.first_pending(index), self.linked());
         let peer = &mut self.peers[index];
         let Some(link) = &mut peer.link else { return Ok(()) };
@@ -347,6 +354,7 @@ impl Engine {
         let held = peer.outbox.stats().pending;
         log::info!("Peer {} ({}): connected to its relay ({software}), {held} changes held.", peer.name, peer.address);
         self.tell_linked();
+        self.tell_last_known(index);
         Ok(())
     }
 

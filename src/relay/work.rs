@@ -1,10 +1,10 @@
 //! Received changes on their way to the workers: one job per user at a time, users in turn.
 //!
-//! Guarantees that a user's changes are handed out in the order in which each peer sent them, and that he has never two
-//! jobs at once. What waits for a change that comes from another peer holds up its own peer's later ones of the user and
-//! nothing else, and is handed out in the end whether that came or not. Bounded by the peers' windows. Pure.
+//! Guarantees that a user's changes of one origin are handed out in the order in which each peer sent them, and that he has
+//! never two jobs at once. What waits for a change of another origin holds up its own origin's later ones of the user, and
+//! what comes after it, and is handed out in the end whether that came or not. Bounded by the peers' windows. Pure.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use crate::wire::proto::{Change, SeqOf, Stamp};
@@ -43,6 +43,13 @@ impl Received {
             .unwrap_or_default()
     }
 
+    /// Whether it comes after the other one.
+    fn names(&self, other: &Received) -> bool {
+        let vector = self.change.stamp.as_ref().map(|stamp| stamp.vector.as_slice()).unwrap_or_default();
+        let Some(made) = &other.change.stamp else { return false };
+        vector.iter().any(|seen| (&seen.origin, seen.epoch) == (&made.origin, made.epoch) && made.seq <= seen.seq)
+    }
+
     /// It waited for as long as it may.
     pub fn is_overdue(&self, now_ms: u64) -> bool {
         self.waits_since_ms.is_some_and(|since| since + WAIT_MS_MAX <= now_ms)
@@ -58,11 +65,14 @@ struct UserWork {
 }
 
 impl UserWork {
-    /// The next change of each peer.
+    /// The next change of each origin from each peer, but for those that come after others in the queue.
     fn firsts(&self) -> Vec<usize> {
         let mut firsts: Vec<usize> = Vec::new();
+        let line = |received: &Received| (received.peer, received.origin().to_owned());
+        let mut lines = HashSet::new();
         for (at, received) in self.queue.iter().enumerate() {
-            if firsts.iter().all(|first| self.queue[*first].peer != received.peer) {
+            let is_first = lines.insert(line(received));
+            if is_first && !self.queue.iter().take(at).any(|earlier| received.names(earlier)) {
                 firsts.push(at);
             }
         }
@@ -321,6 +331,34 @@ mod tests {
         work.finish(&jane);
         work.finish(&joe);
         assert!(work.is_idle() && work.wake_up_ms().is_none());
+    }
+
+    #[test]
+    fn what_is_waited_for_may_come_behind_from_the_same_peer() {
+        let of = |origin: &str, seq: u64, after: &[(&str, u64)]| {
+            let seq_of = |(origin, seq): &(&str, u64)| SeqOf { origin: (*origin).into(), epoch: 1, seq: *seq };
+            let stamp = Stamp {
+                origin: origin.into(),
+                epoch: 1,
+                seq,
+                vector: after.iter().map(seq_of).collect(),
+                ..Default::default()
+            };
+            Received { change: Change { stamp: Some(stamp), ..Default::default() }, ..received(0, seq, 1) }
+        };
+        let mut work = Work::default();
+        let jane: Arc<str> = "jane".into();
+        for received in [of("a", 18, &[("b", 6)]), of("x", 30, &[("a", 18)]), of("b", 6, &[]), of("a", 19, &[])] {
+            work.push(&jane, received);
+        }
+        assert_eq!(job_but(&mut work, 0, &[18]), Some(("jane".into(), vec![6])));
+        work.finish(&jane);
+        assert_eq!(job_but(&mut work, 0, &[18]), None, "others come after it");
+        work.look_again(&jane);
+        for next in [18, 30, 19] {
+            assert_eq!(job(&mut work), Some(("jane".into(), vec![next])));
+            work.finish(&jane);
+        }
     }
 
     #[test]

@@ -305,7 +305,7 @@ impl Engine {
             Err(error) => return self.fail(error),
         };
         let job = Job { id: self.last_job, user, peer, origin, items, done: 0 };
-        let first = Apply { resolves: self.resolves(), again, ..Default::default() };
+        let first = Apply { resolves: self.resolves(&job.user), again, ..Default::default() };
         let frames = apply_frames(&job, first, elsewhere, received.into_iter().map(|r| r.change));
         self.workers[index].task = Task::Apply(job);
         let Some(token) = self.workers[index].token else { return };
@@ -359,8 +359,8 @@ impl Engine {
     }
 
     /// Whether this server is the acting resolver where UIDs clash: see [`crate::merge::uid`].
-    fn resolves(&self) -> bool {
-        self.peers.iter().filter(|peer| peer.is_up()).all(|peer| self.me.server < peer.name)
+    fn resolves(&self, user: &str) -> bool {
+        self.servers_of(user).iter().all(|server| self.me.server < *server)
     }
 
     /// What the job does to the list of mailboxes must be known if its worker dies. Which of it was given to another before.
@@ -582,8 +582,11 @@ impl Engine {
                 user_name.escape_debug()
             );
         }
+        let mut seq = seq;
         for dropped in self.work.drop_user(user, peer) {
             self.peers[peer].inbox.finish(dropped.bytes);
+            // It waited for this one: both are to come again.
+            seq = seq.min(dropped.seq);
         }
         let outcome = self.peers[peer].inbox.refuse(epoch, seq, user);
         let Some(link) = &mut self.peers[peer].link else { return };

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crate::cluster::{Cluster, Format, Server, Setup, Snapshot};
-use crate::scene::{mail, Scene};
+use crate::scene::{mail, mail_of_size, Scene};
 
 /// Long enough for connections that were lost to be noticed and made again.
 const CUT_DEADLINE: Duration = Duration::from_secs(90);
@@ -41,6 +41,8 @@ fn assert_each_once(snapshot: &Snapshot, count: usize) {
 
 fn three_that_are_written_to_at_once_converge(formats: [Format; 3], user: &str) {
     let t = Scene::on(Cluster::start(setups(formats)), user);
+    // Dovecot's maildir, of \\Recent alone: see merge.rs.
+    t.expects_in_log("Recent flags state corrupted");
     t.a().deliver(user, &mail("first"));
     t.settled();
     write_on_all(t.servers(), user, 12);
@@ -79,16 +81,53 @@ fn one_that_was_down_gets_what_the_other_two_did() {
     assert_each_once(&t.converged_within(CUT_DEADLINE, user), 16);
 }
 
-#[test]
-fn two_that_are_cut_from_each_other_only_converge_when_the_line_is_back() {
-    let user = "story-three-cut";
+/// `cut`: 0 between a and b, 1 between a and c, 2 between b and c.
+fn two_that_are_cut_from_each_other_converge_through_the_third(cut: usize, user: &str) {
     let t = Scene::on(Cluster::start_apart(setups([Format::Sdbox; 3])), user);
     t.expects_in_log("dovetail");
     t.a().deliver(user, &mail("first"));
     t.settled();
-    // b and c.
-    t.lines[2].hang(true);
+    t.lines[cut].hang(true);
     write_on_all(t.servers(), user, 6);
-    t.lines[2].hang(false);
-    assert_each_once(&t.converged_within(CUT_DEADLINE, user), 19);
+    assert_each_once(&t.converged_while_busy(CUT_DEADLINE, user), 19);
+    write_on_all(t.servers(), user, 2);
+    t.lines[cut].hang(false);
+    assert_each_once(&t.converged_within(CUT_DEADLINE, user), 25);
+}
+
+#[test]
+fn a_and_b_that_are_cut_from_each_other_converge_through_c() {
+    two_that_are_cut_from_each_other_converge_through_the_third(0, "story-cut-ab");
+}
+
+#[test]
+fn b_and_c_that_are_cut_from_each_other_converge_through_a() {
+    two_that_are_cut_from_each_other_converge_through_the_third(2, "story-cut-bc");
+}
+
+fn three_in_a_chain_converge(middle: &str, formats: [Format; 3], user: &str) {
+    let setups = setups(formats).into_iter().map(|setup| match setup.name == middle {
+        true => setup,
+        false => setup.only_with(&[middle]),
+    });
+    let t = Scene::on(Cluster::start(setups.collect()), user);
+    t.expects_in_log("Recent flags state corrupted");
+    t.a().deliver(user, &mail("first"));
+    t.settled();
+    // One that does not ride along.
+    t.a().deliver(user, &mail_of_size(200_000));
+    t.servers()[2].deliver(user, &mail_of_size(300_000));
+    t.settled();
+    write_on_all(t.servers(), user, 8);
+    assert_each_once(&t.converged_within(CUT_DEADLINE, user), 27);
+}
+
+#[test]
+fn three_in_a_chain_converge_sdbox() {
+    three_in_a_chain_converge("b", [Format::Sdbox; 3], "story-chain-sdbox");
+}
+
+#[test]
+fn three_in_a_chain_converge_of_three_formats() {
+    three_in_a_chain_converge("c", [Format::Mdbox, Format::Sdbox, Format::Maildir], "story-chain-mixed");
 }

@@ -244,7 +244,7 @@ fn a_peer_that_is_cut_from_the_origin_gets_what_it_lacks_in_order() {
     applies(&b, "a", &[7]);
     b.process("imap").save("jane", 9);
     until("both are kept", || b.peer("c").pending == 2);
-    c.send(Kind::Linked(Linked { servers: vec!["b".into()] }));
+    c.send(Kind::Linked(Linked { servers: vec!["b".into()], reach: vec![] }));
     let change = c.next_whole_change();
     assert_eq!((stamped(&change), has_body(&change)), (("a".into(), 7), false));
     assert_eq!(change.given, ["b", "c"]);

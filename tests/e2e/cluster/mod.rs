@@ -64,6 +64,8 @@ pub struct Setup {
     pub files: Vec<(String, String)>,
     /// Instead of the right value of `dovetail_peers`.
     pub peers: Option<String>,
+    /// Of the other servers, only these are its peers.
+    pub only_with: Option<Vec<String>>,
     /// Others reach its relay over a line that can be cut.
     pub line: bool,
 }
@@ -78,6 +80,7 @@ impl Setup {
             extra_24: String::new(),
             files: Vec::new(),
             peers: None,
+            only_with: None,
             line: false,
         }
     }
@@ -90,6 +93,16 @@ impl Setup {
     pub fn peers(mut self, value: &str) -> Setup {
         self.peers = Some(value.into());
         self
+    }
+
+    /// The servers must agree.
+    pub fn only_with(mut self, peers: &[&str]) -> Setup {
+        self.only_with = Some(peers.iter().map(|peer| (*peer).to_owned()).collect());
+        self
+    }
+
+    fn has_peer(&self, name: &str) -> bool {
+        self.name != name && self.only_with.as_ref().is_none_or(|peers| peers.iter().any(|peer| peer == name))
     }
 
     pub fn over_a_line(mut self) -> Setup {
@@ -253,7 +266,7 @@ fn share_loopback(servers: &[Server]) -> Vec<Line> {
     };
     let relays: Vec<(String, String)> = servers.iter().map(|s| (s.name().to_owned(), address(s))).collect();
     for server in servers {
-        let peers: Vec<_> = relays.iter().filter(|(name, _)| name != server.name()).cloned().collect();
+        let peers: Vec<_> = relays.iter().filter(|(name, _)| server.setup().has_peer(name)).cloned().collect();
         server.configure(&peers);
     }
     lines
