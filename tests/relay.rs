@@ -351,7 +351,7 @@ fn a_process_that_ends_without_a_goodbye_makes_its_mailboxes_be_looked_at() {
     let (a, b) = house.pair();
     let mut imap = a.process("imap");
     let mailbox = Mailbox { guid: vec![1; 16], path: vec!["INBOX".into()], ..Default::default() };
-    imap.send(Kind::Intent(Intent { user: "jane".into(), mailbox: Some(mailbox) }));
+    imap.send(Kind::Intent(Intent { user: "jane".into(), mailbox: Some(mailbox), peers: None }));
     imap.save_with_span("jane", 1, (100, 200));
     let (worker, apply) = b.next_job();
     worker.applied(&apply);
@@ -437,7 +437,7 @@ fn a_look_that_fails_is_tried_again_and_the_reason_is_in_the_status() {
     let house = House::new();
     let (a, _b) = house.pair();
     let mut imap = a.process("imap");
-    imap.send(Kind::Intent(Intent { user: "jane".into(), mailbox: None }));
+    imap.send(Kind::Intent(Intent { user: "jane".into(), mailbox: None, peers: None }));
     drop(imap);
     let (worker, look) = a.next_look();
     worker.finish(Kind::Looked(Looked { job: look.job, error: "permission denied".into(), ..Default::default() }));
@@ -453,7 +453,7 @@ fn a_mailbox_whose_log_does_not_tell_is_remembered() {
     let house = House::new();
     let a = house.server("a", &[("b", "127.0.0.1:9".into())]);
     let mut imap = a.process("imap");
-    imap.send(Kind::Intent(Intent { user: "jane".into(), mailbox: None }));
+    imap.send(Kind::Intent(Intent { user: "jane".into(), mailbox: None, peers: None }));
     drop(imap);
     let (mut worker, look) = a.next_look();
     let doubt = Doubt { guid: vec![1; 16], path: vec!["INBOX".into()], reason: "its log is gone".into() };
@@ -469,7 +469,7 @@ fn a_mailbox_whose_log_does_not_tell_is_remembered() {
 fn processes_that_end_without_a_goodbye_are_counted() {
     let house = House::new();
     let a = house.server("a", &[]);
-    let intent = || Kind::Intent(Intent { user: "jane".into(), mailbox: None });
+    let intent = || Kind::Intent(Intent { user: "jane".into(), mailbox: None, peers: None });
     let mut killed = a.process("imap");
     killed.send(intent());
     let mut ended = a.process("imap");

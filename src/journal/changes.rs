@@ -137,13 +137,11 @@ impl Journal {
         })
     }
 
-    /// Whether changes of other servers are to be passed on to the peer.
-    pub fn has_to_pass_on(&self, peer: &str) -> Result<bool, JournalError> {
+    /// The last change of another server that is to be passed on to the peer; 0: none. Looks at all of them.
+    pub fn last_passed_on(&self, peer: &str) -> Result<u64, JournalError> {
         let bit = self.bit_of(peer);
-        self.run(|db| {
-            db.prepare_cached("SELECT 1 FROM changes WHERE origin IS NOT NULL AND peers & ? != 0 LIMIT 1")?
-                .exists([bit])
-        })
+        let sql = "SELECT coalesce(max(seq), 0) FROM changes WHERE origin IS NOT NULL AND peers & ? != 0";
+        self.run(|db| db.query_row(sql, [bit], |row| row.get(0).map(from_sql)))
     }
 
     /// What no peer lacks any more goes.

@@ -21,6 +21,7 @@ mod inbox;
 mod lock;
 mod logs;
 mod open;
+mod peers;
 mod seen;
 
 pub use changes::{PassedOn, Stored, Trimmed};

@@ -30,6 +30,8 @@ CREATE INDEX changes_of_others ON changes (origin, origin_seq) WHERE origin IS N
 CREATE TABLE applied (peer TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, PRIMARY KEY (peer, first))
     STRICT, WITHOUT ROWID;
 CREATE TABLE epochs (peer TEXT PRIMARY KEY, epoch INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+-- Users whose mail is replicated with some of the peers only.
+CREATE TABLE user_peers (user TEXT PRIMARY KEY, servers TEXT NOT NULL) STRICT, WITHOUT ROWID;
 -- Up to which number each server's changes of a user are applied here.
 CREATE TABLE seen (user TEXT NOT NULL, origin TEXT NOT NULL, epoch INTEGER NOT NULL, seq INTEGER NOT NULL,
     PRIMARY KEY (user, origin)) STRICT, WITHOUT ROWID;

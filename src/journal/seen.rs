@@ -41,6 +41,17 @@ impl Journal {
         })
     }
 
+    /// Whether the server has begun a newer epoch, as far as the user's changes tell.
+    pub fn has_newer_epoch(&self, user: &str, origin: &str, epoch: u64) -> Result<bool, JournalError> {
+        self.run(|db| {
+            db.prepare_cached("SELECT 1 FROM seen WHERE user = ? AND origin = ? AND epoch > ?")?.exists((
+                user,
+                origin,
+                to_sql(epoch),
+            ))
+        })
+    }
+
     /// Whether this change of the user is applied: it, or a later one of its server.
     pub fn has_seen(&self, user: &str, origin: &str, epoch: u64, seq: u64) -> Result<bool, JournalError> {
         self.run(|db| {

@@ -191,7 +191,15 @@ impl Engine {
             return Err(format!("{REQUESTS_PER_PEER_MAX} bodies are asked for already"));
         }
         change::check_user(&request.user).map_err(|error| error.to_string())?;
-        let id = self.bodies.add(from, None, request.clone());
+        let mut request = request.clone();
+        if let Party::Peer(peer) = from {
+            let name = &self.peers[peer].name;
+            if self.peers_of(&request.user).all(|allowed| allowed != peer) {
+                return Err(format!("server {name} is not among the user's peers here"));
+            }
+            request.asker.clone_from(name);
+        }
+        let id = self.bodies.add(from, None, request);
         self.bodies.unread.push_back(id);
         Ok(())
     }

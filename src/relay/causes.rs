@@ -33,12 +33,17 @@ impl Causes {
     }
 }
 
+/// What decides whether a change has to wait.
+pub struct Context<'a> {
+    pub peers: &'a [PeerState],
+    pub journal: &'a Journal,
+    pub causes: &'a Causes,
+    pub user_peers: &'a HashMap<Arc<str>, Vec<String>>,
+}
+
 /// Of the changes that this one comes after, one that may come and is not applied. `before`: it will be.
-pub fn unmet(
-    received: &Received,
-    before: Option<&Received>,
-    (peers, journal, causes): (&[PeerState], &Journal, &Causes),
-) -> Result<Option<SeqOf>, JournalError> {
+pub fn unmet(received: &Received, before: Option<&Received>, context: &Context) -> Result<Option<SeqOf>, JournalError> {
+    let Context { peers, journal, causes, user_peers } = *context;
     let Some(stamp) = &received.change.stamp else { return Ok(None) };
     let user = &received.change.user;
     let before = before.and_then(|before| before.change.stamp.as_ref());
@@ -55,6 +60,7 @@ pub fn unmet(
             || is_before(cause)
             || inbox.epoch() > cause.epoch
             || inbox.is_applied(cause.epoch, cause.seq)
+            || user_peers.get(user.as_str()).is_some_and(|named| !named.contains(&cause.origin))
             || causes.abandoned.contains(&(user.as_str().into(), cause.origin.clone()));
         if !is_known && !journal.has_seen(user, &cause.origin, cause.epoch, cause.seq)? {
             return Ok(Some(cause.clone()));
@@ -64,6 +70,10 @@ pub fn unmet(
 }
 
 impl Engine {
+    fn context(&self) -> Context<'_> {
+        Context { peers: &self.peers, journal: &self.journal, causes: &self.causes, user_peers: &self.user_peers }
+    }
+
     /// Where there are only two servers, all order is that of their connection.
     pub fn is_mesh(&self) -> bool {
         self.peers.len() > 1 || !self.far.is_empty()
@@ -132,7 +142,7 @@ impl Engine {
         if !received.is_overdue(self.now_ms) {
             return None;
         }
-        let cause = match unmet(received, None, (&self.peers, &self.journal, &self.causes)) {
+        let cause = match unmet(received, None, &self.context()) {
             Ok(cause) => cause?,
             Err(error) => {
                 self.fail(error);
@@ -176,7 +186,7 @@ impl Engine {
     /// For people: what of the peer's changes waits for whom.
     pub fn waiting_of(&self, peer: usize) -> Option<String> {
         let received = self.work.waiting(peer)?;
-        let cause = unmet(received, None, (&self.peers, &self.journal, &self.causes)).ok()??;
+        let cause = unmet(received, None, &self.context()).ok()??;
         let user = &received.change.user;
         let SeqOf { origin, seq, .. } = cause;
         Some(format!(

@@ -80,11 +80,14 @@ impl Engine {
         for peer in &mut self.peers {
             let (pending, _) = self.journal.pending(&peer.name)?;
             peer.outbox.resume(pending, self.journal.dropped(&peer.name)?);
+            peer.last_passed_on = self.journal.last_passed_on(&peer.name)?;
             let (epoch, runs) = self.journal.applied(&peer.name)?;
             peer.inbox.resume(epoch, runs);
         }
         self.far = self.journal.origins()?.into_iter().collect();
         self.far.retain(|origin| self.peers.iter().all(|peer| peer.name != *origin));
+        self.user_peers =
+            self.journal.user_peers()?.into_iter().map(|(user, servers)| (user.into(), servers)).collect();
         self.counts.counters.failed = self.journal.failed_count()?;
         self.flags_clocks =
             self.journal.users_with_flags()?.into_iter().map(|(user, clock)| (user.into(), clock)).collect();

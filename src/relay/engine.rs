@@ -105,6 +105,8 @@ pub struct Engine {
     pub told: Told,
     /// Servers that are no peers, whose changes peers pass on.
     pub far: BTreeSet<String>,
+    /// Users whose mail is replicated with these of the peers only.
+    pub user_peers: HashMap<Arc<str>, Vec<String>>,
     pub bodies: Bodies,
     pub order: Order,
     pub spans: Spans,
@@ -184,6 +186,7 @@ impl Engine {
             causes: Causes::default(),
             told: Told::default(),
             far: BTreeSet::new(),
+            user_peers: HashMap::new(),
             bodies: Bodies::default(),
             order: Order::default(),
             spans: Spans::default(),

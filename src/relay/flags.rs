@@ -285,10 +285,14 @@ impl Engine {
             let Some(link) = &mut peer.link else { continue };
             if !peer.outbox.has_pending() {
                 link.session.set_heard_clock(self.clock.last().min(others));
-            } else if is_time && !self.journal.has_to_pass_on(&peer.name)? {
+            } else if is_time {
                 let first = self.journal.unacknowledged(&peer.name, None, 0, 1)?.pop();
-                let clock = first.and_then(|first| sent_change(&first.frame)?.stamp).map_or(0, |stamp| stamp.clock);
-                link.session.set_heard_clock(clock.saturating_sub(1).min(others));
+                // Those that are passed on may have any clock.
+                if let Some(first) = first.filter(|first| first.seq > peer.last_passed_on) {
+                    let clock =
+                        sent_change(&first.frame).and_then(|change| change.stamp).map_or(0, |stamp| stamp.clock);
+                    link.session.set_heard_clock(clock.saturating_sub(1).min(others));
+                }
             }
             peer.heard_clock = peer.heard_clock.max(link.session.peers_heard_clock());
         }

@@ -26,6 +26,7 @@ mod peers;
 mod spans;
 mod status;
 mod subscribers;
+mod users;
 mod work;
 mod workers;
 

@@ -92,6 +92,12 @@ impl Engine {
         let Some(stamp) = change.stamp.clone() else { return Ok(()) };
         let seen = SeqOf { origin: stamp.origin.clone(), epoch: stamp.epoch, seq: stamp.seq };
         let told = self.told.take(&seen);
+        if self.journal.has_newer_epoch(user, &seen.origin, seen.epoch)? {
+            // Nobody could tell whether it came before, and it would go round and round.
+            let mailbox = change.mailbox.as_ref().map(|mailbox| mailbox.guid.clone()).unwrap_or_default();
+            self.fail_to_tell(user, mailbox, &format!("server {} has lost its journal since it made it", seen.origin));
+            return Ok(());
+        }
         let needs =
             |peer: &usize| Some(*peer) != via && self.peers[*peer].name != stamp.origin && told & (1 << *peer) == 0;
         let peers: Vec<usize> = self.peers_of(user).filter(needs).collect();
@@ -130,6 +136,7 @@ impl Engine {
         };
         self.journal.pass_on(user, now_us, &encoded, &names, &passed_on)?;
         for peer in peers {
+            self.peers[peer].last_passed_on = seq;
             let expected = via.clone().filter(|_| given.contains(&peer));
             self.peers[peer].outbox.append_expected(user, seq, encoded.clone(), now_us, expected);
         }
@@ -242,16 +249,6 @@ impl Engine {
             reach.into_iter().map(|Reach { server, hops }| (server, hops.min(HOPS_MAX))).collect();
         self.tell_linked();
         Ok(())
-    }
-
-    /// Servers that are reached and, as far as is known, have this user's mail.
-    pub fn servers_of(&self, _user: &str) -> Vec<String> {
-        self.reach_without(None).into_keys().collect()
-    }
-
-    /// Peers that this user's changes go to, and come from.
-    pub fn peers_of(&self, _user: &str) -> impl Iterator<Item = usize> + '_ {
-        0..self.peers.len()
     }
 
     /// A peer passes on a change of this server. False: there are too many.

@@ -53,6 +53,8 @@ pub struct PeerState {
     pub clock_error: String,
     /// It had acknowledged to us what it knows of us up to this clock; see [`Session::peers_heard_clock`].
     pub heard_clock: u64,
+    /// The number of the last change of another server that was to be passed on to it.
+    pub last_passed_on: u64,
     /// Whom it reaches without us, and over how many connections.
     pub reach: Vec<(String, u32)>,
     is_resolving: bool,
@@ -75,6 +77,7 @@ impl PeerState {
             last_error: String::new(),
             clock_error: String::new(),
             heard_clock: 0,
+            last_passed_on: 0,
             reach: Vec::new(),
             is_resolving: false,
             is_refused: false,

@@ -173,9 +173,14 @@ impl Engine {
         self.dispatch_looks();
         while let Some(index) = self.workers.iter().position(Worker::may_work) {
             let (heals, failed) = (&self.heals, Cell::new(None));
-            let context = (&self.peers[..], &self.journal, &self.causes);
+            let context = causes::Context {
+                peers: &self.peers,
+                journal: &self.journal,
+                causes: &self.causes,
+                user_peers: &self.user_peers,
+            };
             let waits = |received: &Received, before: Option<&Received>| {
-                let unmet = causes::unmet(received, before, context).map_err(|error| failed.set(Some(error)));
+                let unmet = causes::unmet(received, before, &context).map_err(|error| failed.set(Some(error)));
                 matches!(unmet, Ok(Some(_)))
             };
             let job = self.work.next_job(self.now_ms, |user| heals.is_running(user), waits);
@@ -305,7 +310,13 @@ impl Engine {
             Err(error) => return self.fail(error),
         };
         let job = Job { id: self.last_job, user, peer, origin, items, done: 0 };
-        let first = Apply { resolves: self.resolves(&job.user), again, ..Default::default() };
+        let resolves = match self.servers_of(&job.user) {
+            // Whether this server is the acting resolver where UIDs clash: see [`crate::merge::uid`].
+            Ok(servers) => servers.iter().all(|server| self.me.server < *server),
+            Err(error) => return self.fail(error),
+        };
+        let from = self.peers[peer].name.clone();
+        let first = Apply { resolves, from, again, ..Default::default() };
         let frames = apply_frames(&job, first, elsewhere, received.into_iter().map(|r| r.change));
         self.workers[index].task = Task::Apply(job);
         let Some(token) = self.workers[index].token else { return };
@@ -356,11 +367,6 @@ impl Engine {
         }
         self.users_elsewhere.insert(user.clone());
         Ok(())
-    }
-
-    /// Whether this server is the acting resolver where UIDs clash: see [`crate::merge::uid`].
-    fn resolves(&self, user: &str) -> bool {
-        self.servers_of(user).iter().all(|server| self.me.server < *server)
     }
 
     /// What the job does to the list of mailboxes must be known if its worker dies. Which of it was given to another before.
@@ -426,6 +432,7 @@ impl Engine {
             )));
         }
         change::check_spans(&applied.spans).map_err(|error| Close::Malformed(error.to_string()))?;
+        self.take_user_peers(&job.user.clone(), applied.peers.clone());
         for change in applied.changes.iter().filter(|change| *change.user == *job.user) {
             change::check_change(change).map_err(|error| Close::Malformed(error.to_string()))?;
             // In one commit of the journal with the acknowledgement, or before it.
@@ -617,7 +624,7 @@ fn apply_frames(
     changes: impl Iterator<Item = Change>,
 ) -> Vec<Frame> {
     let empty = || Apply { job: job.id, user: job.user.to_string(), more: true, ..Default::default() };
-    let mut frames = vec![Apply { again: first.again, resolves: first.resolves, ..empty() }];
+    let mut frames = vec![Apply { again: first.again, resolves: first.resolves, from: first.from, ..empty() }];
     if !elsewhere.is_empty() {
         frames.extend(elsewhere.chunks(ELSEWHERE_MAX).map(|some| Apply { elsewhere: some.to_vec(), ..empty() }));
         frames.push(empty());

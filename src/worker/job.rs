@@ -35,6 +35,7 @@ pub struct Jobs {
 struct Collecting {
     job: u64,
     user: String,
+    from: String,
     changes: Vec<proto::Change>,
     bytes: usize,
     resolves: bool,
@@ -101,6 +102,7 @@ impl Jobs {
             _ => Collecting {
                 job: apply.job,
                 user: apply.user.clone(),
+                from: apply.from,
                 changes: vec![],
                 bytes: 0,
                 resolves: apply.resolves,
@@ -158,7 +160,7 @@ impl Jobs {
         whole: Collecting,
         answer: &mut proto::Applied,
     ) -> Result<(), Failure> {
-        let Collecting { user, changes, resolves, again, elsewhere, .. } = whole;
+        let Collecting { user, from, changes, resolves, again, elsewhere, .. } = whole;
         if !storage.lock_user(&user)? {
             // Left behind by a relay that was killed: both would save the same mail.
             return Err("another worker still applies changes of this user".to_string().into());
@@ -167,6 +169,24 @@ impl Jobs {
             return Err("unknown here".to_string().into());
         }
         let job = answer.job;
+        let peers = storage.user_peers()?;
+        let is_allowed = is_of(&peers, &from);
+        if peers.all {
+            answer.peers = Some(peers);
+        } else {
+            // Before what is told to them.
+            connection.send(Kind::Applied(proto::Applied {
+                job,
+                more: true,
+                peers: Some(peers),
+                ..Default::default()
+            }))?;
+        }
+        if !is_allowed {
+            return Err(
+                format!("server {from} is not among the user's peers here (dovetail_peers of the userdb)").into()
+            );
+        }
         let mut reported = Instant::now();
         let mut unreported = Vec::new();
         let mut before = 0;
@@ -212,6 +232,11 @@ fn send_news<C: Read + Write>(
         connection.send(Kind::Applied(proto::Applied { changes: vec![change], ..empty() }))?;
     }
     Ok(())
+}
+
+/// Whether the user's mail is replicated with the server; no server: nobody asks for another.
+pub fn is_of(peers: &proto::UserPeers, server: &str) -> bool {
+    peers.all || server.is_empty() || peers.servers.iter().any(|peer| peer == server)
 }
 
 fn now_secs() -> i64 {
@@ -274,6 +299,7 @@ mod tests {
         let whole = Collecting {
             job: 1,
             user: "jane".into(),
+            from: "a".into(),
             changes: vec![],
             bytes: 0,
             resolves: false,

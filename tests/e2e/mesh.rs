@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::cluster::{Cluster, Format, Server, Setup, Snapshot};
+use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
 use crate::scene::{mail, mail_of_size, Scene};
 
 /// Long enough for connections that were lost to be noticed and made again.
@@ -130,4 +130,57 @@ fn three_in_a_chain_converge_sdbox() {
 #[test]
 fn three_in_a_chain_converge_of_three_formats() {
     three_in_a_chain_converge("c", [Format::Mdbox, Format::Sdbox, Format::Maildir], "story-chain-mixed");
+}
+
+/// Waits until the user's INBOX on the server has that many messages.
+fn has_mails(server: &Server, user: &str, count: usize) {
+    let what = format!("{user} has {count} mails on {}", server.name());
+    wait_until(CUT_DEADLINE, &what, || {
+        server.has_inbox(user)
+            && Snapshot::try_take(server, user, true).is_ok_and(|all| all.messages("INBOX").len() == count)
+    });
+}
+
+#[test]
+fn a_user_is_replicated_with_the_peers_that_the_userdb_names() {
+    let (jane, joe, jack, jim) = ("story-peers-jane", "story-peers-joe", "story-peers-jack", "story-peers-jim");
+    let [a, b, c] = setups([Format::Sdbox; 3]).try_into().unwrap_or_else(|_| panic!());
+    // jack's changes go from a to c through b, although a and c are connected.
+    let a = a.user_with_peers(jane, "b").user_with_peers(joe, "c").user_with_peers(jack, "b");
+    let b = b.user_with_peers(jane, "a").user_with_peers(joe, "-").user_with_peers(jack, "a,c");
+    let c = c.user_with_peers(jane, "-").user_with_peers(joe, "a").user_with_peers(jack, "b");
+    let t = Scene::on(Cluster::start(vec![a, b, c]), jim);
+    let (b, c) = (t.b(), &t.servers()[2]);
+    for user in [jane, joe, jack, jim] {
+        t.a().deliver(user, &mail("one"));
+        t.a().deliver(user, &mail_of_size(100_000));
+    }
+    for (server, user) in [(b, jane), (c, joe), (b, jack), (c, jack), (b, jim), (c, jim)] {
+        has_mails(server, user, 2);
+    }
+    c.deliver(jack, &mail("three"));
+    c.deliver(joe, &mail("three"));
+    has_mails(t.a(), jack, 3);
+    has_mails(t.a(), joe, 3);
+    b.imap(jane).select("INBOX").ok("STORE 1 +FLAGS (\\Flagged)");
+    wait_until(CUT_DEADLINE, "nothing is pending", || t.servers().iter().all(Server::has_nothing_pending));
+    assert!(!c.has_inbox(jane) && !b.has_inbox(joe), "a server that is not in a user's set never gets his mail");
+    t.settled();
+}
+
+#[test]
+fn a_change_from_a_server_that_is_not_a_users_peer_is_refused_with_the_reason() {
+    let user = "story-peers-refused";
+    let [a, b, c] = setups([Format::Sdbox; 3]).try_into().unwrap_or_else(|_| panic!());
+    let t = Scene::on(Cluster::start(vec![a, b, c.user_with_peers(user, "b")]), user);
+    t.expects_in_log("not among the user's peers");
+    t.a().deliver(user, &mail("one"));
+    has_mails(t.b(), user, 1);
+    wait_until(CUT_DEADLINE, "a knows why", || {
+        let status = t.a().status();
+        status
+            .iter()
+            .any(|peer| peer["peer"] == "c" && peer["last_error"].contains("server a is not among the user's peers"))
+    });
+    assert!(!t.servers()[2].has_inbox(user));
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use dovetail::wire::proto::frame::Kind;
 use dovetail::wire::proto::op::What;
-use dovetail::wire::proto::{Ack, Applied, Apply, BodyRequest, Change, Known, Linked};
+use dovetail::wire::proto::{Ack, Applied, Apply, BodyRequest, Change, Intent, Known, Linked, UserPeers};
 
 use super::house::*;
 
@@ -306,5 +306,61 @@ fn a_change_of_the_receiver_itself_or_without_its_number_is_malformed() {
         let mut b = c.connect_as_peer("b");
         b.send_given(origin, "jane", 7, &[], carrier);
         assert!(b.is_closed());
+    }
+}
+
+fn intent(user: &str, peers: Option<&[&str]>) -> Kind {
+    let servers = peers.unwrap_or_default().iter().map(|server| (*server).to_owned()).collect();
+    let peers = Some(UserPeers { all: peers.is_none(), servers });
+    Kind::Intent(Intent { user: user.into(), mailbox: None, peers })
+}
+
+#[test]
+fn a_users_changes_are_kept_for_his_peers_only() {
+    let house = House::new();
+    let peers = [("b", "127.0.0.1:9".to_owned()), ("c", "127.0.0.1:9".to_owned())];
+    let a = house.server("a", &peers);
+    let pending = |a: &Server| [a.peer("b").pending, a.peer("c").pending];
+    let mut imap = a.process("imap");
+    imap.save("jane", 1);
+    until("it is for both", || pending(&a) == [1, 1]);
+    imap.send(intent("jane", Some(&["b", "x"])));
+    until("it is for b alone", || pending(&a) == [1, 0]);
+    imap.save("jane", 2);
+    imap.save("joe", 1);
+    until("each is for whom it is", || pending(&a) == [3, 1]);
+    drop((imap, a));
+
+    let a = house.server("a", &peers);
+    let mut imap = a.process("imap");
+    imap.save("jane", 3);
+    until("it is remembered", || pending(&a) == [4, 1]);
+    imap.send(intent("jane", None));
+    imap.save("jane", 4);
+    until("it is for both again", || pending(&a) == [5, 2]);
+    let failed = a.failed();
+    assert_eq!((failed[0].user.as_str(), failed[0].peer.as_str()), ("jane", "c"), "what it lacks is to be compared");
+}
+
+#[test]
+fn a_worker_that_opens_a_user_says_with_whom_he_is_replicated() {
+    let house = House::new();
+    let (b, mut a, mut c) = second(&house);
+    a.send_given("a", "jane", 7, &["b"], 0);
+    let (mut worker, apply) = b.next_job();
+    assert_eq!(apply.from, "a");
+    let peers = Some(UserPeers { all: false, servers: vec!["a".into()] });
+    worker.send(Kind::Applied(Applied { job: apply.job, more: true, peers, ..Default::default() }));
+    worker.applied(&apply);
+    a.next_ack(7);
+    assert_eq!(b.peer("c").pending, 0, "it is not passed on to who is no peer of his");
+    let request = BodyRequest { id: 1, user: "jane".into(), origin: "b".into(), ..Default::default() };
+    c.send(Kind::BodyRequest(request));
+    loop {
+        match c.next() {
+            Kind::BodyChunk(chunk) => break assert!(chunk.error.contains("not among the user's peers"), "{chunk:?}"),
+            Kind::Linked(_) => {}
+            other => panic!("{other:?}"),
+        }
     }
 }

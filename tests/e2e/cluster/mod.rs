@@ -116,6 +116,20 @@ impl Setup {
         self
     }
 
+    /// This user's peers, as the userdb gives them.
+    pub fn user_with_peers(mut self, user: &str, peers: &str) -> Setup {
+        let line = format!("{user}:x:8:8::{{DIR}}/home/{user}::userdb_dovetail_peers={peers}\n");
+        match self.files.iter_mut().find(|(path, _)| path == config::USERS) {
+            Some((_, text)) => *text += &line,
+            None => self.files.push((config::USERS.into(), line)),
+        }
+        self
+    }
+
+    pub fn has_users(&self) -> bool {
+        self.files.iter().any(|(path, _)| path == config::USERS)
+    }
+
     pub fn extra(mut self, v23: &str, v24: &str) -> Setup {
         self.extra_23 += v23;
         self.extra_24 += v24;
