@@ -260,6 +260,7 @@ impl Work {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn received(peer: usize, seq: u64, bytes: usize) -> Received {
         Received { peer, epoch: 1, seq, bytes, change: Change::default(), waits_since_ms: None }
@@ -392,5 +393,90 @@ mod tests {
         assert_eq!(job(&mut work), None);
         work.finish(&jane);
         assert!(work.is_idle());
+    }
+
+    /// Of each server, the last number that is applied.
+    type Seen = [u64; 5];
+
+    /// A server with what it received from the others.
+    #[derive(Default)]
+    struct Server {
+        work: Work,
+        seen: Seen,
+    }
+
+    fn name(server: usize) -> String {
+        char::from(b'a' + server as u8).to_string()
+    }
+
+    impl Server {
+        fn make(&mut self, me: usize) -> Change {
+            let vector = (0..5).filter(|of| self.seen[*of] > 0);
+            let vector = vector.map(|of| SeqOf { origin: name(of), epoch: 1, seq: self.seen[of] }).collect();
+            self.seen[me] += 1;
+            let stamp = Stamp { origin: name(me), epoch: 1, seq: self.seen[me], vector, ..Default::default() };
+            Change { stamp: Some(stamp), ..Default::default() }
+        }
+
+        /// Applies all that may be.
+        fn apply(&mut self) {
+            let jane: Arc<str> = "jane".into();
+            let index = |origin: &str| usize::from(origin.as_bytes()[0] - b'a');
+            loop {
+                let seen = self.seen;
+                let waits = |received: &Received, before: Option<&Received>| {
+                    let is_before = |cause: &SeqOf| before.is_some_and(|before| before.made() == *cause);
+                    let stamp = received.change.stamp.as_ref().unwrap();
+                    stamp.vector.iter().any(|cause| seen[index(&cause.origin)] < cause.seq && !is_before(cause))
+                };
+                let Some((_, job)) = self.work.next_job(0, |_| false, waits) else { return };
+                for received in job {
+                    let stamp = received.change.stamp.unwrap();
+                    let comes_after = |cause: &SeqOf| self.seen[index(&cause.origin)] >= cause.seq;
+                    assert!(stamp.vector.iter().all(comes_after), "an effect before its cause: {stamp:?}");
+                    let last = &mut self.seen[index(&stamp.origin)];
+                    *last = stamp.seq.max(*last);
+                }
+                self.work.finish(&jane);
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 200, ..Default::default() })]
+        /// Lines between each two servers keep their order, and nothing else is kept.
+        #[test]
+        fn causes_come_before_effects_and_nothing_waits_in_the_end(
+            count in 3..=5usize,
+            steps in proptest::collection::vec((any::<bool>(), 0..25usize), 0..150),
+        ) {
+            let jane: Arc<str> = "jane".into();
+            let mut servers: Vec<Server> = (0..count).map(|_| Server::default()).collect();
+            let mut lines: HashMap<(usize, usize), VecDeque<Change>> = HashMap::new();
+            let deliver = |servers: &mut [Server], lines: &mut HashMap<_, VecDeque<Change>>, from: usize, to: usize| {
+                let Some(change) = lines.get_mut(&(from, to)).and_then(VecDeque::pop_front) else { return false };
+                let seq = change.stamp.as_ref().map_or(0, |stamp| stamp.seq);
+                let received = Received { peer: from, epoch: 1, seq, bytes: 1, change, waits_since_ms: None };
+                servers[to].work.push(&jane, received);
+                servers[to].apply();
+                true
+            };
+            for (makes, pick) in steps {
+                let (from, to) = (pick % count, pick / count % count);
+                if makes {
+                    let change = servers[from].make(from);
+                    (0..count).filter(|to| *to != from).for_each(|to| lines.entry((from, to)).or_default().push_back(change.clone()));
+                } else {
+                    deliver(&mut servers, &mut lines, from, to);
+                }
+            }
+            for (from, to) in (0..count).flat_map(|from| (0..count).map(move |to| (from, to))) {
+                while deliver(&mut servers, &mut lines, from, to) {}
+            }
+            for server in &mut servers {
+                prop_assert!(server.work.is_idle());
+            }
+            prop_assert!(servers.iter().all(|server| server.seen == servers[0].seen));
+        }
     }
 }

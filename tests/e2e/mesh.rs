@@ -1,6 +1,7 @@
 //! Three servers, all of which are written to.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
@@ -130,6 +131,49 @@ fn three_in_a_chain_converge_sdbox() {
 #[test]
 fn three_in_a_chain_converge_of_three_formats() {
     three_in_a_chain_converge("c", [Format::Mdbox, Format::Sdbox, Format::Maildir], "story-chain-mixed");
+}
+
+#[test]
+fn relays_that_are_killed_while_they_pass_on_lose_nothing() {
+    let user = "story-three-killed";
+    let setups = setups([Format::Sdbox; 3]).into_iter().map(|setup| match setup.name.as_str() {
+        "b" => setup,
+        _ => setup.only_with(&["b"]),
+    });
+    let t = Scene::on(Cluster::start(setups.collect()), user);
+    t.expects_in_log("dovetail");
+    t.expects_in_log("killed with signal 9");
+    t.a().deliver(user, &mail("first"));
+    t.settled();
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for server in [1, 0, 1, 2, 1].map(|at| &t.servers()[at]) {
+                server.kill("dovetail");
+                wait_until(CUT_DEADLINE, "the relay is back", || server.try_status().is_some());
+            }
+            is_over.store(true, Ordering::SeqCst);
+        });
+        for server in t.servers() {
+            let is_over = &is_over;
+            scope.spawn(move || {
+                let mut lmtp = server.lmtp();
+                for n in 0..40 {
+                    lmtp.deliver(&[user], &mail(&format!("{} {n}", server.name())));
+                    if is_over.load(Ordering::SeqCst) {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    let snapshot = t.converged_within(CUT_DEADLINE, user);
+    assert_each_once(&snapshot, snapshot.messages("INBOX").len());
+    for (server, flag) in t.servers().iter().zip(["\\Seen", "$Important", "\\Flagged"]) {
+        server.imap(user).select("INBOX").ok(&format!("STORE 1:* +FLAGS ({flag})"));
+    }
+    let snapshot = t.converged_within(CUT_DEADLINE, user);
+    assert!(snapshot.messages("INBOX").iter().all(|message| message.flags.len() == 3));
 }
 
 /// Waits until the user's INBOX on the server has that many messages.
