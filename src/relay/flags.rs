@@ -4,7 +4,7 @@
 //! when it is told, not when it is made, one of ours may be told with a later clock than a peer's that was applied to the
 //! mailbox behind it. Then the peer's stands here, and is told as ours once more.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use prost::Message;
@@ -21,6 +21,8 @@ use crate::wire::proto::{Change, FlagUpdate, Mailbox, MessageRange, Op, SeqOf, S
 
 /// Longer than a change of ours waits until it is told, mostly.
 const RACE_MS_MAX: u64 = 60_000;
+/// In the place of one that says nothing.
+const NO_UID: (u32, u32) = (0, 0);
 /// Changes of one user that are compared, and users.
 const RACES_PER_USER_MAX: usize = 256;
 const USERS_MAX: usize = 10_000;
@@ -53,6 +55,14 @@ fn operation(update: Update) -> Op {
 fn updates(change: &Change) -> Vec<Update> {
     let of_op = |op: &Op| match &op.what {
         Some(What::Flags(flags)) => Some(update(flags)),
+        _ => None,
+    };
+    change.ops.iter().filter_map(of_op).collect()
+}
+
+fn saved_guids(change: &Change) -> Vec<String> {
+    let of_op = |op: &Op| match &op.what {
+        Some(What::Save(save)) => Some(save.guid.clone()),
         _ => None,
     };
     change.ops.iter().filter_map(of_op).collect()
@@ -169,7 +179,9 @@ impl Engine {
         changes: impl Iterator<Item = &'a mut Change>,
     ) -> Result<(), JournalError> {
         let is_of_flags = |change: &&mut Change| change.stamp.is_some() && !updates(change).is_empty();
-        let changes: Vec<&mut Change> = changes.filter(is_of_flags).collect();
+        let changes: Vec<&mut Change> = changes.collect();
+        let saved: HashSet<String> = changes.iter().flat_map(|change| saved_guids(change)).collect();
+        let changes: Vec<&mut Change> = changes.into_iter().filter(is_of_flags).collect();
         let first = changes.iter().filter_map(|change| change.stamp.as_ref()).map(|stamp| stamp.clock).min();
         let kept = match first {
             Some(clock) if self.flags_clocks.get(user).is_some_and(|last| *last >= clock) => self.kept(user, clock)?,
@@ -182,7 +194,23 @@ impl Engine {
                 kept.mailbox == mailbox_guid(change) && (kept.clock, &kept.origin) > (stamp.clock, &stamp.origin)
             };
             let later: Vec<&Update> = kept.iter().filter(is_later).flat_map(|kept| &kept.updates).collect();
-            self.take_out(change, &later);
+            let later = self.of_other_uids(user, &stamp.origin, mailbox_guid(change), &later)?;
+            let is_apart = |range: &Range| match saved.contains(&range.guid) {
+                // Nobody can have changed it here by its UID.
+                true => Ok(true),
+                false => {
+                    self.is_elsewhere(user, &stamp.origin, mailbox_guid(change), range.first).map(|at| at.is_some())
+                }
+            };
+            let mut apart = HashSet::new();
+            for range in
+                updates(change).iter().flat_map(|update| &update.messages).filter(|range| !range.guid.is_empty())
+            {
+                if !later.is_empty() && is_apart(range)? {
+                    apart.insert(range.guid.clone());
+                }
+            }
+            self.take_out(change, &later, &apart);
             let mailbox = change.mailbox.clone().unwrap_or_default();
             self.races.is_applied(user, applied, mailbox, updates(change), self.now_ms);
         }
@@ -198,7 +226,34 @@ impl Engine {
         Ok(kept.collect())
     }
 
-    fn take_out(&mut self, change: &mut Change, later: &[&Update]) {
+    /// Messages with a GUID keep their UIDs only where these name the same for the other server.
+    fn of_other_uids(
+        &self,
+        user: &str,
+        origin: &str,
+        mailbox: &[u8],
+        updates: &[&Update],
+    ) -> Result<Vec<Update>, JournalError> {
+        let mut shared: Vec<Update> = updates.iter().map(|update| (*update).clone()).collect();
+        let named = shared.iter_mut().flat_map(|update| &mut update.messages).filter(|range| !range.guid.is_empty());
+        for range in named {
+            if self.is_elsewhere(user, origin, mailbox, range.first)?.is_some_and(|guid| guid != range.guid) {
+                (range.first, range.last) = NO_UID;
+            }
+        }
+        Ok(shared)
+    }
+
+    /// Which message the server has at a UID where it is not here.
+    fn is_elsewhere(&self, user: &str, origin: &str, mailbox: &[u8], uid: u32) -> Result<Option<String>, JournalError> {
+        if !self.users_elsewhere.contains(user) {
+            return Ok(None);
+        }
+        Ok(self.journal.elsewhere(user, origin, mailbox, (uid, uid))?.pop().map(|elsewhere| elsewhere.guid))
+    }
+
+    /// `apart`: GUIDs of messages that are not here at the UIDs that they have there: of those only GUIDs are compared.
+    fn take_out(&mut self, change: &mut Change, later: &[Update], apart: &HashSet<String>) {
         let mut ops = Vec::with_capacity(change.ops.len());
         let mut is_less = false;
         for op in &change.ops {
@@ -206,9 +261,19 @@ impl Engine {
                 ops.push(op.clone());
                 continue;
             };
-            let left = later.iter().fold(vec![update(flags)], |left, later| {
-                left.into_iter().flat_map(|update| update.without(later)).collect()
-            });
+            let mut whole = update(flags);
+            let uids: HashMap<String, (u32, u32)> =
+                whole.messages.iter().map(|range| (range.guid.clone(), (range.first, range.last))).collect();
+            let is_apart = |range: &&mut Range| apart.contains(&range.guid);
+            for range in whole.messages.iter_mut().filter(is_apart) {
+                (range.first, range.last) = NO_UID;
+            }
+            let mut left = later
+                .iter()
+                .fold(vec![whole], |left, later| left.into_iter().flat_map(|update| update.without(later)).collect());
+            for range in left.iter_mut().flat_map(|update| &mut update.messages).filter(is_apart) {
+                (range.first, range.last) = uids.get(&range.guid).copied().unwrap_or(NO_UID);
+            }
             is_less |= left != [update(flags)];
             ops.extend(left.into_iter().map(operation));
         }

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use dovetail::wire::proto::frame::Kind;
 use dovetail::wire::proto::op::What;
-use dovetail::wire::proto::{Ack, Applied, Apply, BodyRequest, Change, Intent, Known, Linked, UserPeers};
+use dovetail::wire::proto::{
+    Ack, Applied, Apply, BodyRequest, Change, Elsewhere, FlagUpdate, Intent, Known, Linked, Mailbox, MessageRange, Op,
+    Record, Save, Stamp, UserPeers,
+};
 
 use super::house::*;
 
@@ -363,4 +366,41 @@ fn a_worker_that_opens_a_user_says_with_whom_he_is_replicated() {
             other => panic!("{other:?}"),
         }
     }
+}
+
+#[test]
+fn a_flag_of_another_message_that_has_its_uid_here_decides_nothing() {
+    let house = House::new();
+    let c = third(&house);
+    let mailbox = || Mailbox { guid: vec![1; 16], path: vec!["INBOX".into()], ..Default::default() };
+    let flags = |first_uid: u32, last_uid: u32, guid: &str| {
+        let messages = vec![MessageRange { first_uid, last_uid, guid: guid.into() }];
+        What::Flags(FlagUpdate { messages, add: 8, ..Default::default() })
+    };
+    c.process("imap").send(Kind::Record(Record {
+        change: Some(change("jane", mailbox(), flags(12, 13, ""))),
+        ..Default::default()
+    }));
+    until("it is told", || c.peer("b").pending == 1);
+    let mut b = c.connect_as_peer("b");
+    let mut send = |seq, ops: Vec<What>| {
+        let ops = ops.into_iter().map(|what| Op { what: Some(what) }).collect();
+        let stamp = Some(Stamp { origin: "b".into(), epoch: 5, seq, clock: 1, vector: vec![] });
+        b.send(Kind::Change(Change { stamp, ops, ..change("jane", mailbox(), flags(12, 12, "m")) }));
+    };
+    let is_flagged = |apply: &Apply| apply.changes[0].ops.iter().any(|op| matches!(op.what, Some(What::Flags(_))));
+    // It is saved with a UID that another message has here.
+    send(1, vec![What::Save(Save { guid: "m".into(), ..Default::default() }), flags(12, 12, "m")]);
+    let (mut worker, apply) = c.next_job();
+    assert!(is_flagged(&apply));
+    let elsewhere = vec![Elsewhere { mailbox_guid: vec![1; 16], uid: 12, guid: "m".into(), moved: false }];
+    worker.send(Kind::Applied(Applied { job: apply.job, more: true, elsewhere, ..Default::default() }));
+    worker.applied(&apply);
+    send(2, vec![flags(12, 12, "m")]);
+    let (worker, apply) = c.next_job();
+    assert!(is_flagged(&apply));
+    worker.applied(&apply);
+    send(3, vec![flags(13, 13, "n")]);
+    let (_, apply) = c.next_job();
+    assert!(!is_flagged(&apply), "a later change here has decided");
 }
