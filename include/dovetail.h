@@ -342,9 +342,9 @@ struct dt_message_info {
 };
 
 /*
- Settings of the first user decide for the process.
+ A user of this process. But for his peers, the settings of the first one decide for the process.
  */
-void dt_rs_capture_init(void *user, const char *process);
+void dt_rs_capture_init(void *user, const char *username, const char *process);
 
 void dt_rs_capture_deinit(void);
 

@@ -84,6 +84,8 @@ pub enum ChangeError {
     Keyword,
     #[error("a saved message has a body of {bytes} bytes in the change, but its size is given as {size}")]
     BodySize { bytes: usize, size: u64 },
+    #[error("a server that is sent the change has no name")]
+    Server,
     #[error("the span {0}..{1} is not one")]
     Span(u64, u64),
     #[error("the change has {0} bytes, and at most {CHANGE_BYTES_MAX} are allowed")]
@@ -106,7 +108,17 @@ pub fn check_change(change: &Change) -> Result<(), ChangeError> {
     }
     check_spans(&change.spans)?;
     let vector = change.stamp.as_ref().map_or(0, |stamp| stamp.vector.len());
-    check_count("servers in its vector", vector, 0, VECTOR_MAX)
+    check_count("servers in its vector", vector, 0, VECTOR_MAX)?;
+    check_count("servers that are sent it", change.given.len(), 0, VECTOR_MAX)?;
+    match change.given.iter().all(|server| is_server(server)) {
+        true => Ok(()),
+        false => Err(ChangeError::Server),
+    }
+}
+
+/// Whether it can be a server's name.
+pub fn is_server(name: &str) -> bool {
+    (1..=SERVER_BYTES_MAX).contains(&name.len()) && !name.chars().any(char::is_control)
 }
 
 /// A user's name as it may come from outside.
@@ -208,7 +220,7 @@ pub fn flags_of(change: &Change) -> Option<Change> {
     }
     let Change { stamp, user, mailbox, spans, .. } = change;
     let (stamp, user, mailbox, spans) = (stamp.clone(), user.clone(), mailbox.clone(), spans.clone());
-    Some(Change { stamp, user, mailbox, spans, ops })
+    Some(Change { stamp, user, mailbox, spans, ops, ..Default::default() })
 }
 
 /// An operation that does nothing: of the messages before the first one, all are there.

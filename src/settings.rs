@@ -9,6 +9,9 @@ use std::path::PathBuf;
 /// Most bytes of a body that ride along with its change: a frame holds 64 KiB, and the rest of the change needs room.
 pub const INLINE_BODY_SIZE_MAX: u64 = 48 * 1024;
 
+/// In a userdb entry, for a user who is replicated with nobody.
+const NO_PEERS: &str = "-";
+
 /// Most peers of one server.
 pub const PEERS_MAX: usize = 64;
 
@@ -28,6 +31,8 @@ pub struct Settings {
     pub server: String,
     /// Whom we replicate with. Empty: nothing is replicated.
     pub peers: Vec<Peer>,
+    /// Of a user whose userdb entry says so: with which of these his mail is replicated.
+    pub user_peers: Option<Vec<String>>,
     /// The relay's Unix socket.
     pub socket: PathBuf,
     /// The workers' Unix socket.
@@ -76,6 +81,19 @@ impl Settings {
     ///
     /// All that is wrong, a full sentence each, that names the setting.
     pub fn parse(values: &[(String, String)], hostname: &str) -> Result<Settings, Vec<String>> {
+        Settings::parse_any(values, hostname, false)
+    }
+
+    /// The same for a user: his userdb entry may have replaced `dovetail_peers` by the names of those that are his.
+    ///
+    /// # Errors
+    ///
+    /// As [`Settings::parse`].
+    pub fn parse_of_user(values: &[(String, String)], hostname: &str) -> Result<Settings, Vec<String>> {
+        Settings::parse_any(values, hostname, true)
+    }
+
+    fn parse_any(values: &[(String, String)], hostname: &str, of_user: bool) -> Result<Settings, Vec<String>> {
         let mut errors = Vec::new();
         for (name, _) in values {
             if name != "base_dir" && name != "state_dir" && !NAMES.contains(&name.as_str()) {
@@ -120,9 +138,18 @@ impl Settings {
         if let Err(why) = check_server_name(server) {
             errors.push(format!("Invalid setting dovetail_server = {server}: {why}"));
         }
-        let peers = parse_peers(get("dovetail_peers"), server).unwrap_or_else(|error| {
+        let names = if of_user { parse_user_peers(get("dovetail_peers")) } else { Ok(None) };
+        let peers = match &names {
+            Ok(None) => parse_peers(get("dovetail_peers"), server),
+            _ => Ok(Vec::new()),
+        };
+        let peers = peers.unwrap_or_else(|error| {
             errors.push(error);
             Vec::new()
+        });
+        let user_peers = names.unwrap_or_else(|error| {
+            errors.push(error);
+            None
         });
         let insecure_plaintext = match get("dovetail_insecure_plaintext") {
             "" | "no" => false,
@@ -139,6 +166,7 @@ impl Settings {
         Ok(Settings {
             server: server.to_owned(),
             peers,
+            user_peers,
             socket: base_dir.join(or(get("dovetail_socket"), "dovetail")),
             worker_socket: base_dir.join(or(get("dovetail_worker_socket"), "dovetail-worker")),
             workers,
@@ -199,6 +227,23 @@ fn parse_peers(value: &str, server: &str) -> Result<Vec<Peer>, String> {
         ));
     }
     Ok(peers)
+}
+
+/// None: it is not a user's but the server's own, or there is none.
+fn parse_user_peers(value: &str) -> Result<Option<Vec<String>>, String> {
+    if value.is_empty() || value.contains('=') {
+        return Ok(None);
+    }
+    let names = value.split([' ', '\t', ',']).filter(|word| !word.is_empty());
+    let names: Vec<String> = names.filter(|name| *name != NO_PEERS).map(str::to_owned).collect();
+    match names.iter().find_map(|name| check_server_name(name).err()) {
+        Some(why) => Err(format!("Invalid setting dovetail_peers = {value} of the userdb: {why}")),
+        None if names.len() > PEERS_MAX => Err(format!(
+            "Invalid setting dovetail_peers of the userdb: {} peers, but at most {PEERS_MAX} are possible",
+            names.len()
+        )),
+        None => Ok(Some(names)),
+    }
 }
 
 fn parse_number(name: &str, value: &str, default: u64, min: u64, max: u64) -> Result<u64, String> {
@@ -295,5 +340,18 @@ mod tests {
             assert_eq!(errors.len(), 1, "{errors:?}");
             assert!(errors[0].contains(name) && errors[0].contains(word), "{errors:?}");
         }
+    }
+
+    #[test]
+    fn a_users_peers_are_names() {
+        let of_user = |value: &str| Settings::parse_of_user(&[("dovetail_peers".into(), value.into())], "a.test");
+        let names = |value: &str| of_user(value).unwrap().user_peers;
+        assert_eq!(names("b c"), Some(vec!["b".to_owned(), "c".to_owned()]));
+        assert_eq!(names("-"), Some(vec![]));
+        assert_eq!(names("b=127.0.0.1:4190"), None);
+        assert_eq!(names(""), None);
+        assert_eq!(of_user("b=127.0.0.1:4190").unwrap().peers.len(), 1);
+        assert!(of_user("b/c").unwrap_err()[0].contains("of the userdb"));
+        assert!(Settings::parse(&[("dovetail_peers".into(), "b c".into())], "a.test").is_err());
     }
 }

@@ -14,7 +14,7 @@ pub use transaction::{mailbox_change, Done, Saved, Transaction, Untold};
 
 use crate::wire::proto;
 use records::Records;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 /// Notes that wait for the client's answer, at most, and what they take as records.
@@ -132,6 +132,8 @@ pub struct Capture {
     intents: HashSet<(String, Guid)>,
     /// The last of them.
     intended: Option<Rc<Place>>,
+    /// With whom users' mail is replicated.
+    peers: HashMap<String, proto::UserPeers>,
     /// What is told when the client has its answer.
     notes: Vec<Note>,
     notes_bytes: usize,
@@ -144,6 +146,7 @@ impl Capture {
         Capture {
             link: Link::new(config),
             intents: HashSet::new(),
+            peers: HashMap::new(),
             intended: None,
             notes: Vec::new(),
             notes_bytes: 0,
@@ -166,7 +169,19 @@ impl Capture {
             self.intents.clear();
         }
         if self.intents.insert((place.user.clone(), place.guid)) {
-            self.link.intent(proto::Intent { user: place.user.clone(), mailbox: Some(place.mailbox()) });
+            let peers = self.peers.get(&place.user).cloned();
+            self.link.intent(proto::Intent { user: place.user.clone(), mailbox: Some(place.mailbox()), peers });
+        }
+    }
+
+    /// With whom the user's mail is replicated: said with what is intended for it.
+    pub fn set_peers(&mut self, user: &str, peers: proto::UserPeers) {
+        if self.peers.len() >= INTENTS_MAX {
+            self.peers.clear();
+        }
+        if self.peers.insert(user.to_owned(), peers.clone()).is_some_and(|before| before != peers) {
+            self.intents.retain(|(name, _)| name != user);
+            self.intended = None;
         }
     }
 

@@ -221,7 +221,7 @@ pub fn mailbox_change(user: &str, mailbox: proto::Mailbox, what: proto::op::What
         user: user.to_owned(),
         mailbox: Some(mailbox),
         ops: vec![proto::Op { what: Some(what) }],
-        spans: Vec::new(),
+        ..Default::default()
     }
 }
 

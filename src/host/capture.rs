@@ -80,24 +80,24 @@ fn with_process<T>(f: impl FnOnce(&mut Process) -> T) -> Option<T> {
     PROCESS.with(|process| process.try_borrow_mut().ok()?.as_mut().map(f))
 }
 
-/// Settings of the first user decide for the process.
+/// A user of this process. But for his peers, the settings of the first one decide for the process.
 #[no_mangle]
-extern "C" fn dt_rs_capture_init(user: *mut c_void, process: *const c_char) {
+extern "C" fn dt_rs_capture_init(user: *mut c_void, username: *const c_char, process: *const c_char) {
     guard("capture_init", (), || {
-        let exists = PROCESS.with(|process| process.borrow().is_some());
-        if exists {
-            return;
-        }
         let settings = match read(user) {
             Ok(settings) => settings,
             Err(errors) => {
                 for error in errors {
                     log::error!("{error} - mail goes on, changes of this session are not replicated");
                 }
+                // Rather too few get his mail than one that must not.
+                with_process(|process| process.capture.set_peers(&text(username), proto::UserPeers::default()));
                 return;
             }
         };
-        if settings.peers.is_empty() {
+        let peers = settings.user_peers();
+        let is_begun = with_process(|process| process.capture.set_peers(&text(username), peers.clone())).is_some();
+        if is_begun || settings.has_no_peers() {
             return;
         }
         let config = LinkConfig {
@@ -113,6 +113,8 @@ extern "C" fn dt_rs_capture_init(user: *mut c_void, process: *const c_char) {
             process_queue_size: settings.process_queue_size,
             last: Last::default(),
         };
+        let mut process = process;
+        process.capture.set_peers(&text(username), peers);
         PROCESS.with(|slot| *slot.borrow_mut() = Some(process));
     });
 }

@@ -2,6 +2,7 @@
 
 use super::ffi;
 use crate::settings::Settings;
+use crate::wire::proto::UserPeers;
 use std::ffi::{c_char, c_void, CStr};
 
 /// The settings of a user (a `struct mail_user`), or of this process if it is null.
@@ -17,7 +18,22 @@ pub fn read(user: *mut c_void) -> Result<Settings, Vec<String>> {
     if ret < 0 {
         return Err(vec![format!("Can't read settings: {}", text(error))]);
     }
-    Settings::parse(&values, &hostname())
+    match user.is_null() {
+        true => Settings::parse(&values, &hostname()),
+        false => Settings::parse_of_user(&values, &hostname()),
+    }
+}
+
+impl Settings {
+    /// With whom this user's mail is replicated.
+    pub fn user_peers(&self) -> UserPeers {
+        UserPeers { all: self.user_peers.is_none(), servers: self.user_peers.clone().unwrap_or_default() }
+    }
+
+    /// Nothing of this user is replicated.
+    pub fn has_no_peers(&self) -> bool {
+        self.user_peers.as_ref().map_or(self.peers.is_empty(), Vec::is_empty)
+    }
 }
 
 extern "C" fn collect(context: *mut c_void, name: *const c_char, value: *const c_char) {

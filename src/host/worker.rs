@@ -121,6 +121,7 @@ extern "C" {
     fn dt_worker_error() -> *const c_char;
     fn dt_worker_connection_closed();
     fn dt_worker_user_open(username: *const c_char) -> c_int;
+    fn dt_worker_user() -> *mut c_void;
     fn dt_worker_user_close();
     fn dt_worker_namespace_prefix() -> *const c_char;
     fn dt_worker_namespace_separator() -> c_char;
@@ -473,6 +474,13 @@ impl Storage for DovecotStorage {
         // SAFETY: no user is open.
         self.user_open = check(unsafe { dt_worker_user_open(user.as_ptr()) })?;
         Ok(self.user_open)
+    }
+
+    fn user_peers(&self) -> Result<proto::UserPeers> {
+        self.need_user()?;
+        // SAFETY: a user is open.
+        let user = unsafe { dt_worker_user() };
+        read(user).map(|settings| settings.user_peers()).map_err(|errors| errors.join("; "))
     }
 
     fn close_user(&mut self) {

@@ -1,8 +1,8 @@
-//! The changes of this server that some peer has not acknowledged.
+//! The changes of this server, and those of others that it passes on, that some peer has not acknowledged.
 
 use rusqlite::Row;
 
-use super::{from_sql, to_sql, Journal, JournalError};
+use super::{from_sql, to_sql, Journal, JournalError, Seen};
 
 /// Changes that are looked at for their age at once.
 const TRIM_CHANGES: i64 = 1_000;
@@ -15,12 +15,26 @@ pub struct Stored {
     /// When, in microseconds since 1970.
     pub at_us: u64,
     pub frame: Vec<u8>,
+    /// Who sends it to the peer as well; None: nobody but us.
+    pub expected: Option<String>,
+}
+
+/// Another server's change that is passed on.
+pub struct PassedOn<'a> {
+    /// Its origin and its number there.
+    pub change: &'a Seen,
+    /// Who sent it to us.
+    pub via: &'a str,
+    /// Peers that get it from that one as well.
+    pub given: &'a [&'a str],
 }
 
 /// What was dropped to stay within bounds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Trimmed {
     pub changes: u64,
+    /// Of these, those that the peer does not get from another server.
+    pub missing: u64,
     /// The last number that was dropped.
     pub up_to: u64,
 }
@@ -34,12 +48,51 @@ impl Journal {
 
     /// Stores the change with the number that [`Journal::next_seq`] told, for the peers.
     pub fn append(&mut self, user: &str, at_us: u64, frame: &[u8], peers: &[&str]) -> Result<(), JournalError> {
+        self.insert(user, at_us, frame, peers, None)
+    }
+
+    /// The same for a change that is passed on.
+    pub fn pass_on(
+        &mut self,
+        user: &str,
+        at_us: u64,
+        frame: &[u8],
+        peers: &[&str],
+        passed_on: &PassedOn,
+    ) -> Result<(), JournalError> {
+        self.insert(user, at_us, frame, peers, Some(passed_on))
+    }
+
+    fn insert(
+        &mut self,
+        user: &str,
+        at_us: u64,
+        frame: &[u8],
+        peers: &[&str],
+        passed_on: Option<&PassedOn>,
+    ) -> Result<(), JournalError> {
         self.write()?;
-        let bits: i64 = peers.iter().map(|peer| self.bit_of(peer)).fold(0, |bits, bit| bits | bit);
+        let bits = |peers: &[&str]| peers.iter().map(|peer| self.bit_of(peer)).fold(0, |bits, bit| bits | bit);
+        let (peers, given) = (bits(peers), passed_on.map_or(0, |passed_on| bits(passed_on.given)));
         let seq = self.seq + 1;
         self.run(|db| {
-            db.prepare_cached("INSERT INTO changes (seq, user, at_us, peers, crc, frame) VALUES (?, ?, ?, ?, ?, ?)")?
-                .execute((to_sql(seq), user, to_sql(at_us), bits, crc(seq, at_us, user, frame), frame))
+            db.prepare_cached(
+                "INSERT INTO changes (seq, user, at_us, peers, crc, frame, origin, origin_epoch, origin_seq, via, given) \
+                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            )?
+            .execute((
+                to_sql(seq),
+                user,
+                to_sql(at_us),
+                peers,
+                crc(seq, at_us, user, frame),
+                frame,
+                passed_on.map(|passed_on| passed_on.change.origin.as_str()),
+                passed_on.map(|passed_on| to_sql(passed_on.change.epoch)),
+                passed_on.map(|passed_on| to_sql(passed_on.change.seq)),
+                passed_on.map(|passed_on| passed_on.via),
+                given,
+            ))
         })?;
         self.put("seq", to_sql(seq))?;
         self.seq = seq;
@@ -55,6 +108,40 @@ impl Journal {
     /// The peer has applied all up to `seq`, or does without them; how many there were.
     pub fn acknowledge_up_to(&mut self, peer: &str, seq: u64) -> Result<u64, JournalError> {
         self.clear(peer, 0, seq)
+    }
+
+    /// Whose change has this number, if the peer has not acknowledged it.
+    pub fn pending_of(&self, peer: &str, seq: u64) -> Result<Option<String>, JournalError> {
+        let bit = self.bit_of(peer);
+        self.run(|db| {
+            db.prepare_cached("SELECT user FROM changes WHERE seq = ? AND peers & ? != 0")?
+                .query_map((to_sql(seq), bit), |row| row.get(0))?
+                .next()
+                .transpose()
+        })
+    }
+
+    /// The number here and the user of another server's change that is to be passed on to the peer.
+    pub fn pending_of_other(&self, peer: &str, change: &Seen) -> Result<Option<(u64, String)>, JournalError> {
+        let bit = self.bit_of(peer);
+        self.run(|db| {
+            db.prepare_cached(
+                "SELECT seq, user FROM changes \
+                 WHERE origin = ?1 AND origin_seq = ?2 AND origin_epoch = ?3 AND peers & ?4 != 0",
+            )?
+            .query_map((&change.origin, to_sql(change.seq), to_sql(change.epoch), bit), |row| {
+                Ok((from_sql(row.get(0)?), row.get(1)?))
+            })?
+            .next()
+            .transpose()
+        })
+    }
+
+    /// The last change of another server that is to be passed on to the peer; 0: none. Looks at all of them.
+    pub fn last_passed_on(&self, peer: &str) -> Result<u64, JournalError> {
+        let bit = self.bit_of(peer);
+        let sql = "SELECT coalesce(max(seq), 0) FROM changes WHERE origin IS NOT NULL AND peers & ? != 0";
+        self.run(|db| db.query_row(sql, [bit], |row| row.get(0).map(from_sql)))
     }
 
     /// What no peer lacks any more goes.
@@ -99,8 +186,9 @@ impl Journal {
         self.write()?;
         let start = to_sql(self.seq_at_start);
         let again = self.run(|db| {
-            let mut rows = db.prepare("SELECT seq, user, at_us, crc, frame FROM changes WHERE seq > ? ORDER BY seq")?;
-            let rows = rows.query_map([start], |row| read(row).map(|(stored, _)| stored))?;
+            let mut rows =
+                db.prepare("SELECT seq, user, at_us, crc, frame, via, given FROM changes WHERE seq > ? ORDER BY seq")?;
+            let rows = rows.query_map([start], |row| read(row, 0).map(|(stored, _)| stored))?;
             let again = rows.collect::<rusqlite::Result<Vec<Stored>>>()?;
             db.execute("DELETE FROM changes WHERE seq > ?", [start])?;
             Ok(again)
@@ -152,12 +240,12 @@ impl Journal {
         let of_user = if user.is_some() { "user = ?3" } else { "?3 IS NULL" };
         let stored = self.run(|db| {
             let mut query = db.prepare_cached(&format!(
-                "SELECT seq, user, at_us, crc, frame FROM changes WHERE seq > ?1 AND peers & ?2 != 0 AND {of_user} \
-                 ORDER BY seq"
+                "SELECT seq, user, at_us, crc, frame, via, given FROM changes \
+                 WHERE seq > ?1 AND peers & ?2 != 0 AND {of_user} ORDER BY seq"
             ))?;
             let mut rows = query.query((to_sql(after), bit, user))?;
             while let Some(row) = rows.next()? {
-                let (stored, is_whole) = read(row)?;
+                let (stored, is_whole) = read(row, bit)?;
                 if !is_whole {
                     return Ok(Err(stored.seq));
                 }
@@ -190,9 +278,16 @@ impl Journal {
         };
         let bit = bits & bits.wrapping_neg();
         let Some(peer) = self.peers.get(bit.trailing_zeros() as usize).cloned() else { return Ok(None) };
+        let missing = self.run(|db| {
+            db.query_row(
+                "SELECT count(*) FROM changes WHERE seq <= ?1 AND peers & ?2 != 0 AND given & ?2 = 0",
+                (to_sql(up_to), bit),
+                |row| row.get(0).map(from_sql),
+            )
+        })?;
         let changes = self.acknowledge_up_to(&peer, up_to)?;
-        self.run(|db| db.execute("UPDATE peers SET dropped = dropped + ? WHERE name = ?", (to_sql(changes), &peer)))?;
-        Ok(Some((peer, Trimmed { changes, up_to })))
+        self.run(|db| db.execute("UPDATE peers SET dropped = dropped + ? WHERE name = ?", (to_sql(missing), &peer)))?;
+        Ok(Some((peer, Trimmed { changes, missing, up_to })))
     }
 
     /// The slowest peer's bit, and up to where its changes fill what is too much and a tenth of the rest.
@@ -224,10 +319,16 @@ impl Journal {
     }
 }
 
-/// False: it is not what was written.
-fn read(row: &Row) -> rusqlite::Result<(Stored, bool)> {
-    let stored =
-        Stored { seq: from_sql(row.get(0)?), user: row.get(1)?, at_us: from_sql(row.get(2)?), frame: row.get(4)? };
+/// For the peer with this bit. False: it is not what was written.
+fn read(row: &Row, bit: i64) -> rusqlite::Result<(Stored, bool)> {
+    let is_given = row.get::<_, i64>(6)? & bit != 0;
+    let stored = Stored {
+        seq: from_sql(row.get(0)?),
+        user: row.get(1)?,
+        at_us: from_sql(row.get(2)?),
+        frame: row.get(4)?,
+        expected: if is_given { row.get(5)? } else { None },
+    };
     let is_whole = row.get::<_, i64>(3)? == crc(stored.seq, stored.at_us, &stored.user, &stored.frame);
     Ok((stored, is_whole))
 }

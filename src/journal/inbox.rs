@@ -25,6 +25,21 @@ impl Journal {
         .map(drop)
     }
 
+    /// Servers whose changes ever came here.
+    pub fn origins(&self) -> Result<Vec<String>, JournalError> {
+        self.run(|db| {
+            let mut rows = db.prepare("SELECT peer FROM epochs ORDER BY peer")?;
+            let rows = rows.query_map([], |row| row.get(0))?;
+            rows.collect()
+        })
+    }
+
+    /// Changes of this server come through others.
+    pub fn note_origin(&mut self, origin: &str) -> Result<(), JournalError> {
+        self.write()?;
+        self.run(|db| db.execute("INSERT OR IGNORE INTO epochs (peer, epoch) VALUES (?, 0)", [origin])).map(drop)
+    }
+
     /// The run that begins with `first` ends with `last` now, or (none) is there no more.
     pub fn set_applied(&mut self, peer: &str, first: u64, last: Option<u64>) -> Result<(), JournalError> {
         self.write_sometime()?;

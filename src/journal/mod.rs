@@ -22,8 +22,10 @@ mod list;
 mod lock;
 mod logs;
 mod open;
+mod peers;
+mod seen;
 
-pub use changes::{Stored, Trimmed};
+pub use changes::{PassedOn, Stored, Trimmed};
 pub use elsewhere::Elsewhere;
 pub use failed::Failed;
 pub use flags::FlagChange;
@@ -31,6 +33,7 @@ pub use list::{Alias, NamedMailbox};
 pub use lock::Lock;
 pub use logs::KnownLog;
 pub use open::{Options, Start};
+pub use seen::Seen;
 
 use std::path::PathBuf;
 

@@ -19,14 +19,22 @@ const PEERS_MAX: usize = 62;
 const SCHEMA: &str = "
 CREATE TABLE meta (key TEXT PRIMARY KEY, value ANY NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE peers (bit INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, dropped INTEGER NOT NULL DEFAULT 0) STRICT;
--- What some peer has not acknowledged. `peers`: their bits. `crc`: of all that stays as it is.
+-- What some peer has not acknowledged. `peers`: their bits. `crc`: of all that stays as it is. With an origin: another
+-- server's, which is passed on; `via`: who sent it to us, and sends it to the peers in `given` as well.
 CREATE TABLE changes (seq INTEGER PRIMARY KEY, user TEXT NOT NULL, at_us INTEGER NOT NULL, peers INTEGER NOT NULL,
-    crc INTEGER NOT NULL, frame BLOB NOT NULL) STRICT;
+    crc INTEGER NOT NULL, frame BLOB NOT NULL, origin TEXT, origin_epoch INTEGER, origin_seq INTEGER, via TEXT,
+    given INTEGER NOT NULL DEFAULT 0) STRICT;
 CREATE INDEX changes_of_user ON changes (user, seq);
+CREATE INDEX changes_of_others ON changes (origin, origin_seq) WHERE origin IS NOT NULL;
 -- Runs of numbers of each peer's epoch whose changes are applied here.
 CREATE TABLE applied (peer TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, PRIMARY KEY (peer, first))
     STRICT, WITHOUT ROWID;
 CREATE TABLE epochs (peer TEXT PRIMARY KEY, epoch INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+-- Users whose mail is replicated with some of the peers only.
+CREATE TABLE user_peers (user TEXT PRIMARY KEY, servers TEXT NOT NULL) STRICT, WITHOUT ROWID;
+-- Up to which number each server's changes of a user are applied here.
+CREATE TABLE seen (user TEXT NOT NULL, origin TEXT NOT NULL, epoch INTEGER NOT NULL, seq INTEGER NOT NULL,
+    PRIMARY KEY (user, origin)) STRICT, WITHOUT ROWID;
 -- How far each mailbox's transaction log is known; `tail`: the bytes before that place.
 CREATE TABLE logs (user TEXT NOT NULL, mailbox BLOB NOT NULL, private_user TEXT NOT NULL, index_id INTEGER NOT NULL,
     log_seq INTEGER NOT NULL, end INTEGER NOT NULL, tail BLOB NOT NULL, path BLOB,

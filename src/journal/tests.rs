@@ -187,13 +187,13 @@ fn what_does_not_fit_is_dropped_for_the_slow_peer_alone() {
     journal.acknowledge_up_to("b", 99).unwrap();
     assert_eq!(journal.trim(20_000, 0).unwrap(), None);
     let (peer, trimmed) = journal.trim(5_000, 0).unwrap().unwrap();
-    assert_eq!((peer.as_str(), trimmed), ("c", Trimmed { changes: 55, up_to: 55 }));
+    assert_eq!((peer.as_str(), trimmed), ("c", Trimmed { changes: 55, missing: 55, up_to: 55 }));
     assert_eq!(journal.trim(5_000, 0).unwrap(), None);
     assert_eq!((journal.dropped("c").unwrap(), journal.dropped("b").unwrap()), (55, 0));
     assert_eq!(seqs(&journal, "b", None), [100]);
 
     let (peer, trimmed) = journal.trim(5_000, 60_001).unwrap().unwrap();
-    assert_eq!((peer.as_str(), trimmed), ("c", Trimmed { changes: 5, up_to: 60 }), "older than may be");
+    assert_eq!((peer.as_str(), trimmed), ("c", Trimmed { changes: 5, missing: 5, up_to: 60 }), "older than may be");
 }
 
 #[test]
@@ -448,4 +448,21 @@ fn flags_are_kept_until_all_peers_have_heard_of_them() {
     journal.commit().unwrap();
     drop(journal);
     assert_eq!(folder.open().clock().unwrap(), 77);
+}
+
+#[test]
+fn of_each_server_the_last_change_of_a_user_is_known() {
+    let folder = Folder::new("seen");
+    let mut journal = folder.open();
+    let seen = |origin: &str, epoch, seq| Seen { origin: origin.into(), epoch, seq };
+    for (user, origin, epoch, seq) in
+        [("jane", "b", 5, 7), ("jane", "b", 5, 6), ("jane", "c", 4, 9), ("joe", "b", 5, 8)]
+    {
+        journal.set_seen(user, &seen(origin, epoch, seq)).unwrap();
+    }
+    assert_eq!(journal.seen("jane", 9).unwrap(), [seen("b", 5, 7), seen("c", 4, 9)]);
+    assert!(journal.has_seen("jane", "b", 5, 7).unwrap() && !journal.has_seen("jane", "b", 5, 8).unwrap());
+    journal.set_seen("jane", &seen("b", 6, 1)).unwrap();
+    assert!(!journal.has_seen("jane", "b", 5, 7).unwrap(), "what an older epoch had is not known any more");
+    assert_eq!(journal.seen("jane", 1).unwrap(), [seen("b", 6, 1)]);
 }

@@ -151,17 +151,45 @@ mod tests {
         servers: Vec<Server>,
         lines: BTreeMap<(usize, usize), VecDeque<Change>>,
         cut: BTreeSet<(usize, usize)>,
+        /// Who are never connected: what one of them sends comes to the other through others.
+        apart: BTreeSet<(usize, usize)>,
         saved: Message,
     }
 
     impl Cluster {
         fn new(count: usize) -> Cluster {
             let servers = vec![Server { next: 1, ..Default::default() }; count];
-            Cluster { servers, lines: BTreeMap::new(), cut: BTreeSet::new(), saved: 0 }
+            Cluster { servers, lines: BTreeMap::new(), cut: BTreeSet::new(), apart: BTreeSet::new(), saved: 0 }
+        }
+
+        /// Each is connected with the one before it and the one behind it only, in this order.
+        fn chain(order: &[usize]) -> Cluster {
+            let mut cluster = Cluster::new(order.len());
+            for (at, one) in order.iter().enumerate() {
+                for other in &order[(at + 2).min(order.len())..] {
+                    cluster.apart.insert((*one.min(other), *one.max(other)));
+                }
+            }
+            cluster
         }
 
         fn connected(&self, a: usize, b: usize) -> bool {
-            !self.cut.contains(&(a.min(b), a.max(b)))
+            let pair = (a.min(b), a.max(b));
+            a != b && !self.cut.contains(&pair) && !self.apart.contains(&pair)
+        }
+
+        /// Directly, or through others.
+        fn reaches(&self, from: usize, to: usize) -> bool {
+            if self.cut.is_empty() {
+                return true;
+            }
+            let mut reached = BTreeSet::from([from]);
+            let mut next = vec![from];
+            while let Some(at) = next.pop() {
+                let new = (0..self.servers.len()).filter(|other| self.connected(at, *other) && reached.insert(*other));
+                next.extend(new.collect::<Vec<_>>());
+            }
+            reached.contains(&to)
         }
 
         fn send(&mut self, from: usize, what: What, message: Message, uid: u32, raised: u32) {
@@ -196,7 +224,7 @@ mod tests {
         /// The next change on this line arrives.
         fn deliver(&mut self, from: usize, to: usize) {
             let Some(change) = self.lines.get_mut(&(from, to)).and_then(VecDeque::pop_front) else { return };
-            let resolves = (0..to).all(|lower| !self.connected(lower, to));
+            let resolves = (0..to).all(|lower| !self.reaches(lower, to));
             let server = &mut self.servers[to];
             let here = Here { stands: server.messages.get(&change.message).copied(), next: server.next, resolves };
             let there = There { uid: change.uid, next: change.next, raised: change.raised };
@@ -236,7 +264,7 @@ mod tests {
         }
 
         fn lines(&self) -> Vec<(usize, usize)> {
-            self.lines.keys().copied().filter(|(from, to)| self.connected(*from, *to)).collect()
+            self.lines.keys().copied().filter(|(from, to)| self.reaches(*from, *to)).collect()
         }
 
         /// All connections are there, and everything arrives.
@@ -265,11 +293,21 @@ mod tests {
 
     #[test]
     fn two_servers_with_two_saves_each_an_expunge_and_a_cut_agree_in_every_order() {
+        agree_in_every_order(Cluster::new(2), &[2, 2], 1, 1);
+    }
+
+    #[test]
+    fn three_servers_two_of_which_are_saved_to_agree_in_every_order() {
+        agree_in_every_order(Cluster::new(3), &[1, 1, 0], 0, 0);
+        agree_in_every_order(Cluster::chain(&[0, 2, 1]), &[1, 1, 0], 0, 0);
+    }
+
+    /// With the saves of each, expunges and cuts of the first from the second that are left.
+    fn agree_in_every_order(cluster: Cluster, saves: &[usize], expunges: usize, cuts: usize) {
         let mut seen = HashSet::new();
-        // With the saves of each, expunges and cuts that are left.
-        let mut open = vec![(Cluster::new(2), [2, 2], 1, 1)];
+        let mut open = vec![(cluster, saves.to_vec(), expunges, cuts)];
         while let Some((cluster, saves, expunges, cuts)) = open.pop() {
-            if !seen.insert((cluster.clone(), saves, expunges, cuts)) {
+            if !seen.insert((cluster.clone(), saves.clone(), expunges, cuts)) {
                 continue;
             }
             cluster.clone().check();
@@ -278,18 +316,18 @@ mod tests {
                 step(&mut next);
                 open.push((next, saves, expunges, cuts));
             };
-            for at in 0..2 {
+            for at in 0..saves.len() {
                 if saves[at] > 0 {
-                    let mut left = saves;
+                    let mut left = saves.clone();
                     left[at] -= 1;
                     try_it(left, expunges, cuts, &|cluster| cluster.save(at));
                 }
                 if expunges > 0 && !cluster.servers[at].messages.is_empty() {
-                    try_it(saves, expunges - 1, cuts, &|cluster| cluster.expunge(at, 0));
+                    try_it(saves.clone(), expunges - 1, cuts, &|cluster| cluster.expunge(at, 0));
                 }
             }
             for (from, to) in cluster.lines() {
-                try_it(saves, expunges, cuts, &|cluster| cluster.deliver(from, to));
+                try_it(saves.clone(), expunges, cuts, &|cluster| cluster.deliver(from, to));
             }
             if cluster.cut.is_empty() && cuts > 0 {
                 try_it(saves, expunges, cuts - 1, &|cluster| {
@@ -325,26 +363,39 @@ mod tests {
         #![proptest_config(ProptestConfig { cases: 500, ..Default::default() })]
         #[test]
         fn any_servers_agree_whatever_happened_before(count in 2..=5usize, steps in prop::collection::vec(step(), 0..100)) {
-            let mut cluster = Cluster::new(count);
-            for step in steps {
-                match step {
-                    Step::Save(at) => cluster.save(at % count),
-                    Step::Expunge(at, nth) => cluster.expunge(at % count, nth),
-                    Step::Deliver(nth) => {
-                        let lines = cluster.lines();
-                        if !lines.is_empty() {
-                            let (from, to) = lines[nth % lines.len()];
-                            cluster.deliver(from, to);
-                        }
-                    }
-                    Step::Cut(a, b) if a % count != b % count => {
-                        cluster.cut.insert(((a % count).min(b % count), (a % count).max(b % count)));
-                    }
-                    Step::Cut(..) => {}
-                    Step::Mend => cluster.cut.clear(),
-                }
-            }
-            cluster.check();
+            play(Cluster::new(count), count, steps);
         }
+
+        #[test]
+        fn any_servers_in_a_chain_agree_whatever_happened_before(
+            order in Just(vec![0, 1, 2, 3, 4]).prop_shuffle(),
+            count in 3..=5usize,
+            steps in prop::collection::vec(step(), 0..100),
+        ) {
+            let order: Vec<usize> = order.into_iter().filter(|server| *server < count).collect();
+            play(Cluster::chain(&order), count, steps);
+        }
+    }
+
+    fn play(mut cluster: Cluster, count: usize, steps: Vec<Step>) {
+        for step in steps {
+            match step {
+                Step::Save(at) => cluster.save(at % count),
+                Step::Expunge(at, nth) => cluster.expunge(at % count, nth),
+                Step::Deliver(nth) => {
+                    let lines = cluster.lines();
+                    if !lines.is_empty() {
+                        let (from, to) = lines[nth % lines.len()];
+                        cluster.deliver(from, to);
+                    }
+                }
+                Step::Cut(a, b) if a % count != b % count => {
+                    cluster.cut.insert(((a % count).min(b % count), (a % count).max(b % count)));
+                }
+                Step::Cut(..) => {}
+                Step::Mend => cluster.cut.clear(),
+            }
+        }
+        cluster.check();
     }
 }

@@ -165,6 +165,11 @@ impl Inbox {
         }
     }
 
+    /// Whether a change of the user was refused and has not come again.
+    pub fn is_refused(&self, user: &str) -> bool {
+        self.refused.contains_key(user)
+    }
+
     /// The change could not be applied.
     pub fn refuse(&mut self, epoch: u64, seq: u64, user: &Arc<str>) -> Result<(), InboxError> {
         if epoch != self.epoch {

@@ -4,8 +4,11 @@
 //! refused holds up no other, that no more than a window of them is on its way, and that the memory stays below the
 //! limit (half of it for one user): what does not fit stays in the journal, and [`Outbox::wants`] says what of it should
 //! be loaded when there is room. The encoded change is shared with the other peers' outboxes.
+//!
+//! A change of another server that is passed on may reach the peer by itself as well. While that is to be expected it is
+//! held back for a while, and the user's later ones with it: mostly the peer says meanwhile that it has it.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use super::{USER_WINDOW_BYTES, USER_WINDOW_CHANGES, WINDOW_BYTES, WINDOW_CHANGES};
@@ -18,6 +21,8 @@ const PAUSE_MS_MAX: u64 = 60_000;
 const REFUSED_KEPT: usize = 16;
 /// What a pending change takes beside its bytes.
 const OVERHEAD_BYTES: usize = 160;
+/// How long a change is held back that the peer should get from another server.
+const EXPECT_MS_MAX: u64 = 10_000;
 
 /// What should be loaded from the journal: what follows a number, of all users or of one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +38,8 @@ pub struct Loaded {
     pub seq: u64,
     pub frame: Arc<[u8]>,
     pub at_us: u64,
+    /// Who sends it to the peer as well.
+    pub expected: Option<Arc<str>>,
 }
 
 /// Counts for the status.
@@ -50,6 +57,7 @@ struct Pending {
     seq: u64,
     frame: Arc<[u8]>,
     at_us: u64,
+    expected: Option<Arc<str>>,
 }
 
 impl Pending {
@@ -70,6 +78,12 @@ struct Stream {
     /// The last pause; 0 if the last change was not refused.
     pause_ms: u64,
     error: String,
+    /// This one was refused and was not sent again.
+    refused: Option<u64>,
+    /// The next one is held back, or was, until then.
+    held_until_ms: Option<(u64, u64)>,
+    /// One was held back in vain: none up to this number is.
+    not_held: u64,
     /// In the line of users who have something to send.
     lined_up: bool,
 }
@@ -105,6 +119,10 @@ pub struct Outbox {
     behind: HashMap<Arc<str>, u64>,
     /// Of these, who has room again.
     hungry: BTreeSet<Arc<str>>,
+    /// Servers that the peer is connected with.
+    linked: HashSet<Arc<str>>,
+    /// The highest number so far.
+    last: u64,
 }
 
 impl Outbox {
@@ -124,6 +142,17 @@ impl Outbox {
             tail: None,
             behind: HashMap::new(),
             hungry: BTreeSet::new(),
+            linked: HashSet::new(),
+            last: 0,
+        }
+    }
+
+    /// The peer is connected with these servers and no others: only from those something is to be expected.
+    pub fn set_linked(&mut self, servers: impl IntoIterator<Item = Arc<str>>) {
+        self.linked = servers.into_iter().collect();
+        let users: Vec<Arc<str>> = self.streams.keys().cloned().collect();
+        for user in users {
+            self.end_hold(&user);
         }
     }
 
@@ -137,11 +166,24 @@ impl Outbox {
     /// Takes a change of `user`, as the encoded frame that will be sent. `seq` is higher than all before. The journal has
     /// it already, so that it may stay there.
     pub fn append(&mut self, user: &Arc<str>, seq: u64, frame: Arc<[u8]>, at_us: u64) {
+        self.append_expected(user, seq, frame, at_us, None);
+    }
+
+    /// The same for one that is passed on, if the peer should get it from this server as well.
+    pub fn append_expected(
+        &mut self,
+        user: &Arc<str>,
+        seq: u64,
+        frame: Arc<[u8]>,
+        at_us: u64,
+        expected: Option<Arc<str>>,
+    ) {
         self.pending += 1;
+        self.last = seq;
         if self.tail.is_some() || self.behind.contains_key(user) {
             return;
         }
-        let pending = Pending { seq, frame, at_us };
+        let pending = Pending { seq, frame, at_us, expected };
         if self.bytes + pending.cost() > self.bytes_max {
             self.tail = Some(seq - 1);
         } else if !self.has_room(user, &pending) {
@@ -173,12 +215,12 @@ impl Outbox {
 
     fn load_of_user(&mut self, user: &Arc<str>, loaded: Vec<Loaded>, is_all: bool) {
         self.hungry.remove(user);
-        for Loaded { seq, frame, at_us, .. } in loaded {
+        for Loaded { seq, frame, at_us, expected, .. } in loaded {
             if self.tail.is_some_and(|tail| seq > tail) {
                 self.behind.remove(user);
                 return;
             }
-            let pending = Pending { seq, frame, at_us };
+            let pending = Pending { seq, frame, at_us, expected };
             if !self.has_room(user, &pending) {
                 self.behind.insert(user.clone(), seq - 1);
                 return;
@@ -195,8 +237,8 @@ impl Outbox {
 
     fn load_of_all(&mut self, after: u64, loaded: Vec<Loaded>, is_all: bool) {
         let mut tail = after;
-        for Loaded { user, seq, frame, at_us } in loaded {
-            let pending = Pending { seq, frame, at_us };
+        for Loaded { user, seq, frame, at_us, expected } in loaded {
+            let pending = Pending { seq, frame, at_us, expected };
             if self.bytes > 0 && self.bytes + pending.cost() > self.bytes_max {
                 self.tail = Some(tail);
                 return;
@@ -253,8 +295,24 @@ impl Outbox {
                 continue;
             }
             let next = &stream.queue[stream.sent];
+            let is_expected =
+                next.seq > stream.not_held && next.expected.as_ref().is_some_and(|server| self.linked.contains(server));
+            let hold = stream.held_until_ms.filter(|(seq, _)| *seq == next.seq);
+            if is_expected && hold.is_none_or(|(_, until_ms)| now_ms < until_ms) {
+                let until_ms = hold.map_or(now_ms + EXPECT_MS_MAX, |(_, until_ms)| until_ms);
+                stream.held_until_ms = Some((next.seq, until_ms));
+                stream.wait_until_ms = Some(until_ms);
+                self.waiting.insert((until_ms, user));
+                continue;
+            }
+            if is_expected {
+                // The peer may have said of others before that it has them, and was not heard.
+                stream.not_held = self.last.max(next.seq);
+            }
+            let next = &stream.queue[stream.sent];
             let frame = next.frame.clone();
             stream.sent += 1;
+            stream.refused.take_if(|refused| *refused == next.seq);
             stream.sent_bytes += next.cost();
             self.on_the_way_bytes += next.cost();
             self.on_the_way.insert(next.seq, user.clone());
@@ -294,6 +352,43 @@ impl Outbox {
         true
     }
 
+    /// The peer has this change from another server: it need not be sent. False if it was, or must be sent again after a
+    /// refusal, because the peer goes on with that one: it will be acknowledged.
+    pub fn take_back(&mut self, user: &Arc<str>, seq: u64) -> bool {
+        let Some(stream) = self.streams.get_mut(user) else {
+            self.pending = self.pending.saturating_sub(1);
+            return true;
+        };
+        let at = stream.queue.iter().position(|pending| pending.seq == seq);
+        if at.is_some_and(|at| at < stream.sent) || stream.refused == Some(seq) {
+            return false;
+        }
+        self.pending = self.pending.saturating_sub(1);
+        let Some(taken) = at.and_then(|at| stream.queue.remove(at)) else { return true };
+        stream.bytes -= taken.cost();
+        self.bytes -= taken.cost();
+        if stream.queue.is_empty() {
+            self.forget(user);
+        } else {
+            self.end_hold(user);
+            self.line_up(user);
+        }
+        self.look_for_room(user);
+        true
+    }
+
+    /// The next of the user's changes is looked at again, if it was held back.
+    fn end_hold(&mut self, user: &Arc<str>) {
+        let Some(stream) = self.streams.get_mut(user) else { return };
+        let Some((_, until_ms)) = stream.held_until_ms.filter(|(_, until_ms)| stream.wait_until_ms == Some(*until_ms))
+        else {
+            return;
+        };
+        stream.wait_until_ms = None;
+        self.waiting.remove(&(until_ms, user.clone()));
+        self.line_up(user);
+    }
+
     /// The peer could not apply this change: it and the user's later ones are sent again after a pause, which is
     /// returned if the reason is news. Numbers that are not on their way are ignored.
     pub fn refuse(&mut self, seq: u64, error: &str, now_ms: u64) -> Option<u64> {
@@ -306,6 +401,7 @@ impl Outbox {
             stream.sent_bytes -= pending.cost();
         }
         stream.sent = at;
+        stream.refused = Some(seq);
         if let Some(last) = stream.queue.get(at + REFUSED_KEPT - 1).map(|kept| kept.seq) {
             // They wait in the journal: users who are stuck must not take the memory of the others.
             let left: usize = stream.queue.drain(at + REFUSED_KEPT..).map(|p| p.cost()).sum();
@@ -339,6 +435,7 @@ impl Outbox {
             stream.sent = 0;
             stream.sent_bytes = 0;
             stream.wait_until_ms = None;
+            stream.refused = None;
             stream.lined_up = false;
             if let Some(first) = stream.queue.front() {
                 users.push((first.seq, user.clone()));
@@ -391,7 +488,9 @@ impl Outbox {
 
     /// Last reason for which a waiting user's changes were refused.
     pub fn refusal(&self) -> Option<(&str, &str)> {
-        let (_, user) = self.waiting.first()?;
+        let refused =
+            |(_, user): &'_ (u64, Arc<str>)| self.streams.get(user).is_some_and(|stream| !stream.error.is_empty());
+        let (_, user) = self.waiting.iter().find(|waiting| refused(waiting))?;
         self.streams.get(user).map(|stream| (&**user, stream.error.as_str()))
     }
 
@@ -577,7 +676,7 @@ mod tests {
             let seq = self.journal.last().map_or(1, |last| last.seq + 1);
             let mut frame = vec![0; 800];
             frame[..8].copy_from_slice(&seq.to_be_bytes());
-            let stored = Loaded { user: user.into(), seq, frame: frame.into(), at_us: seq };
+            let stored = Loaded { user: user.into(), seq, frame: frame.into(), at_us: seq, expected: None };
             self.outbox.append(&stored.user, seq, stored.frame.clone(), seq);
             self.journal.push(stored);
         }
@@ -657,5 +756,36 @@ mod tests {
         assert_eq!(given.sent(), [1, 2, 3]);
         let stats = given.outbox.stats();
         assert_eq!((stats.pending, stats.dropped, stats.oldest_us), (3, 5, Some(1)));
+    }
+
+    #[test]
+    fn what_the_peer_should_get_from_another_server_is_held_back_for_a_while() {
+        let mut given = Given::outbox();
+        let from_a: Arc<str> = "a".into();
+        let expected = |given: &mut Given, user: &str| {
+            given.seq += 1;
+            let frame: Arc<[u8]> = given.seq.to_be_bytes().as_slice().into();
+            given.outbox.append_expected(&user.into(), given.seq, frame, 0, Some(from_a.clone()));
+        };
+        given.outbox.set_linked([from_a.clone()]);
+        given.append("jane");
+        expected(&mut given, "jane");
+        given.append("jane");
+        given.append("joe");
+        assert_eq!(given.sent(0), [1, 4], "the user's next ones come behind it");
+        assert!(given.outbox.refusal().is_none());
+        assert!(!given.outbox.take_back(&"jane".into(), 1), "it is on its way");
+        assert!(given.outbox.take_back(&"jane".into(), 2));
+        assert_eq!(given.sent(1), [3]);
+        expected(&mut given, "joe");
+        expected(&mut given, "jim");
+        assert!(given.sent(2).is_empty());
+        assert_eq!(given.sent(EXPECT_MS_MAX + 2), [6, 5], "it does not come");
+        expected(&mut given, "jim");
+        assert!(given.sent(EXPECT_MS_MAX + 3).is_empty());
+        given.outbox.set_linked([]);
+        assert_eq!(given.sent(EXPECT_MS_MAX + 3), [7], "it will not come");
+        given.outbox.refuse(7, "disk full", EXPECT_MS_MAX + 4);
+        assert!(!given.outbox.take_back(&"jim".into(), 7), "the peer waits for it");
     }
 }

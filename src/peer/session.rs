@@ -11,7 +11,7 @@ use crate::change::{self, SERVER_BYTES_MAX};
 use crate::wire::frame::{self, FrameError};
 use crate::wire::proto::frame::Kind;
 use crate::wire::proto::{
-    Ack, BodyCancel, BodyChunk, BodyMore, BodyRequest, Change, Frame, Hello, Ping, Pong, Refused,
+    Ack, BodyCancel, BodyChunk, BodyMore, BodyRequest, Change, Frame, Hello, Known, Linked, Ping, Pong, Refused, SeqOf,
 };
 
 /// A peer that says nothing for this long is asked whether it is there.
@@ -56,6 +56,8 @@ pub enum Event {
     BodyChunk(BodyChunk),
     BodyMore(BodyMore),
     BodyCancel(BodyCancel),
+    Known(Known),
+    Linked(Linked),
 }
 
 /// Why a session must end.
@@ -106,6 +108,7 @@ pub struct Session {
     control: VecDeque<Frame>,
     ack_epoch: u64,
     acks: Vec<u64>,
+    known: Vec<SeqOf>,
     bodies: VecDeque<BodyChunk>,
     frames_since_body: u32,
     heard_clock: u64,
@@ -125,6 +128,7 @@ impl Session {
             control: VecDeque::new(),
             ack_epoch: 0,
             acks: Vec::new(),
+            known: Vec::new(),
             bodies: VecDeque::new(),
             frames_since_body: 0,
             heard_clock: 0,
@@ -142,8 +146,9 @@ impl Session {
         self.peers_heard_clock
     }
 
-    /// Says who we are, how far we have applied the peer's changes, and from which of ours on we will send.
-    pub fn greet(&mut self, applied: (u64, u64), first_pending: u64, clock: u64, now_us: u64) {
+    /// Says who we are, how far we have applied the peer's changes, from which of ours on we will send, and with whom we are
+    /// connected.
+    pub fn greet(&mut self, applied: (u64, u64), first_pending: u64, clock: u64, now_us: u64, linked: Vec<String>) {
         self.greeted = true;
         let (applied_epoch, applied_seq) = applied;
         let hello = Hello {
@@ -156,6 +161,7 @@ impl Session {
             first_pending,
             clock,
             now_us,
+            linked,
         };
         self.control.push_back(Kind::Hello(hello).into());
     }
@@ -185,6 +191,8 @@ impl Session {
             Kind::BodyChunk(chunk) => Event::BodyChunk(chunk),
             Kind::BodyMore(more) => Event::BodyMore(more),
             Kind::BodyCancel(cancel) => Event::BodyCancel(cancel),
+            Kind::Known(known) => Event::Known(known),
+            Kind::Linked(linked) => Event::Linked(linked),
             Kind::Ping(ping) => {
                 self.peers_heard_clock = self.peers_heard_clock.max(ping.heard_clock);
                 self.answer(ping);
@@ -225,6 +233,11 @@ impl Session {
             self.ack_epoch = epoch;
         }
         self.acks.push(seq);
+    }
+
+    /// Says that another server's change is applied here.
+    pub fn tell_known(&mut self, change: SeqOf) {
+        self.known.push(change);
     }
 
     /// Puts a frame into the control lane, behind the acknowledgements so far.
@@ -268,7 +281,7 @@ impl Session {
 
     /// True if nothing is left to be sent but changes.
     pub fn is_quiet(&self) -> bool {
-        self.control.is_empty() && self.acks.is_empty() && self.bodies.is_empty()
+        self.control.is_empty() && self.acks.is_empty() && self.known.is_empty() && self.bodies.is_empty()
     }
 
     fn receive_greeting(&mut self, kind: Kind) -> Result<Event, SessionError> {
@@ -314,6 +327,15 @@ impl Session {
             self.control.push_back(Kind::Ack(ack).into());
         }
         self.acks.clear();
+        let same = |one: &SeqOf, other: &SeqOf| (&one.origin, one.epoch) == (&other.origin, other.epoch);
+        self.known
+            .sort_by(|one, other| (&one.origin, one.epoch, one.seq).cmp(&(&other.origin, other.epoch, other.seq)));
+        for known in self.known.chunk_by(same).flat_map(|known| known.chunks(ACKS_PER_FRAME)) {
+            let seqs = known.iter().map(|known| known.seq).collect();
+            let SeqOf { origin, epoch, .. } = known[0].clone();
+            self.control.push_back(Kind::Known(Known { origin, epoch, seqs }).into());
+        }
+        self.known.clear();
     }
 }
 
@@ -332,7 +354,7 @@ mod tests {
 
     fn connecting_to_b() -> Session {
         let mut session = Session::new(identity("a"), Admits::Only("b".into()), 0);
-        session.greet((0, 0), 1, 0, 0);
+        session.greet((0, 0), 1, 0, 0, vec![]);
         session
     }
 
@@ -375,7 +397,7 @@ mod tests {
         let from_a = sent(&mut a, &mut outbox_with(1), 0);
         assert!(matches!(&from_a[..], [Kind::Hello(_)]), "no change before the peer greeted");
         b.receive(from_a[0].clone().into(), 0).unwrap();
-        b.greet((1, 5), 1, 0, 0);
+        b.greet((1, 5), 1, 0, 0, vec![]);
         let from_b = sent(&mut b, &mut Outbox::new(0), 0);
         let event = a.receive(from_b[0].clone().into(), 0).unwrap();
         assert!(matches!(event, Some(Event::Hello(Hello { applied_seq: 5, .. }))));

@@ -170,15 +170,19 @@ impl Engine {
         }
     }
 
+    /// Who sent the change has the message, whoever made it.
     fn ask_peer(&mut self, from: Party, request: &BodyRequest) -> Result<(), String> {
-        let peer = self.peers.iter().position(|peer| peer.name == request.origin);
-        let peer =
-            peer.ok_or_else(|| format!("server '{}' is not a peer of this one", request.origin.escape_debug()))?;
+        let peer = match from {
+            Party::Worker(index) => self.workers[index].applies_from(),
+            Party::Peer(index) => Some(index),
+        };
+        let peer = peer.ok_or_else(|| "it is asked for by a worker that applies nothing".to_owned())?;
         if !self.peers[peer].is_up() {
             return Err(format!("peer {} is not connected", self.peers[peer].name));
         }
         let id = self.bodies.add(from, Some(Party::Peer(peer)), request.clone());
-        self.tell(Party::Peer(peer), Kind::BodyRequest(BodyRequest { id, ..request.clone() }));
+        let origin = self.peers[peer].name.clone();
+        self.tell(Party::Peer(peer), Kind::BodyRequest(BodyRequest { id, origin, ..request.clone() }));
         Ok(())
     }
 
@@ -190,7 +194,15 @@ impl Engine {
             return Err(format!("{REQUESTS_PER_PEER_MAX} bodies are asked for already"));
         }
         change::check_user(&request.user).map_err(|error| error.to_string())?;
-        let id = self.bodies.add(from, None, request.clone());
+        let mut request = request.clone();
+        if let Party::Peer(peer) = from {
+            let name = &self.peers[peer].name;
+            if self.peers_of(&request.user).all(|allowed| allowed != peer) {
+                return Err(format!("server {name} is not among the user's peers here"));
+            }
+            request.asker.clone_from(name);
+        }
+        let id = self.bodies.add(from, None, request);
         self.bodies.unread.push_back(id);
         Ok(())
     }

@@ -20,7 +20,7 @@ use crate::journal::{Failed, Journal, JournalError, KnownLog, Lock, Options, Sta
 use crate::peer::Loaded;
 use crate::time::Time;
 use crate::wire::frame;
-use crate::wire::proto::{frame::Kind, Change, Frame, SeqOf, Span, Stamp};
+use crate::wire::proto::{frame::Kind, Change, Frame, Span, Stamp};
 
 /// Bytes that one look into the journal brings.
 const LOAD_BYTES: usize = 1 << 20;
@@ -82,9 +82,14 @@ impl Engine {
         for peer in &mut self.peers {
             let (pending, _) = self.journal.pending(&peer.name)?;
             peer.outbox.resume(pending, self.journal.dropped(&peer.name)?);
+            peer.last_passed_on = self.journal.last_passed_on(&peer.name)?;
             let (epoch, runs) = self.journal.applied(&peer.name)?;
             peer.inbox.resume(epoch, runs);
         }
+        self.far = self.journal.origins()?.into_iter().collect();
+        self.far.retain(|origin| self.peers.iter().all(|peer| peer.name != *origin));
+        self.user_peers =
+            self.journal.user_peers()?.into_iter().map(|(user, servers)| (user.into(), servers)).collect();
         self.counts.counters.failed = self.journal.failed_count()?;
         self.flags_clocks =
             self.journal.users_with_flags()?.into_iter().map(|(user, clock)| (user.into(), clock)).collect();
@@ -154,8 +159,10 @@ impl Engine {
             epoch: self.me.epoch,
             seq,
             clock: self.clock.stamp(given, now_us),
-            vector: self.applied_of_others(),
+            vector: self.vector(user)?,
         });
+        let peers: Vec<usize> = self.peers_of(user).collect();
+        change.given = peers.iter().map(|peer| self.peers[*peer].name.clone()).collect();
         if change.encoded_len() > CHANGE_BYTES_MAX {
             change.spans.clear();
         }
@@ -176,10 +183,11 @@ impl Engine {
                 return Ok(());
             }
         };
-        let names: Vec<&str> = self.peers.iter().map(|peer| peer.name.as_str()).collect();
+        let names: Vec<&str> = peers.iter().map(|peer| self.peers[*peer].name.as_str()).collect();
         self.journal.append(user, now_us, &encoded, &names)?;
-        for peer in &mut self.peers {
-            peer.outbox.append(user, seq, encoded.clone(), now_us);
+        self.note_seen(user, &self.me.server.clone(), self.me.epoch, seq);
+        for peer in peers {
+            self.peers[peer].outbox.append(user, seq, encoded.clone(), now_us);
         }
         match flags {
             Some(flags) => self.note_own_flags(user, &flags),
@@ -209,15 +217,6 @@ impl Engine {
         });
     }
 
-    fn applied_of_others(&self) -> Vec<SeqOf> {
-        let applied = self.peers.iter().map(|peer| SeqOf {
-            origin: peer.name.clone(),
-            epoch: peer.inbox.epoch(),
-            seq: peer.inbox.applied_up_to(),
-        });
-        applied.filter(|applied| applied.seq > 0).collect()
-    }
-
     /// A peer has applied more of our changes than the journal knows of: it was set back, and numbers were given away again.
     /// The changes that have them get others. Why this process must end, and another begin with that.
     pub fn begin_behind(&mut self, peer: usize, applied_seq: u64) -> JournalError {
@@ -225,7 +224,11 @@ impl Engine {
         let outcome = self.journal.skip_numbers(applied_seq).and_then(|again| {
             again.into_iter().try_for_each(|stored| {
                 let Some(change) = sent_change(&stored.frame) else { return Ok(()) };
-                self.ship_change(&stored.user.as_str().into(), change)
+                let user = stored.user.as_str().into();
+                match change.carrier {
+                    0 => self.ship_change(&user, change),
+                    _ => self.pass_on(&user, change, None),
+                }
             })
         });
         self.remember_failed(&Failed {
@@ -285,6 +288,7 @@ impl Engine {
                     seq: stored.seq,
                     frame: stored.frame.into(),
                     at_us: stored.at_us,
+                    expected: stored.expected.map(Arc::from),
                 });
                 peer.outbox.load(&want, loaded.collect(), is_all);
             }
@@ -300,13 +304,15 @@ impl Engine {
         self.journal.forget_aliases(oldest_us)?;
         self.journal.trim_flags(self.config.journal_bytes_max / FLAGS_SHARE, oldest_us)?;
         while let Some((name, trimmed)) = self.journal.trim(self.config.journal_bytes_max, oldest_us)? {
-            log::error!(
-                "Peer {name}: {} changes did not fit into the journal any more (dovetail_journal_size, \
-                 dovetail_journal_days) and will be missing there: it must be compared with this server.",
-                trimmed.changes
-            );
+            if trimmed.missing > 0 {
+                log::error!(
+                    "Peer {name}: {} changes did not fit into the journal any more (dovetail_journal_size, \
+                     dovetail_journal_days) and will be missing there: it must be compared with this server.",
+                    trimmed.missing
+                );
+            }
             let Some(index) = self.peers.iter().position(|peer| peer.name == name) else { continue };
-            self.peers[index].outbox.note_dropped(trimmed.changes);
+            self.peers[index].outbox.note_dropped(trimmed.missing);
             self.peers[index].outbox.restart();
             self.peers[index].outbox.skip_up_to(trimmed.up_to, trimmed.changes);
         }

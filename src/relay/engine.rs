@@ -1,6 +1,6 @@
 //! The loop: polls, reads, lets each connection's role handle its frames, writes. The roles are in the files beside.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -12,6 +12,7 @@ use crossbeam_channel::{Receiver, TryRecvError};
 use mio::Token;
 
 use super::bodies::Bodies;
+use super::causes::Causes;
 use super::clock::Clock;
 use super::connection::{Connection, Incoming, Stream, READ_BYTES};
 use super::flags::Races;
@@ -20,6 +21,7 @@ use super::list::Lists;
 use super::local::Local;
 use super::order::Order;
 use super::outside::Outside;
+use super::passing::Told;
 use super::peers::PeerState;
 use super::spans::Spans;
 use super::status::Counts;
@@ -100,6 +102,12 @@ pub struct Engine {
     pub peers: Vec<PeerState>,
     pub workers: Vec<Worker>,
     pub work: Work,
+    pub causes: Causes,
+    pub told: Told,
+    /// Servers that are no peers, whose changes peers pass on.
+    pub far: BTreeSet<String>,
+    /// Users whose mail is replicated with these of the peers only.
+    pub user_peers: HashMap<Arc<str>, Vec<String>>,
     pub bodies: Bodies,
     pub order: Order,
     pub spans: Spans,
@@ -170,6 +178,10 @@ impl Engine {
             peers: PeerState::all(&config),
             workers: Worker::all(config.workers),
             work: Work::default(),
+            causes: Causes::default(),
+            told: Told::default(),
+            far: BTreeSet::new(),
+            user_peers: HashMap::new(),
             bodies: Bodies::default(),
             order: Order::default(),
             spans: Spans::default(),
@@ -569,6 +581,7 @@ impl Engine {
             .chain(workers.filter_map(Worker::wake_up_ms))
             .chain(self.order.wake_up_ms())
             .chain(self.heals.wake_up_ms())
+            .chain(self.work.wake_up_ms())
             .chain(self.unnamed.front().map(|(due_ms, ..)| *due_ms))
             .chain(self.stop_by_ms)
             .min();

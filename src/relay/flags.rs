@@ -4,7 +4,7 @@
 //! when it is told, not when it is made, one of ours may be told with a later clock than a peer's that was applied to the
 //! mailbox behind it. Then the peer's stands here, and is told as ours once more.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use prost::Message;
@@ -21,6 +21,8 @@ use crate::wire::proto::{Change, FlagUpdate, Mailbox, MessageRange, Op, SeqOf, S
 
 /// Longer than a change of ours waits until it is told, mostly.
 const RACE_MS_MAX: u64 = 60_000;
+/// In the place of one that says nothing.
+const NO_UID: (u32, u32) = (0, 0);
 /// Changes of one user that are compared, and users.
 const RACES_PER_USER_MAX: usize = 256;
 const USERS_MAX: usize = 10_000;
@@ -54,6 +56,14 @@ fn operation(update: Update) -> Op {
 fn updates(change: &Change) -> Vec<Update> {
     let of_op = |op: &Op| match &op.what {
         Some(What::Flags(flags)) => Some(update(flags)),
+        _ => None,
+    };
+    change.ops.iter().filter_map(of_op).collect()
+}
+
+fn saved_guids(change: &Change) -> Vec<String> {
+    let of_op = |op: &Op| match &op.what {
+        Some(What::Save(save)) => Some(save.guid.clone()),
         _ => None,
     };
     change.ops.iter().filter_map(of_op).collect()
@@ -170,7 +180,9 @@ impl Engine {
         changes: impl Iterator<Item = &'a mut Change>,
     ) -> Result<(), JournalError> {
         let is_of_flags = |change: &&mut Change| change.stamp.is_some() && !updates(change).is_empty();
-        let changes: Vec<&mut Change> = changes.filter(is_of_flags).collect();
+        let changes: Vec<&mut Change> = changes.collect();
+        let saved: HashSet<String> = changes.iter().flat_map(|change| saved_guids(change)).collect();
+        let changes: Vec<&mut Change> = changes.into_iter().filter(is_of_flags).collect();
         let first = changes.iter().filter_map(|change| change.stamp.as_ref()).map(|stamp| stamp.clock).min();
         let kept = match first {
             Some(clock) if self.flags_clocks.get(user).is_some_and(|last| *last >= clock) => self.kept(user, clock)?,
@@ -183,7 +195,21 @@ impl Engine {
             let is_later =
                 |kept: &&Kept| kept.mailbox == guid && (kept.clock, &kept.origin) > (stamp.clock, &stamp.origin);
             let later: Vec<&Update> = kept.iter().filter(is_later).flat_map(|kept| &kept.updates).collect();
-            self.take_out(change, &later);
+            let later = self.of_other_uids(user, &stamp.origin, &guid, &later)?;
+            let is_apart = |range: &Range| match saved.contains(&range.guid) {
+                // Nobody can have changed it here by its UID.
+                true => Ok(true),
+                false => self.is_elsewhere(user, &stamp.origin, &guid, range.first).map(|at| at.is_some()),
+            };
+            let mut apart = HashSet::new();
+            for range in
+                updates(change).iter().flat_map(|update| &update.messages).filter(|range| !range.guid.is_empty())
+            {
+                if !later.is_empty() && is_apart(range)? {
+                    apart.insert(range.guid.clone());
+                }
+            }
+            self.take_out(change, &later, &apart);
             let mailbox = Mailbox { guid, ..change.mailbox.clone().unwrap_or_default() };
             self.races.is_applied(user, applied, mailbox, updates(change), self.now_ms);
         }
@@ -200,7 +226,34 @@ impl Engine {
         Ok(kept.collect())
     }
 
-    fn take_out(&mut self, change: &mut Change, later: &[&Update]) {
+    /// Messages with a GUID keep their UIDs only where these name the same for the other server.
+    fn of_other_uids(
+        &self,
+        user: &str,
+        origin: &str,
+        mailbox: &[u8],
+        updates: &[&Update],
+    ) -> Result<Vec<Update>, JournalError> {
+        let mut shared: Vec<Update> = updates.iter().map(|update| (*update).clone()).collect();
+        let named = shared.iter_mut().flat_map(|update| &mut update.messages).filter(|range| !range.guid.is_empty());
+        for range in named {
+            if self.is_elsewhere(user, origin, mailbox, range.first)?.is_some_and(|guid| guid != range.guid) {
+                (range.first, range.last) = NO_UID;
+            }
+        }
+        Ok(shared)
+    }
+
+    /// Which message the server has at a UID where it is not here.
+    fn is_elsewhere(&self, user: &str, origin: &str, mailbox: &[u8], uid: u32) -> Result<Option<String>, JournalError> {
+        if !self.users_elsewhere.contains(user) {
+            return Ok(None);
+        }
+        Ok(self.journal.elsewhere(user, origin, mailbox, (uid, uid))?.pop().map(|elsewhere| elsewhere.guid))
+    }
+
+    /// `apart`: GUIDs of messages that are not here at the UIDs that they have there: of those only GUIDs are compared.
+    fn take_out(&mut self, change: &mut Change, later: &[Update], apart: &HashSet<String>) {
         let mut ops = Vec::with_capacity(change.ops.len());
         let mut is_less = false;
         for op in &change.ops {
@@ -208,9 +261,19 @@ impl Engine {
                 ops.push(op.clone());
                 continue;
             };
-            let left = later.iter().fold(vec![update(flags)], |left, later| {
-                left.into_iter().flat_map(|update| update.without(later)).collect()
-            });
+            let mut whole = update(flags);
+            let uids: HashMap<String, (u32, u32)> =
+                whole.messages.iter().map(|range| (range.guid.clone(), (range.first, range.last))).collect();
+            let is_apart = |range: &&mut Range| apart.contains(&range.guid);
+            for range in whole.messages.iter_mut().filter(is_apart) {
+                (range.first, range.last) = NO_UID;
+            }
+            let mut left = later
+                .iter()
+                .fold(vec![whole], |left, later| left.into_iter().flat_map(|update| update.without(later)).collect());
+            for range in left.iter_mut().flat_map(|update| &mut update.messages).filter(is_apart) {
+                (range.first, range.last) = uids.get(&range.guid).copied().unwrap_or(NO_UID);
+            }
             is_less |= left != [update(flags)];
             ops.extend(left.into_iter().map(operation));
         }
@@ -279,14 +342,22 @@ impl Engine {
     /// Says to each peer what it has heard of, and forgets what all have.
     pub fn settle_flags(&mut self) -> Result<(), JournalError> {
         let is_time = self.flags_settled_ms + FORGET_EVERY_MS <= self.now_ms;
-        for peer in &mut self.peers {
+        for index in 0..self.peers.len() {
+            // What others have not told us yet may have to be passed on, with whatever clock it has.
+            let others = self.peers.iter().enumerate().filter(|(other, _)| *other != index);
+            let others = others.map(|(_, other)| other.heard_clock).min().unwrap_or(u64::MAX);
+            let peer = &mut self.peers[index];
             let Some(link) = &mut peer.link else { continue };
             if !peer.outbox.has_pending() {
-                link.session.set_heard_clock(self.clock.last());
+                link.session.set_heard_clock(self.clock.last().min(others));
             } else if is_time {
                 let first = self.journal.unacknowledged(&peer.name, None, 0, 1)?.pop();
-                let clock = first.and_then(|first| sent_change(&first.frame)?.stamp).map_or(0, |stamp| stamp.clock);
-                link.session.set_heard_clock(clock.saturating_sub(1));
+                // Those that are passed on may have any clock.
+                if let Some(first) = first.filter(|first| first.seq > peer.last_passed_on) {
+                    let clock =
+                        sent_change(&first.frame).and_then(|change| change.stamp).map_or(0, |stamp| stamp.clock);
+                    link.session.set_heard_clock(clock.saturating_sub(1).min(others));
+                }
             }
             peer.heard_clock = peer.heard_clock.max(link.session.peers_heard_clock());
         }

@@ -75,6 +75,7 @@ impl Engine {
             Kind::Intent(intent) => {
                 change::check_user(&intent.user).map_err(|error| Close::Malformed(error.to_string()))?;
                 local.intend(&intent.user, intent.mailbox.unwrap_or_default().guid);
+                self.take_user_peers(&intent.user.as_str().into(), intent.peers);
             }
             Kind::Goodbye(_) => local.intents.clear(),
             Kind::Record(record) => return self.take_record(token, record),

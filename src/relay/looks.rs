@@ -176,6 +176,7 @@ impl Engine {
             let reason = format!("what its log says cannot be told to the peers: {error}");
             self.take_doubt(user, Doubt { guid: mailbox.guid, path: mailbox.path, reason });
         }
+        self.take_user_peers(user, looked.peers);
         let change = change.filter(|change| !self.is_known_of_list(change));
         if let Some(found) = change {
             if found.ops.iter().any(|op| matches!(op.what, Some(What::Rebuilt(_)))) {

@@ -10,6 +10,7 @@
 
 mod backoff;
 mod bodies;
+mod causes;
 pub mod client;
 mod clock;
 #[doc(hidden)]
@@ -23,12 +24,14 @@ mod local;
 mod looks;
 mod order;
 pub mod outside;
+mod passing;
 mod peers;
 mod spans;
 mod status;
 #[doc(hidden)]
 pub mod stepped;
 mod subscribers;
+mod users;
 mod work;
 mod workers;
 
@@ -43,7 +46,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use mio::{Poll, Waker};
 
-use crate::change::SERVER_BYTES_MAX;
+use crate::change::is_server;
 use engine::{Command, Engine, Fatal};
 use outside::Sockets;
 
@@ -197,13 +200,12 @@ impl Handle {
 }
 
 fn check(config: &Config) -> Result<(), String> {
-    let good_name = |name: &str| (1..=SERVER_BYTES_MAX).contains(&name.len()) && !name.chars().any(char::is_control);
-    if !good_name(&config.server) {
+    if !is_server(&config.server) {
         return Err(format!("dovetail_server: '{}' is not a server's name", config.server.escape_debug()));
     }
     let mut names = HashSet::new();
     for peer in &config.peers {
-        if !good_name(&peer.name) {
+        if !is_server(&peer.name) {
             return Err(format!("dovetail_peers: '{}' is not a server's name", peer.name.escape_debug()));
         }
         if peer.name == config.server {

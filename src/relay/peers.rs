@@ -16,11 +16,11 @@ use super::connection::Connection;
 use super::engine::{Close, Engine, Role};
 use super::work::Received;
 use super::Config;
-use crate::change;
+use crate::change::{self, VECTOR_MAX};
 use crate::peer::{Admits, Event, Inbox, Outbox, Session, SessionError, Verdict};
 use crate::wire::frame;
 use crate::wire::proto::frame::Kind;
-use crate::wire::proto::{Ack, Change, Frame, Hello, Refused};
+use crate::wire::proto::{Ack, Change, Frame, Hello, Linked, Refused};
 
 /// Pauses between attempts to connect.
 const RETRY_MS_MIN: u64 = 50;
@@ -35,6 +35,8 @@ pub struct Link {
     pub token: Token,
     pub session: Session,
     up_since_ms: Option<u64>,
+    /// What it was last told of our connections.
+    pub told_linked: Option<Linked>,
 }
 
 /// One peer, connected or not.
@@ -50,6 +52,10 @@ pub struct PeerState {
     pub clock_error: String,
     /// It had acknowledged to us what it knows of us up to this clock; see [`Session::peers_heard_clock`].
     pub heard_clock: u64,
+    /// The number of the last change of another server that was to be passed on to it.
+    pub last_passed_on: u64,
+    /// Whom it reaches without us, and over how many connections.
+    pub reach: Vec<(String, u32)>,
     is_resolving: bool,
     is_refused: bool,
     retry_at_ms: u64,
@@ -70,6 +76,8 @@ impl PeerState {
             last_error: String::new(),
             clock_error: String::new(),
             heard_clock: 0,
+            last_passed_on: 0,
+            reach: Vec::new(),
             is_resolving: false,
             is_refused: false,
             retry_at_ms: 0,
@@ -172,7 +180,7 @@ impl Engine {
         let Role::Stranger(session) = std::mem::replace(&mut socket.role, Role::Peer(index)) else {
             return Ok(());
         };
-        self.peers[index].link = Some(Link { token, session: *session, up_since_ms: None });
+        self.peers[index].link = Some(Link { token, session: *session, up_since_ms: None, told_linked: None });
         self.take_hello(index, &hello)
     }
 
@@ -210,6 +218,11 @@ impl Engine {
                 self.body_cancel(from, &cancel);
                 Ok(())
             }
+            Some(Event::Known(known)) => {
+                self.peer_knows(index, known);
+                Ok(())
+            }
+            Some(Event::Linked(linked)) => self.take_linked(index, linked),
             None => Ok(()),
         }
     }
@@ -222,6 +235,7 @@ impl Engine {
             send_refusal(&mut connection, reason);
         }
         let link = self.peers[index].link.take();
+        self.peers[index].reach.clear();
         let up_ms = link.and_then(|link| link.up_since_ms).map(|since| self.now_ms - since);
         if up_ms.is_some_and(|up| up >= GOOD_SESSION_MS) {
             self.peers[index].backoff.reset();
@@ -236,6 +250,9 @@ impl Engine {
             &format!("the connection to server '{}' broke", self.peers[index].name),
         );
         self.retry(index, reason, matches!(why, Close::Refused { .. }));
+        if up_ms.is_some() {
+            self.tell_linked();
+        }
     }
 
     fn connect(&mut self, index: usize) {
@@ -259,12 +276,12 @@ impl Engine {
         match self.outside.connect_peer(address).and_then(|stream| self.add(stream, true, Role::Peer(index))) {
             Ok(token) => {
                 let first_pending = self.first_pending(index);
-                let clock = self.clock.last();
+                let (clock, linked) = (self.clock.last(), self.linked());
                 let peer = &mut self.peers[index];
                 let mut session = Session::new(self.me.clone(), Admits::Only(peer.name.clone()), self.now_ms);
                 let applied = (peer.inbox.epoch(), peer.inbox.applied_up_to());
-                session.greet(applied, first_pending, clock, self.outside.now_us());
-                peer.link = Some(Link { token, session, up_since_ms: None });
+                session.greet(applied, first_pending, clock, self.outside.now_us(), linked);
+                peer.link = Some(Link { token, session, up_since_ms: None, told_linked: None });
             }
             Err(error) => self.retry(index, format!("connect({address}) failed: {error}"), false),
         }
@@ -307,7 +324,9 @@ impl Engine {
             return Err(Close::Ended("the journal was set back".into()));
         }
         self.look_at_clock(index, hello);
-        let first_pending = self.first_pending(index);
+        let linked = hello.linked.iter().filter(|server| change::is_server(server)).take(VECTOR_MAX);
+        self.peers[index].outbox.set_linked(linked.map(|server| server.as_str().into()));
+        let (first_pending, linked) = (self.first_pending(index), self.linked());
         let peer = &mut self.peers[index];
         let Some(link) = &mut peer.link else { return Ok(()) };
         link.up_since_ms = Some(now_ms);
@@ -318,7 +337,7 @@ impl Engine {
         }
         if !link.session.is_up() {
             let applied = (peer.inbox.epoch(), peer.inbox.applied_up_to());
-            link.session.greet(applied, first_pending, self.clock.last(), self.outside.now_us());
+            link.session.greet(applied, first_pending, self.clock.last(), self.outside.now_us(), linked);
         }
         peer.outbox.restart();
         if hello.applied_epoch == self.me.epoch {
@@ -329,9 +348,13 @@ impl Engine {
         }
         peer.is_refused = false;
         peer.last_error.clear();
+        self.causes.hope_again(&peer.name);
+        self.work.look_at_all_again();
         let software = change::printable(&hello.software);
         let held = peer.outbox.stats().pending;
         log::info!("Peer {} ({}): connected to its relay ({software}), {held} changes held.", peer.name, peer.address);
+        self.tell_linked();
+        self.tell_last_known(index);
         Ok(())
     }
 
@@ -359,7 +382,17 @@ impl Engine {
     fn take_change(&mut self, index: usize, change: Change) -> Result<(), Close> {
         let peer = &mut self.peers[index];
         let (epoch, seq, clock) = match &change.stamp {
-            Some(stamp) if stamp.origin == peer.name && stamp.seq > 0 => (stamp.epoch, stamp.seq, stamp.clock),
+            Some(stamp) if stamp.origin == peer.name && stamp.seq > 0 && change.carrier == 0 => {
+                (stamp.epoch, stamp.seq, stamp.clock)
+            }
+            // Another server's, which it passes on.
+            Some(stamp)
+                if stamp.seq > 0
+                    && change.carrier > 0
+                    && may_be_passed_on(&stamp.origin, &peer.name, &self.me.server) =>
+            {
+                (peer.inbox.epoch(), change.carrier, stamp.clock)
+            }
             Some(stamp) => {
                 let (origin, seq) = (stamp.origin.escape_debug(), stamp.seq);
                 return Err(Close::Malformed(format!("it sent change {seq} of server '{origin}'")));
@@ -371,7 +404,7 @@ impl Engine {
         match verdict.map_err(|error| Close::Malformed(error.to_string()))? {
             Verdict::Ignore => return Ok(()),
             Verdict::Acknowledge => {
-                self.forget_coming(index, &change.user, seq, &change);
+                self.forget_coming(&change);
                 self.acknowledge(index, epoch, seq);
                 return Ok(());
             }
@@ -384,13 +417,25 @@ impl Engine {
                 false => Err("its clock is years ahead of this server's".to_owned()),
             }
         });
+        let checked = checked.and_then(|()| match self.take_origin(&change) {
+            true => Ok(()),
+            false => Err("it is passed on from more servers than can be known".to_owned()),
+        });
         if let Err(error) = checked {
             self.peers[index].inbox.finish(bytes);
             self.refuse(index, epoch, seq, &user, &error);
             return Ok(());
         }
-        self.work.push(&user, Received { peer: index, epoch, seq, bytes, change });
+        self.work.push(&user, Received { peer: index, epoch, seq, bytes, change, waits_since_ms: None });
         Ok(())
+    }
+
+    fn take_origin(&mut self, change: &Change) -> bool {
+        let origin = change.stamp.as_ref().map(|stamp| stamp.origin.as_str()).unwrap_or_default();
+        self.note_far_origin(origin).unwrap_or_else(|error| {
+            self.fail(error);
+            false
+        })
     }
 
     fn take_acks(&mut self, index: usize, ack: &Ack) {
@@ -424,6 +469,10 @@ impl Engine {
             );
         }
     }
+}
+
+fn may_be_passed_on(origin: &str, by: &str, to: &str) -> bool {
+    change::is_server(origin) && origin != by && origin != to
 }
 
 fn refusal(error: SessionError) -> Close {

@@ -30,7 +30,9 @@ impl Engine {
         let look_error = self.heals.error().map(|(user, error)| format!("user {user}: {error}")).unwrap_or_default();
         let notes = self.counts.notes.iter().map(|(name, count)| NamedCount { name: name.clone(), count: *count });
         Status {
-            peers: self.peers.iter().map(|peer| self.peer_status(peer, &look_error)).collect(),
+            peers: (self.peers.iter().enumerate())
+                .map(|(index, peer)| self.peer_status(index, peer, &look_error))
+                .collect(),
             counters: Some(Counters {
                 notes: notes.collect(),
                 looking: self.heals.pending() as u64,
@@ -42,14 +44,20 @@ impl Engine {
         }
     }
 
-    fn peer_status(&self, peer: &PeerState, look_error: &str) -> PeerStatus {
+    fn peer_status(&self, index: usize, peer: &PeerState, look_error: &str) -> PeerStatus {
         let now_us = self.outside.now_us();
         // What is held waits for others, and then for every peer.
         let held = self.order.held() as u64;
         let stats = peer.outbox.stats();
         let refusal = peer.outbox.refusal().map(|(user, error)| format!("user {user}: {error}"));
-        let errors =
-            [peer.last_error.clone(), refusal.unwrap_or_default(), look_error.to_owned(), peer.clock_error.clone()];
+        let waiting = self.waiting_of(index).unwrap_or_default();
+        let errors = [
+            peer.last_error.clone(),
+            refusal.unwrap_or_default(),
+            waiting,
+            look_error.to_owned(),
+            peer.clock_error.clone(),
+        ];
         let last_error = errors.into_iter().find(|error| !error.is_empty()).unwrap_or_default();
         PeerStatus {
             peer: peer.name.clone(),

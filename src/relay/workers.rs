@@ -4,6 +4,7 @@
 //! start. The last one never applies: it reads bodies for peers, even while all others wait for bodies themselves. It
 //! is opened when it is first needed.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use mio::Token;
@@ -11,15 +12,15 @@ use prost::Message;
 
 use super::backoff::Backoff;
 use super::bodies::Party;
+use super::causes;
 use super::engine::{Close, Engine, Role};
 use super::looks::LookJob;
 use super::order::{Arrival, Release};
-use super::peers::PeerState;
 use super::work::Received;
 use crate::change::{self, ELSEWHERE_MAX, USER_BYTES_MAX};
 use crate::journal::{Elsewhere, Failed, JournalError};
 use crate::wire::proto::frame::Kind;
-use crate::wire::proto::{self, Applied, Apply, Change, Frame, Refused, Span};
+use crate::wire::proto::{self, Applied, Apply, Change, Frame, Refused, SeqOf, Span};
 
 /// Encoded changes in one frame of a job; a single change may have more.
 const APPLY_BYTES_MAX: usize = 60_000;
@@ -36,8 +37,11 @@ const GOOD_CONNECTION_MS: u64 = 2_000;
 
 /// A change in a job; its content is with the worker.
 struct Item {
+    /// Its number among those of the peer that sent it.
     epoch: u64,
     seq: u64,
+    /// And among those of its origin.
+    made: SeqOf,
     bytes: usize,
     /// GUID and path of its mailbox.
     mailbox: Vec<u8>,
@@ -46,23 +50,29 @@ struct Item {
     of_list: Option<Box<Change>>,
     /// What it does to flags, if others may do it at the same time.
     flags: Option<Box<Change>>,
+    /// What of it others may need from us.
+    to_pass_on: Option<Box<Change>>,
+    /// Who is sent it.
+    given: Vec<String>,
 }
 
 impl Item {
-    fn of(received: &Received, keeps_flags: bool) -> Item {
+    fn of(received: &Received, keeps_flags: bool, to_pass_on: Option<Box<Change>>) -> Item {
         let Received { epoch, seq, bytes, ref change, .. } = *received;
         let of_list = change::is_of_list(change).then(|| Box::new(change.clone()));
         let (mailbox, path) = change.mailbox.as_ref().map(|m| (m.guid.clone(), m.path.clone())).unwrap_or_default();
         let flags = if keeps_flags { change::flags_of(change).map(Box::new) } else { None };
-        Item { epoch, seq, bytes, mailbox, path, of_list, flags }
+        let (made, given) = (received.made(), change.given.clone());
+        Item { epoch, seq, made, bytes, mailbox, path, of_list, flags, to_pass_on, given }
     }
 }
 
-/// What a worker is applying: changes of one user from one peer.
+/// What a worker is applying: changes of one user and one origin from one peer.
 pub struct Job {
     id: u64,
     user: Arc<str>,
     peer: usize,
+    origin: Arc<str>,
     items: Vec<Item>,
     /// The first so many are applied.
     done: usize,
@@ -112,6 +122,14 @@ impl Worker {
         matches!(self.task, Task::Apply(_))
     }
 
+    /// Who sent what it applies.
+    pub fn applies_from(&self) -> Option<usize> {
+        match &self.task {
+            Task::Apply(job) => Some(job.peer),
+            _ => None,
+        }
+    }
+
     pub fn may_work(&self) -> bool {
         self.is_idle() && !self.only_reads
     }
@@ -151,10 +169,22 @@ impl Engine {
         self.dispatch_reads();
         self.dispatch_looks();
         while let Some(index) = self.workers.iter().position(Worker::may_work) {
-            let heals = &self.heals;
-            let Some((user, received)) = self.work.next_job(|user| heals.is_running(user)) else {
-                return;
+            let (heals, failed) = (&self.heals, Cell::new(None));
+            let context = causes::Context {
+                peers: &self.peers,
+                journal: &self.journal,
+                causes: &self.causes,
+                user_peers: &self.user_peers,
             };
+            let waits = |received: &Received, before: Option<&Received>| {
+                let unmet = causes::unmet(received, before, &context).map_err(|error| failed.set(Some(error)));
+                matches!(unmet, Ok(Some(_)))
+            };
+            let job = self.work.next_job(self.now_ms, |user| heals.is_running(user), waits);
+            if let Some(error) = failed.into_inner() {
+                return self.fail(error);
+            }
+            let Some((user, received)) = job else { return };
             self.begin_job(index, user, received);
         }
     }
@@ -198,6 +228,7 @@ impl Engine {
                 let user = job.user.clone();
                 let reason = why.reason();
                 self.refuse_rest(job, &format!("the worker that applied it went away ({reason})"));
+                self.forget_partly_applied(&user);
                 self.work.finish(&user);
                 // What it wrote last was not told.
                 self.heals.want_mailboxes(&user);
@@ -231,37 +262,62 @@ impl Engine {
             return self.work.finish(&user);
         };
         // Sent twice, when the connection broke while the first one was being applied.
-        let (again, received): (Vec<_>, Vec<_>) =
-            received.into_iter().partition(|r| self.peers[peer].inbox.is_applied(r.epoch, r.seq));
+        // Or by two servers.
+        let (again, received): (Vec<_>, Vec<_>) = received
+            .into_iter()
+            .partition(|r| self.peers[peer].inbox.is_applied(r.epoch, r.seq) || self.has_seen(&r.change));
         for again in again {
             self.peers[peer].inbox.finish(again.bytes);
-            self.forget_coming(peer, &user, again.seq, &again.change);
+            self.peers[peer].inbox.apply(again.epoch, again.seq);
+            self.forget_coming(&again.change);
             self.acknowledge(peer, again.epoch, again.seq);
         }
         if received.is_empty() {
             return self.work.finish(&user);
         }
+        if let Some(error) = received.first().and_then(|first| self.wait_is_over(first)) {
+            for received in &received {
+                self.peers[peer].inbox.finish(received.bytes);
+            }
+            if let Some(first) = received.first() {
+                self.refuse(peer, first.epoch, first.seq, &user, &error);
+            }
+            return self.work.finish(&user);
+        }
         let mut received = received;
+        // As they were made.
+        let to_pass_on: Vec<_> = received.iter().map(|received| self.to_pass_on(peer, &received.change)).collect();
         let reduced = self
             .reduce_flags(&user, received.iter_mut().map(|received| &mut received.change))
             .and_then(|()| self.reduce_list(&user, received.iter_mut().map(|received| &mut received.change)));
         if let Err(error) = reduced {
             return self.fail(error);
         }
-        let keeps_flags = self.peers.len() > 1;
-        let items: Vec<Item> = received.iter().map(|received| Item::of(received, keeps_flags)).collect();
+        let keeps_flags = self.is_mesh();
+        let items: Vec<Item> = (received.iter().zip(to_pass_on))
+            .map(|(received, to_pass_on)| Item::of(received, keeps_flags, to_pass_on))
+            .collect();
+        let Some(origin) = items.first().map(|item| Arc::from(item.made.origin.as_str())) else {
+            return self.work.finish(&user);
+        };
         self.last_job += 1;
-        let again = match self.note_coming(peer, &user, &items) {
+        let again = match self.note_coming(&user, &items) {
             Ok(again) => again,
             Err(error) => return self.fail(error),
         };
-        let elsewhere = match self.elsewhere(peer, &user, received.iter().map(|received| &received.change)) {
+        let elsewhere = match self.elsewhere(&origin, &user, received.iter().map(|received| &received.change)) {
             Ok(elsewhere) => elsewhere,
             Err(error) => return self.fail(error),
         };
         let aliases = self.lists.aliases(&user);
-        let job = Job { id: self.last_job, user, peer, items, done: 0 };
-        let first = Apply { resolves: self.resolves(), again, aliases, ..Default::default() };
+        let job = Job { id: self.last_job, user, peer, origin, items, done: 0 };
+        let resolves = match self.servers_of(&job.user) {
+            // Whether this server is the acting resolver where UIDs clash: see [`crate::merge::uid`].
+            Ok(servers) => servers.iter().all(|server| self.me.server < *server),
+            Err(error) => return self.fail(error),
+        };
+        let from = self.peers[peer].name.clone();
+        let first = Apply { resolves, from, again, aliases, ..Default::default() };
         let frames = apply_frames(&job, first, elsewhere, received.into_iter().map(|r| r.change));
         self.workers[index].task = Task::Apply(job);
         let Some(token) = self.workers[index].token else { return };
@@ -273,7 +329,7 @@ impl Engine {
     /// Of the messages that the changes name by their UIDs alone, those that are not here at these.
     fn elsewhere<'a>(
         &self,
-        peer: usize,
+        origin: &str,
         user: &str,
         changes: impl Iterator<Item = &'a Change>,
     ) -> Result<Vec<proto::Elsewhere>, JournalError> {
@@ -286,7 +342,7 @@ impl Engine {
             let guid = self.lists.canonical(user, &mailbox.guid);
             for range in change::named_by_uid(change) {
                 let uids = (range.first_uid, range.last_uid);
-                let of_range = self.journal.elsewhere(user, &self.peers[peer].name, guid, uids)?;
+                let of_range = self.journal.elsewhere(user, origin, guid, uids)?;
                 let told = |one: Elsewhere| {
                     let Elsewhere { mailbox: mailbox_guid, uid, guid } = one;
                     proto::Elsewhere { mailbox_guid, uid, guid, moved: false }
@@ -299,7 +355,7 @@ impl Engine {
 
     fn note_elsewhere(
         &mut self,
-        peer: usize,
+        made_by: &str,
         user: &Arc<str>,
         elsewhere: proto::Elsewhere,
     ) -> Result<(), JournalError> {
@@ -307,31 +363,27 @@ impl Engine {
         let proto::Elsewhere { mailbox_guid, uid, guid, moved } = elsewhere;
         let mailbox = self.lists.canonical(user, &mailbox_guid).to_vec();
         let noted = Elsewhere { mailbox, uid, guid };
-        for (index, PeerState { name, .. }) in self.peers.iter().enumerate() {
-            if moved || index == peer {
-                self.journal.note_elsewhere(user, name, &noted, moved, now_us)?;
+        for origin in self.peers.iter().map(|peer| &peer.name).chain(&self.far) {
+            if moved || origin == made_by {
+                self.journal.note_elsewhere(user, origin, &noted, moved, now_us)?;
             }
         }
         self.users_elsewhere.insert(user.clone());
         Ok(())
     }
 
-    /// Whether this server is the acting resolver where UIDs clash: see [`crate::merge::uid`].
-    fn resolves(&self) -> bool {
-        self.peers.iter().filter(|peer| peer.is_up()).all(|peer| self.me.server < peer.name)
-    }
-
     /// What the job does to the list of mailboxes must be known if its worker dies. Which of it was given to another before.
-    fn note_coming(&mut self, peer: usize, user: &str, items: &[Item]) -> Result<Vec<u64>, JournalError> {
+    fn note_coming(&mut self, user: &str, items: &[Item]) -> Result<Vec<u64>, JournalError> {
         let mut again = Vec::new();
         let mut any = false;
         for item in items {
             let Some(change) = &item.of_list else { continue };
-            if self.journal.is_coming(user, &self.peers[peer].name, item.seq)? {
-                again.push(item.seq);
+            let SeqOf { origin, seq, .. } = &item.made;
+            if self.journal.is_coming(user, origin, *seq)? {
+                again.push(*seq);
                 continue;
             }
-            self.journal.note_coming(user, &self.peers[peer].name, item.seq, &change.encode_to_vec())?;
+            self.journal.note_coming(user, origin, *seq, &change.encode_to_vec())?;
             any = true;
         }
         if any {
@@ -341,11 +393,10 @@ impl Engine {
     }
 
     /// The change is applied, or never will be.
-    pub fn forget_coming(&mut self, peer: usize, user: &str, seq: u64, change: &Change) {
-        if change::is_of_list(change) {
-            if let Err(error) = self.journal.forget_coming(user, &self.peers[peer].name, seq) {
-                self.fail(error);
-            }
+    pub fn forget_coming(&mut self, change: &Change) {
+        let Some(stamp) = change.stamp.as_ref().filter(|_| change::is_of_list(change)) else { return };
+        if let Err(error) = self.journal.forget_coming(&change.user, &stamp.origin, stamp.seq) {
+            self.fail(error);
         }
     }
 
@@ -366,6 +417,7 @@ impl Engine {
         } else if job.done < job.items.len() {
             self.refuse_rest(job, "the worker ended the job without applying it");
         }
+        self.forget_partly_applied(&user);
         self.work.finish(&user);
         Ok(())
     }
@@ -383,6 +435,7 @@ impl Engine {
             )));
         }
         change::check_spans(&applied.spans).map_err(|error| Close::Malformed(error.to_string()))?;
+        self.take_user_peers(&job.user.clone(), applied.peers.clone());
         for change in applied.changes.iter().filter(|change| *change.user == *job.user) {
             change::check_change(change).map_err(|error| Close::Malformed(error.to_string()))?;
             // In one commit of the journal with the acknowledgement, or before it.
@@ -390,7 +443,7 @@ impl Engine {
             self.ship_all(vec![release]);
         }
         for elsewhere in &applied.elsewhere {
-            if let Err(error) = self.note_elsewhere(job.peer, &job.user, elsewhere.clone()) {
+            if let Err(error) = self.note_elsewhere(&job.origin, &job.user, elsewhere.clone()) {
                 self.fail(error);
             }
         }
@@ -399,13 +452,16 @@ impl Engine {
                 self.fail(error);
             }
         }
-        for item in &job.items[job.done..done] {
-            let inbox = &mut self.peers[job.peer].inbox;
-            inbox.apply(item.epoch, item.seq);
-            inbox.finish(item.bytes);
+        for item in &mut job.items[job.done..done] {
+            self.peers[job.peer].inbox.finish(item.bytes);
             self.counts.counters.applied += 1;
             self.last_refusals.remove(&job.user);
-            self.acknowledge(job.peer, item.epoch, item.seq);
+            self.is_over(&job.user, job.peer, item);
+            if let Some(Err(error)) =
+                item.to_pass_on.take().map(|change| self.pass_on(&job.user, *change, Some(job.peer)))
+            {
+                self.fail(error);
+            }
             if let Some(Err(error)) = item.flags.as_ref().map(|change| self.keep_flags(&job.user, change)) {
                 self.fail(error);
             }
@@ -413,7 +469,7 @@ impl Engine {
                 if let Err(error) = self.note_list(&job.user, change) {
                     self.fail(error);
                 }
-                self.forget_coming(job.peer, &job.user, item.seq, change);
+                self.forget_coming(change);
             }
         }
         let newly = job.done..done;
@@ -427,6 +483,18 @@ impl Engine {
         self.take_own_spans(index, applied.spans.clone());
         self.name_mailboxes(&job.user, &job.items[newly]);
         Ok(())
+    }
+
+    /// A change is applied, or is set aside for ever.
+    fn is_over(&mut self, user: &str, via: usize, item: &Item) {
+        self.peers[via].inbox.apply(item.epoch, item.seq);
+        let SeqOf { origin, epoch, seq } = &item.made;
+        if let Some(origin) = self.peers.iter_mut().find(|peer| peer.name == *origin) {
+            origin.inbox.apply(*epoch, *seq);
+        }
+        self.note_seen(user, origin, *epoch, *seq);
+        self.tell_known(&item.made, &item.given, via);
+        self.acknowledge(via, item.epoch, item.seq);
     }
 
     /// What was applied to a mailbox named it.
@@ -447,6 +515,7 @@ impl Engine {
     pub fn take_own_spans(&mut self, index: usize, spans: Vec<Span>) {
         self.counts.counters.spans += spans.len() as u64;
         self.note_where_flags_stand(&spans);
+        self.note_partly_applied(&spans);
         let Some(token) = self.workers[index].token else { return };
         let Some(user) = spans.first().map(|span| span.user.as_str().into()) else { return };
         let mut released = Vec::new();
@@ -486,12 +555,10 @@ impl Engine {
         self.set_aside(&job, error);
         let done = job.items.remove(job.done);
         if let Some(change) = &done.of_list {
-            self.forget_coming(job.peer, &job.user, done.seq, change);
+            self.forget_coming(change);
         }
-        let inbox = &mut self.peers[job.peer].inbox;
-        inbox.apply(done.epoch, done.seq);
-        inbox.finish(done.bytes);
-        self.acknowledge(job.peer, done.epoch, done.seq);
+        self.peers[job.peer].inbox.finish(done.bytes);
+        self.is_over(&job.user, job.peer, &done);
         if job.done < job.items.len() {
             self.refuse_rest(job, "a change before it was set aside");
         }
@@ -499,18 +566,17 @@ impl Engine {
 
     fn set_aside(&mut self, job: &Job, error: &str) {
         let item = &job.items[job.done];
-        let peer = self.peers[job.peer].name.clone();
+        let SeqOf { origin, seq, .. } = item.made.clone();
         log::error!(
-            "User {}: change {} of peer {peer} can never be applied here and is set aside: {error}; the mailbox must be \
+            "User {}: change {seq} of server {origin} can never be applied here and is set aside: {error}; the mailbox must be \
              compared (doveadm dovetail failed).",
             job.user,
-            item.seq
         );
         let failed = Failed {
-            peer,
+            peer: origin,
             user: job.user.to_string(),
             mailbox: item.mailbox.clone(),
-            seq: item.seq,
+            seq,
             at_us: self.outside.now_us(),
             error: error.to_owned(),
             frame: None,
@@ -534,8 +600,11 @@ impl Engine {
                 user_name.escape_debug()
             );
         }
+        let mut seq = seq;
         for dropped in self.work.drop_user(user, peer) {
             self.peers[peer].inbox.finish(dropped.bytes);
+            // It waited for this one: both are to come again.
+            seq = seq.min(dropped.seq);
         }
         let outcome = self.peers[peer].inbox.refuse(epoch, seq, user);
         let Some(link) = &mut self.peers[peer].link else { return };
@@ -566,7 +635,7 @@ fn apply_frames(
     changes: impl Iterator<Item = Change>,
 ) -> Vec<Frame> {
     let empty = || Apply { job: job.id, user: job.user.to_string(), more: true, ..Default::default() };
-    let mut frames = vec![Apply { again: first.again, resolves: first.resolves, ..empty() }];
+    let mut frames = vec![Apply { again: first.again, resolves: first.resolves, from: first.from, ..empty() }];
     frames.extend(first.aliases.chunks(ELSEWHERE_MAX).map(|some| Apply { aliases: some.to_vec(), ..empty() }));
     if frames.len() > 1 {
         frames.push(empty());
@@ -602,7 +671,14 @@ mod tests {
 
     #[test]
     fn a_job_of_any_changes_fits_into_frames() {
-        let job = Job { id: u64::MAX, user: "u".repeat(USER_BYTES_MAX).into(), peer: 0, items: vec![], done: 0 };
+        let job = Job {
+            id: u64::MAX,
+            user: "u".repeat(USER_BYTES_MAX).into(),
+            peer: 0,
+            origin: "b".into(),
+            items: vec![],
+            done: 0,
+        };
         let guid = "g".repeat(MESSAGE_GUID_BYTES_MAX);
         let one = proto::Elsewhere { mailbox_guid: vec![1; 16], uid: u32::MAX, guid, moved: true };
         let elsewhere = vec![one; 1_000];

@@ -833,7 +833,7 @@ static void capture_mailbox_allocated(struct mailbox *box)
 static void capture_mail_user_created(struct mail_user *user)
 {
 	if (!user->autocreated)
-		dt_rs_capture_init(user, master_service_get_name(master_service));
+		dt_rs_capture_init(user, user->username, master_service_get_name(master_service));
 }
 
 /* ---- spans ---- */

@@ -203,6 +203,11 @@ int dt_worker_user_open(const char *username)
 	return ret;
 }
 
+struct mail_user *dt_worker_user(void)
+{
+	return w.user;
+}
+
 void dt_worker_user_close(void)
 {
 	if (w.user != NULL) T_BEGIN {

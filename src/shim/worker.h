@@ -56,6 +56,8 @@ void dt_worker_connection_closed(void);
 
 /* 1 = opened, 0 = no such user */
 int dt_worker_user_open(const char *username);
+/* The one that is open. */
+struct mail_user *dt_worker_user(void);
 /* Closes all that is open of the user and takes root's privileges back. */
 void dt_worker_user_close(void);
 /* The private namespace with the INBOX. */

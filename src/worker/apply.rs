@@ -631,6 +631,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             uid: save.birth.as_ref().map_or(0, |birth| birth.uid),
             guid: save.guid.clone(),
             window: body::WINDOW_BYTES,
+            asker: String::new(),
         };
         let fetched = body::fetch(self.storage, self.connection, request)?;
         Ok(fetched.map_err(|error| {

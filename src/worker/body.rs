@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 
 use super::apply::locate;
 use super::connection::Connection;
+use super::job::is_of;
 use super::name;
 use super::storage::{Body, Existence, Result, Storage};
 use crate::wire::proto::{self, frame::Kind};
@@ -98,6 +99,9 @@ fn send<S: Storage, C: Read + Write>(
 fn open<S: Storage>(storage: &mut S, request: &proto::BodyRequest) -> Result<bool> {
     if !storage.open_user(&request.user)? {
         return Err("unknown here".into());
+    }
+    if !is_of(&storage.user_peers()?, &request.asker) {
+        return Err(format!("server {} is not among the user's peers here", request.asker));
     }
     let Some(mailbox) = &request.mailbox else {
         return Err("malformed request: no mailbox".into());

@@ -7,7 +7,7 @@ use super::storage::{
     Body, Existence, Guid, Listed, MessageInfo, Namespace, NewMessage, Result, Status, Storage, Update, MARK_BYTES,
 };
 use crate::wire::frame;
-use crate::wire::proto::{self, frame::Kind};
+use crate::wire::proto::{self, frame::Kind, UserPeers};
 
 /// With which the INBOX of the only user is born.
 pub const INBOX_GUID: Guid = [5; 16];
@@ -96,6 +96,10 @@ impl Storage for FakeStorage {
         Ok(!self.is_locked)
     }
     fn unlock_user(&mut self) {}
+    fn user_peers(&self) -> Result<UserPeers> {
+        Ok(UserPeers { all: true, servers: vec![] })
+    }
+
     fn open_user(&mut self, _user: &str) -> Result<bool> {
         Ok(true)
     }

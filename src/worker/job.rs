@@ -36,6 +36,7 @@ pub struct Jobs {
 struct Collecting {
     job: u64,
     user: String,
+    from: String,
     changes: Vec<proto::Change>,
     bytes: usize,
     resolves: bool,
@@ -113,6 +114,7 @@ impl Jobs {
             _ => Collecting {
                 job: apply.job,
                 user: apply.user.clone(),
+                from: apply.from,
                 changes: vec![],
                 bytes: 0,
                 resolves: apply.resolves,
@@ -172,7 +174,7 @@ impl Jobs {
         whole: Collecting,
         answer: &mut proto::Applied,
     ) -> Result<(), Failure> {
-        let Collecting { user, changes, resolves, again, elsewhere, aliases, .. } = whole;
+        let Collecting { user, from, changes, resolves, again, elsewhere, aliases, .. } = whole;
         if !storage.lock_user(&user)? {
             // Left behind by a relay that was killed: both would save the same mail.
             return Err("another worker still applies changes of this user".to_string().into());
@@ -181,6 +183,24 @@ impl Jobs {
             return Err("unknown here".to_string().into());
         }
         let job = answer.job;
+        let peers = storage.user_peers()?;
+        let is_allowed = is_of(&peers, &from);
+        if peers.all {
+            answer.peers = Some(peers);
+        } else {
+            // Before what is told to them.
+            connection.send(Kind::Applied(proto::Applied {
+                job,
+                more: true,
+                peers: Some(peers),
+                ..Default::default()
+            }))?;
+        }
+        if !is_allowed {
+            return Err(
+                format!("server {from} is not among the user's peers here (dovetail_peers of the userdb)").into()
+            );
+        }
         let time = self.time.as_ref();
         let mut reported = time.elapsed();
         let mut unreported = Vec::new();
@@ -225,6 +245,11 @@ fn send_news<C: Read + Write>(connection: &mut Connection<C>, job: u64, done: u3
         connection.send(Kind::Applied(proto::Applied { changes: vec![change], ..empty() }))?;
     }
     Ok(())
+}
+
+/// Whether the user's mail is replicated with the server; no server: nobody asks for another.
+pub fn is_of(peers: &proto::UserPeers, server: &str) -> bool {
+    peers.all || server.is_empty() || peers.servers.iter().any(|peer| peer == server)
 }
 
 /// The last answer to a job; what does not fit goes ahead.
@@ -283,6 +308,7 @@ mod tests {
         let whole = Collecting {
             job: 1,
             user: "jane".into(),
+            from: "a".into(),
             changes: vec![],
             bytes: 0,
             resolves: false,

@@ -46,8 +46,12 @@ pub fn look<S: Storage, C: Read + Write>(
     storage.applying(&[]);
     let mut found = Found::default();
     let outcome = find(storage, wanted, &mut found);
+    let peers = storage.user_peers().ok();
     storage.close_user();
     let job = wanted.job;
+    if peers.is_some() {
+        connection.send(Kind::Looked(Looked { job, more: true, peers, ..Default::default() }))?;
+    }
     if outcome.is_ok() {
         for answer in found.answers(&wanted.user) {
             connection.send(Kind::Looked(Looked { job, more: true, ..answer }))?;

@@ -3,7 +3,7 @@
 //! Errors are sentences for people, without the user's and mailbox's name, which the caller adds.
 use std::fs::File;
 
-use crate::wire::proto;
+use crate::wire::proto::{self, UserPeers};
 
 /// The reason of a failure, for people.
 pub type Result<T> = std::result::Result<T, String>;
@@ -104,6 +104,8 @@ pub trait Storage {
     fn unlock_user(&mut self);
     /// False if there is no such user.
     fn open_user(&mut self, user: &str) -> Result<bool>;
+    /// With whom his mail is replicated.
+    fn user_peers(&self) -> Result<UserPeers>;
     /// Closes all that is open of the user, gives his privileges back.
     fn close_user(&mut self);
     fn namespace(&self) -> Result<Namespace>;

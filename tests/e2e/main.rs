@@ -17,6 +17,7 @@ mod heal;
 mod killed;
 mod mailboxes;
 mod merge;
+mod mesh;
 mod plain;
 mod status;
 mod trouble;

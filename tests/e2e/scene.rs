@@ -103,6 +103,8 @@ impl Drop for Scene {
                 for line in &lines[skipped..] {
                     eprintln!("{line}");
                 }
+                let counters = server.try_status().and_then(|status| status.counters).unwrap_or_default();
+                eprintln!("---- what {} noticed: {:?}", server.name(), counters.notes);
             }
             return;
         }

@@ -68,6 +68,29 @@ impl House {
         (a, b)
     }
 
+    /// Servers of these names, every one a peer of every other, connected.
+    pub fn mesh<const N: usize>(&self, names: [&str; N]) -> [Server; N] {
+        let all = names.map(|name| names.into_iter().filter(|peer| *peer != name).collect());
+        self.connected(names, all)
+    }
+
+    /// Servers, each with the peers that it is to have.
+    pub fn connected<const N: usize>(&self, names: [&str; N], peers: [Vec<&str>; N]) -> [Server; N] {
+        let mut listeners = names.map(|_| Some(self.listener()));
+        let at: Vec<(&str, String)> =
+            names.into_iter().zip(&listeners).map(|(name, l)| (name, address(l.as_ref().unwrap()))).collect();
+        let mut number = 0;
+        let servers = names.map(|name| {
+            let of_server: Vec<_> = at.iter().filter(|(peer, _)| peers[number].contains(peer)).cloned().collect();
+            number += 1;
+            Server::start(self, name, &of_server, listeners[number - 1].take().unwrap(), |_| {})
+        });
+        for server in &servers {
+            until("all are connected", || server.status().peers.iter().all(|peer| peer.state == "connected"));
+        }
+        servers
+    }
+
     pub fn server(&self, name: &str, peers: &[(&str, String)]) -> Server {
         self.server_with(name, peers, |_| {})
     }
@@ -437,6 +460,20 @@ impl Wire {
 
     // ---- A peer.
 
+    pub fn greet_linked(&mut self, server: &str, linked: &[&str]) {
+        let linked = linked.iter().map(|server| (*server).to_owned()).collect();
+        let (server, instance) = (server.to_owned(), server.as_bytes().to_vec());
+        self.send(Kind::Hello(Hello { server, instance, epoch: 5, linked, ..Default::default() }));
+        assert!(matches!(self.next(), Kind::Hello(_)));
+    }
+
+    /// The first of its changes that it will send has this number.
+    pub fn greet_without(&mut self, server: &str, first_pending: u64) {
+        let (server, instance) = (server.to_owned(), server.as_bytes().to_vec());
+        self.send(Kind::Hello(Hello { server, instance, epoch: 5, first_pending, ..Default::default() }));
+        assert!(matches!(self.next(), Kind::Hello(_)));
+    }
+
     pub fn say_hello(&mut self, server: &str) {
         self.say_hello_of(server, 5);
     }
@@ -475,16 +512,19 @@ impl Wire {
                     let stamp = change.stamp.unwrap();
                     return Seq { epoch: stamp.epoch, seq: stamp.seq };
                 }
-                Kind::Ping(_) => {}
+                Kind::Ping(_) | Kind::Linked(_) => {}
                 other => panic!("{other:?}"),
             }
         }
     }
 
     pub fn next_ack(&mut self, seq: u64) {
-        match self.next() {
-            Kind::Ack(ack) => assert_eq!((ack.epoch, ack.seqs), (5, vec![seq])),
-            other => panic!("{other:?}"),
+        loop {
+            match self.next() {
+                Kind::Ack(ack) => return assert_eq!((ack.epoch, ack.seqs), (5, vec![seq])),
+                Kind::Linked(_) => {}
+                other => panic!("{other:?}"),
+            }
         }
     }
 
@@ -493,8 +533,35 @@ impl Wire {
     }
 
     pub fn send_change_of(&mut self, origin: &str, user: &str, seq: u64) {
+        self.send_change_after(origin, user, seq, &[]);
+    }
+
+    /// One that is sent to these servers, or (with its number there) is passed on by another one.
+    pub fn send_given(&mut self, origin: &str, user: &str, seq: u64, given: &[&str], carrier: u64) {
         let mut change = save(user, seq as u32);
         change.stamp = Some(Stamp { origin: origin.into(), epoch: 5, seq, clock: 1, vector: vec![] });
+        change.given = given.iter().map(|server| (*server).to_owned()).collect();
+        change.carrier = carrier;
+        self.send(Kind::Change(change));
+    }
+
+    /// The next change, of whomever.
+    pub fn next_whole_change(&mut self) -> Change {
+        loop {
+            match self.next() {
+                Kind::Change(change) => return change,
+                Kind::Ping(_) | Kind::Linked(_) | Kind::Ack(_) | Kind::Known(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// One that comes after others.
+    pub fn send_change_after(&mut self, origin: &str, user: &str, seq: u64, causes: &[(&str, u64)]) {
+        let mut change = save(user, seq as u32);
+        let vector =
+            causes.iter().map(|(origin, seq)| SeqOf { origin: (*origin).into(), epoch: 5, seq: *seq }).collect();
+        change.stamp = Some(Stamp { origin: origin.into(), epoch: 5, seq, clock: 1, vector });
         self.send(Kind::Change(change));
     }
 }

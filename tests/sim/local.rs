@@ -708,7 +708,7 @@ fn is_record(frame: &[u8]) -> bool {
 }
 
 fn intent(user: &str, place: &Place) -> Vec<u8> {
-    encoded(Kind::Intent(proto::Intent { user: user.into(), mailbox: Some(place.mailbox()) }))
+    encoded(Kind::Intent(proto::Intent { user: user.into(), mailbox: Some(place.mailbox()), peers: None }))
 }
 
 pub fn path(name: &str) -> Vec<String> {

@@ -136,6 +136,9 @@ impl Storage for ModelStorage {
         self.last_logs.clear();
         self.user = None;
     }
+    fn user_peers(&self) -> Result<proto::UserPeers> {
+        Ok(proto::UserPeers { all: true, ..Default::default() })
+    }
     fn namespace(&self) -> Result<Namespace> {
         Ok(Namespace { prefix: String::new(), separator: '/' })
     }

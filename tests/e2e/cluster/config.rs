@@ -26,6 +26,9 @@ pub struct Server<'a> {
     pub is_apart: bool,
 }
 
+/// The file of the users who are not like all others.
+pub const USERS: &str = "users";
+
 /// Name under which the example configuration lies beside the generated one.
 pub const EXAMPLE: &str = "dovecot-plugin.conf.example";
 
@@ -77,6 +80,10 @@ impl Server<'_> {
             Format::Mdbox => "mdbox:~/mdbox",
             Format::Maildir => "maildir:~/Maildir",
         };
+        let users = match self.setup.has_users() {
+            true => format!("userdb {{\n  driver = passwd-file\n  args = username_format=%u {dir}/{USERS}\n}}\n"),
+            false => String::new(),
+        };
         format!(
             "\
 base_dir = {dir}/run
@@ -99,7 +106,7 @@ passdb {{
   driver = static
   args = password=pass
 }}
-userdb {{
+{users}userdb {{
   driver = static
   args = uid=mail gid=mail home={dir}/home/%u allow_all_users=yes
 }}
@@ -137,6 +144,10 @@ service lmtp {{
             Format::Mdbox => ("mdbox", "mdbox"),
             Format::Maildir => ("maildir", "Maildir"),
         };
+        let users = match self.setup.has_users() {
+            true => format!("userdb passwd-file {{\n  passwd_file_path = {dir}/{USERS}\n}}\n"),
+            false => String::new(),
+        };
         format!(
             "\
 dovecot_config_version = 2.4.1
@@ -163,7 +174,7 @@ namespace inbox {{
 passdb static {{
   password = pass
 }}
-userdb static {{
+{users}userdb static {{
   fields {{
     uid = mail
     gid = mail

@@ -64,6 +64,8 @@ pub struct Setup {
     pub files: Vec<(String, String)>,
     /// Instead of the right value of `dovetail_peers`.
     pub peers: Option<String>,
+    /// Of the other servers, only these are its peers.
+    pub only_with: Option<Vec<String>>,
     /// Others reach its relay over a line that can be cut.
     pub line: bool,
 }
@@ -78,6 +80,7 @@ impl Setup {
             extra_24: String::new(),
             files: Vec::new(),
             peers: None,
+            only_with: None,
             line: false,
         }
     }
@@ -92,6 +95,16 @@ impl Setup {
         self
     }
 
+    /// The servers must agree.
+    pub fn only_with(mut self, peers: &[&str]) -> Setup {
+        self.only_with = Some(peers.iter().map(|peer| (*peer).to_owned()).collect());
+        self
+    }
+
+    fn has_peer(&self, name: &str) -> bool {
+        self.name != name && self.only_with.as_ref().is_none_or(|peers| peers.iter().any(|peer| peer == name))
+    }
+
     pub fn over_a_line(mut self) -> Setup {
         self.line = true;
         self
@@ -101,6 +114,20 @@ impl Setup {
     pub fn file(mut self, path: &str, text: &str) -> Setup {
         self.files.push((path.into(), text.into()));
         self
+    }
+
+    /// This user's peers, as the userdb gives them.
+    pub fn user_with_peers(mut self, user: &str, peers: &str) -> Setup {
+        let line = format!("{user}:x:8:8::{{DIR}}/home/{user}::userdb_dovetail_peers={peers}\n");
+        match self.files.iter_mut().find(|(path, _)| path == config::USERS) {
+            Some((_, text)) => *text += &line,
+            None => self.files.push((config::USERS.into(), line)),
+        }
+        self
+    }
+
+    pub fn has_users(&self) -> bool {
+        self.files.iter().any(|(path, _)| path == config::USERS)
     }
 
     pub fn extra(mut self, v23: &str, v24: &str) -> Setup {
@@ -253,7 +280,7 @@ fn share_loopback(servers: &[Server]) -> Vec<Line> {
     };
     let relays: Vec<(String, String)> = servers.iter().map(|s| (s.name().to_owned(), address(s))).collect();
     for server in servers {
-        let peers: Vec<_> = relays.iter().filter(|(name, _)| name != server.name()).cloned().collect();
+        let peers: Vec<_> = relays.iter().filter(|(name, _)| server.setup().has_peer(name)).cloned().collect();
         server.configure(&peers);
     }
     lines
