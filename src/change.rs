@@ -313,7 +313,11 @@ fn check_op(op: &Op, mailbox: &Mailbox) -> Result<(), ChangeError> {
             })?;
             check_path(&rename.new_path)
         }
-        What::Create(_) | What::Delete(_) | What::Subscription(_) => Ok(()),
+        What::Create(create) => {
+            check_count("mailboxes that have become one", create.was.len(), 0, MAILBOXES_MAX)?;
+            create.was.iter().try_for_each(|guid| check_guid("mailbox's former GUID", guid))
+        }
+        What::Delete(_) | What::Subscription(_) => Ok(()),
     }
 }
 

@@ -81,9 +81,6 @@ impl Engine {
 
     /// What the next change of the user here comes after.
     pub fn vector(&self, user: &str) -> Result<Vec<SeqOf>, JournalError> {
-        if !self.is_mesh() {
-            return Ok(Vec::new());
-        }
         let mut vector: Vec<SeqOf> = (self.journal.seen(user, VECTOR_MAX - 1)?.into_iter())
             .map(|Seen { origin, epoch, seq }| SeqOf { origin, epoch, seq })
             .collect();
@@ -99,7 +96,8 @@ impl Engine {
 
     /// The user's change is applied here, or was made here.
     pub fn note_seen(&mut self, user: &str, origin: &str, epoch: u64, seq: u64) {
-        if !self.is_mesh() {
+        // Of two servers the other one gets our changes in their order.
+        if !self.is_mesh() && origin == self.me.server {
             return;
         }
         if let Err(error) = self.journal.set_seen(user, &Seen { origin: origin.to_owned(), epoch, seq }) {
@@ -121,9 +119,6 @@ impl Engine {
 
     /// A worker said what it wrote, of changes that are perhaps not complete.
     pub fn note_partly_applied(&mut self, spans: &[Span]) {
-        if !self.is_mesh() {
-            return;
-        }
         for span in spans {
             if let Some(last) = span.applied.last() {
                 self.causes.partly.insert(span.user.as_str().into(), last.clone());

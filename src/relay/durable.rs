@@ -159,7 +159,7 @@ impl Engine {
             epoch: self.me.epoch,
             seq,
             clock: self.clock.stamp(given, now_us),
-            vector: self.vector(user)?,
+            vector: self.vector_of(user, &change, given)?,
         });
         let peers: Vec<usize> = self.peers_of(user).collect();
         change.given = peers.iter().map(|peer| self.peers[*peer].name.clone()).collect();

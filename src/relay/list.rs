@@ -3,7 +3,7 @@
 //! What a peer did to names is compared with what was done here later, before a worker gets it. A mailbox that was deleted by
 //! who had not heard of what was put into it here stays. And what a GUID means that a mailbox does not have any more.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use super::engine::Engine;
@@ -17,14 +17,24 @@ use crate::wire::proto::{Alias, BodyRequest, Change, Mailbox, MailboxRename, Op,
 
 /// So long after a peer's change was applied, one of ours that is only now told may have been made before it.
 const RACE_MS: u64 = 5_000;
-/// Users of whom that is remembered.
+/// Users of whom that is remembered, and changes of each.
 const USERS_MAX: usize = 10_000;
+const KEPT_MAX: usize = 64;
 
 /// Which of a user's mailboxes is which now, and whose list was changed last by a peer.
 #[derive(Default)]
 pub struct Lists {
     aliases: HashMap<Arc<str>, HashMap<Vec<u8>, Vec<u8>>>,
     applied_ms: HashMap<Arc<str>, u64>,
+    kept: HashMap<Arc<str>, VecDeque<Kept>>,
+}
+
+/// A change of another server that put something into a mailbox, or named it.
+struct Kept {
+    mailbox: Vec<u8>,
+    made: SeqOf,
+    /// When it was applied here, in microseconds since 1970.
+    applied_us: u64,
 }
 
 impl Lists {
@@ -59,6 +69,32 @@ impl Lists {
             self.applied_ms.retain(|_, at_ms| *at_ms + RACE_MS > now_ms);
         }
         self.applied_ms.insert(user.clone(), now_ms);
+    }
+
+    /// A change that keeps a mailbox is applied.
+    pub fn keeps(&mut self, user: &Arc<str>, mailbox: &[u8], made: &SeqOf, applied_us: u64) {
+        let oldest_us = applied_us.saturating_sub(RACE_MS * 1_000);
+        if self.kept.len() >= USERS_MAX {
+            self.kept.retain(|_, kept| kept.back().is_some_and(|last| last.applied_us > oldest_us));
+        }
+        let mailbox = self.canonical(user, mailbox).to_vec();
+        let of_user = self.kept.entry(user.clone()).or_default();
+        while of_user.len() >= KEPT_MAX || of_user.front().is_some_and(|first| first.applied_us < oldest_us) {
+            of_user.pop_front();
+        }
+        of_user.push_back(Kept { mailbox, made: made.clone(), applied_us });
+    }
+
+    /// A deletion that is told only now may have been made before something was applied: who made it had not heard of that.
+    fn unhear(&self, user: &str, mailbox: &[u8], deleted_us: u64, vector: &mut Vec<SeqOf>) {
+        let of_user = self.kept.get(user).into_iter().flatten();
+        for kept in of_user.filter(|kept| kept.mailbox == mailbox && kept.applied_us >= deleted_us) {
+            let is_it = |heard: &&mut SeqOf| {
+                (&heard.origin, heard.epoch) == (&kept.made.origin, kept.made.epoch) && heard.seq >= kept.made.seq
+            };
+            vector.iter_mut().filter(is_it).for_each(|heard| heard.seq = kept.made.seq - 1);
+        }
+        vector.retain(|heard| heard.seq > 0);
     }
 
     fn may_race(&self, user: &str, now_ms: u64) -> bool {
@@ -199,6 +235,16 @@ impl Engine {
         };
         rename.back = children.take(change::MAILBOXES_MAX).map(back).collect();
         Ok(None)
+    }
+
+    /// What a change of this server comes after, which its process made at this time (0: not known).
+    pub fn vector_of(&self, user: &str, change: &Change, made_us: u64) -> Result<Vec<SeqOf>, JournalError> {
+        let mut vector = self.vector(user)?;
+        let is_delete = change.ops.iter().any(|op| matches!(op.what, Some(What::Delete(_))));
+        if let Some(mailbox) = change.mailbox.as_ref().filter(|_| is_delete && made_us > 0) {
+            self.lists.unhear(user, &mailbox.guid, made_us, &mut vector);
+        }
+        Ok(vector)
     }
 
     /// Keeps what a change did to the list. To be called with each that is told, or applied.

@@ -46,6 +46,8 @@ struct Item {
     /// GUID and path of its mailbox.
     mailbox: Vec<u8>,
     path: Vec<String>,
+    /// Who has not heard of it must not delete the mailbox.
+    keeps: bool,
     /// What it does to the list of mailboxes.
     of_list: Option<Box<Change>>,
     /// What it does to flags, if others may do it at the same time.
@@ -63,7 +65,8 @@ impl Item {
         let (mailbox, path) = change.mailbox.as_ref().map(|m| (m.guid.clone(), m.path.clone())).unwrap_or_default();
         let flags = if keeps_flags { change::flags_of(change).map(Box::new) } else { None };
         let (made, given) = (received.made(), change.given.clone());
-        Item { epoch, seq, made, bytes, mailbox, path, of_list, flags, to_pass_on, given }
+        let keeps = change::keeps_mailbox(change);
+        Item { epoch, seq, made, bytes, mailbox, path, keeps, of_list, flags, to_pass_on, given }
     }
 }
 
@@ -457,6 +460,10 @@ impl Engine {
             self.counts.counters.applied += 1;
             self.last_refusals.remove(&job.user);
             self.is_over(&job.user, job.peer, item);
+            if item.keeps {
+                let now_us = self.outside.now_us();
+                self.lists.keeps(&job.user, &item.mailbox, &item.made, now_us);
+            }
             if let Some(Err(error)) =
                 item.to_pass_on.take().map(|change| self.pass_on(&job.user, *change, Some(job.peer)))
             {

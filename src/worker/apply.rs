@@ -184,6 +184,8 @@ pub struct Apply<'a, S, C> {
     new_aliases: Vec<proto::Alias>,
     /// The mailbox that is being created had mail where it comes from.
     creates_with_mail: bool,
+    /// The mailbox that is being created was deleted here before.
+    is_reborn: bool,
     /// Called after each commit while the job goes on.
     on_commit: OnCommit<'a, S, C>,
 }
@@ -223,6 +225,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             aliases: HashMap::new(),
             new_aliases: Vec::new(),
             creates_with_mail: false,
+            is_reborn: false,
             on_commit,
         })
     }
@@ -297,7 +300,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 What::Expunge(expunge) => self.expunge(mailbox, expunge)?,
                 What::Claim(claim) => self.claim(mailbox, claim)?,
                 What::Nack(nack) => self.nack(mailbox, nack)?,
-                What::Create(create) => self.create(mailbox, create)?,
+                What::Create(create) => self.create(stamp, mailbox, create)?,
                 What::Rename(rename) => self.rename(stamp, mailbox, rename)?,
                 What::Delete(delete) => self.delete(mailbox, delete)?,
                 What::Subscription(subscription) => self.subscribe(mailbox, subscription)?,

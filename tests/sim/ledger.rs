@@ -95,7 +95,12 @@ impl Ledger {
                 continue;
             }
             let Some((name, mailbox)) = mailboxes.iter().find(|(_, mailbox)| mailbox.guid == *mailbox_guid) else {
-                return Err(format!("the mailbox of mail {guid} is not there"));
+                // It has become one with another, which has the mail.
+                let is_it = |mailbox: &Mailbox| mailbox.messages.values().any(|message| message.guid == *guid);
+                match mail.is_expunged || mailboxes.values().any(is_it) {
+                    true => continue,
+                    false => return Err(format!("mail {guid} and its mailbox are not there")),
+                }
             };
             let found: Vec<_> = mailbox.messages.values().filter(|message| message.guid == *guid).collect();
             match (mail.is_expunged, found.len()) {

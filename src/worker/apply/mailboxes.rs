@@ -60,9 +60,14 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             if reason == Reason::Change {
                 return Ok(false);
             }
+            // Its UIDs may have named other messages here before it was deleted.
+            self.is_reborn = guid != NO_GUID && self.storage.was_deleted(&guid)?;
             let update = Update {
                 guid,
-                uid_validity: mailbox.uid_validity,
+                uid_validity: match mailbox.uid_validity {
+                    0 => 0,
+                    theirs => theirs.saturating_add(self.is_reborn.into()),
+                },
                 // Not its UIDNEXT: messages that belong below may still come.
                 ..Update::default()
             };
@@ -71,7 +76,9 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         if !self.storage.open(&vname, false)? {
             return Err("it disappeared".to_string().into());
         }
-        self.entered(mailbox, &vname, reason)
+        let outcome = self.entered(mailbox, &vname, reason);
+        self.is_reborn = false;
+        outcome
     }
 
     /// The mailbox with this GUID, or the one that it has become.
@@ -89,7 +96,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     fn entered(&mut self, mailbox: &proto::Mailbox, vname: &str, reason: Reason) -> Outcome<bool> {
         let guid = guid_of(mailbox)?;
         let status = self.storage.status();
-        let had_mail = status.uid_next > 1;
+        let had_mail = status.uid_next > 1 || self.is_reborn;
         // Nobody knows what a worker that was killed had begun to make.
         let is_half_made = !had_mail && reason == Reason::Create && self.again.contains(&self.current.seq);
         let ours = match is_half_made && guid != NO_GUID {
@@ -102,7 +109,9 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             had_mail: reason != Reason::Create || mailbox.uid_next > 1 || self.creates_with_mail,
         };
         let is_known = self.aliases.get(&guid) == Some(&status.guid);
+        let is_other = ![guid, ours.guid].contains(&NO_GUID) && ours.guid != guid;
         let merged = self.become_one(vname, ours, theirs)?;
+        let was = [guid, ours.guid].into_iter().find(|was| is_other && *was != merged.guid);
         let differs = (guid != NO_GUID && merged.guid != guid)
             || (theirs.uid_validity != 0 && merged.uid_validity != theirs.uid_validity);
         let path = name::path(vname, &self.namespace).unwrap_or_else(|| mailbox.path.clone());
@@ -129,8 +138,8 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             self.flush()?;
         }
         // Who still calls it so may not have heard yet what it was told.
-        if differs && !is_known {
-            self.tell_identity(had_mail);
+        if (differs || is_other) && !is_known {
+            self.tell_identity(had_mail, was);
         }
         self.finish_what_was_moving()?;
         Ok(true)
@@ -175,19 +184,51 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         self.elsewhere.rename(&loser, &guid);
     }
 
-    /// The open mailbox is not as the peer has it: so it may hear how it is.
-    fn tell_identity(&mut self, had_mail: bool) {
-        self.tell_op(What::Create(proto::MailboxCreate { directory: false, had_mail }));
+    /// The open mailbox is not as the peer has it, so it may hear how it is. `was`: another one has become it, also where they
+    /// have not met under one name.
+    fn tell_identity(&mut self, had_mail: bool, was: Option<Guid>) {
+        let was = was.map(|guid| guid.to_vec()).into_iter().collect();
+        self.tell_op(What::Create(proto::MailboxCreate { directory: false, had_mail, was }));
+    }
+
+    /// Other mailboxes have become the open one on a peer.
+    fn take_in(&mut self, stamp: &proto::Stamp, mailbox: &proto::Mailbox, was: &[Vec<u8>]) -> Outcome<()> {
+        for was in was {
+            let was = Guid::try_from(&was[..]).map_err(|_| "malformed change: a GUID is not 16 bytes".to_string())?;
+            let Some(open) = &self.open else { return Ok(()) };
+            let (guid, path) = (open.guid, open.path.clone());
+            if was == guid {
+                // Which of the two GUIDs stays is known by then.
+                continue;
+            }
+            self.leave()?;
+            let from = self.storage.find_guid(&was)?;
+            match from.zip(Some(name::vname(&path, &self.namespace)?)) {
+                Some((from, to)) if from != to => self.move_messages(stamp, &from, &to)?,
+                _ => {
+                    self.note_alias(was, guid);
+                    self.new_aliases.push(proto::Alias { guid: was.to_vec(), is: guid.to_vec() });
+                }
+            }
+            self.enter(mailbox, Reason::Create)?;
+        }
+        Ok(())
     }
 
     // ---- Operations --------------------------------------------------------------------------------------------------
 
-    pub(super) fn create(&mut self, mailbox: &proto::Mailbox, create: &proto::MailboxCreate) -> Outcome<()> {
+    pub(super) fn create(
+        &mut self,
+        stamp: &proto::Stamp,
+        mailbox: &proto::Mailbox,
+        create: &proto::MailboxCreate,
+    ) -> Outcome<()> {
         if !create.directory {
             self.creates_with_mail = create.had_mail;
             let outcome = self.enter(mailbox, Reason::Create);
+            let outcome = outcome.and_then(|_| self.take_in(stamp, mailbox, &create.was));
             self.creates_with_mail = false;
-            return outcome.map(drop);
+            return outcome;
         }
         self.leave()?;
         let vname = name::vname(&mailbox.path, &self.namespace)?;
@@ -286,7 +327,8 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             if let Some(open) = &mut self.open {
                 open.guid = merged.guid;
             }
-            self.tell_identity(merged.had_mail);
+            let was = [source.guid, status.guid].into_iter().find(|was| *was != merged.guid);
+            self.tell_identity(merged.had_mail, was);
             self.leave()?;
             // The relay must know what it was before it can miss it.
             self.report()?;
@@ -369,7 +411,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         }
         self.flush()?;
         let had_mail = self.storage.status().uid_next > 1;
-        self.tell_identity(had_mail);
+        self.tell_identity(had_mail, None);
         let uids = self.storage.uids()?;
         if uids.len() > GONE_MAX {
             let origin = super::printable(&self.current.origin);
