@@ -27,6 +27,8 @@ pub struct Look {
     pub mailboxes: BTreeMap<Vec<u8>, Option<Place>>,
     /// All mailboxes, and which there are.
     pub whole: bool,
+    /// Of these not only which there are.
+    pub logs: bool,
     /// And what changed in the subscriptions.
     pub subscriptions: bool,
     /// Of these all that is there is to be told.
@@ -40,6 +42,7 @@ impl Look {
 
     fn merge(&mut self, other: Look) {
         self.whole |= other.whole;
+        self.logs |= other.logs;
         self.subscriptions |= other.subscriptions;
         self.anew.extend(other.anew);
         for (guid, until) in other.mailboxes {
@@ -115,6 +118,17 @@ impl Heals {
 
     /// The same without the subscriptions: Dovecot does not know who changed them, and it was us.
     pub fn want_mailboxes(&mut self, user: &Arc<str>) {
+        self.users.entry(user.clone()).or_default().wanted.logs = true;
+        self.want_whole(user);
+    }
+
+    /// Which mailboxes and subscriptions there are, not what is in their logs: that is on its way.
+    pub fn want_list(&mut self, user: &Arc<str>) {
+        self.users.entry(user.clone()).or_default().wanted.subscriptions = true;
+        self.want_whole(user);
+    }
+
+    fn want_whole(&mut self, user: &Arc<str>) {
         self.users.entry(user.clone()).or_default().wanted.whole = true;
         self.line_up(user);
     }
@@ -249,7 +263,7 @@ mod tests {
 
     fn look(mailboxes: &[(u8, Option<Place>)], whole: bool) -> Look {
         let mailboxes = mailboxes.iter().map(|(guid, until)| (vec![*guid; 16], *until)).collect();
-        Look { mailboxes, whole, subscriptions: whole, ..Default::default() }
+        Look { mailboxes, whole, logs: whole, subscriptions: whole, ..Default::default() }
     }
 
     #[test]

@@ -281,7 +281,7 @@ impl Engine {
         }
         if is_ours && change::is_of_list(change) && self.lists.may_race(user, self.now_ms) {
             // A peer's may have been applied behind it.
-            self.heals.want_all(user);
+            self.heals.want_list(user);
         }
         Ok(())
     }

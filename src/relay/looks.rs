@@ -119,7 +119,8 @@ impl Engine {
         self.last_job += 1;
         let job =
             LookJob { id: self.last_job, user: user.clone(), whole: look.whole, subscriptions: look.subscriptions };
-        let frames = look_frames(&job, mailboxes, since);
+        let list_only = look.whole && !look.logs && look.mailboxes.is_empty();
+        let frames = look_frames(&job, mailboxes, since, list_only);
         self.order.look_begins(&job.user);
         self.workers[index].task = Task::Look(job);
         let Some(token) = self.workers[index].token else { return Ok(()) };
@@ -357,9 +358,15 @@ pub fn look_at(log: KnownLog) -> LookAt {
 }
 
 /// The look as frames, none too long.
-fn look_frames(job: &LookJob, mailboxes: Vec<LookAt>, since: i64) -> Vec<Frame> {
-    let empty =
-        || proto::Look { job: job.id, user: job.user.to_string(), whole: job.whole, since, ..Default::default() };
+fn look_frames(job: &LookJob, mailboxes: Vec<LookAt>, since: i64, list_only: bool) -> Vec<Frame> {
+    let empty = || proto::Look {
+        job: job.id,
+        user: job.user.to_string(),
+        whole: job.whole,
+        since,
+        list_only,
+        ..Default::default()
+    };
     let mut frames = vec![empty()];
     let mut bytes = 0;
     for mailbox in mailboxes {

@@ -908,7 +908,12 @@ mod tests {
     }
 
     fn create(had_mail: bool) -> What {
-        What::Create(proto::MailboxCreate { had_mail, ..Default::default() })
+        create_of(had_mail, &[])
+    }
+
+    fn create_of(had_mail: bool, was: &[u8]) -> What {
+        let was = was.iter().map(|guid| vec![*guid; 16]).collect();
+        What::Create(proto::MailboxCreate { had_mail, was, ..Default::default() })
     }
 
     #[test]
@@ -924,7 +929,8 @@ mod tests {
             assert_eq!(outcome.error, None);
             assert_eq!((storage.guid("Work"), storage.uid_validity("Work")), ([4; 16], 20));
             assert_eq!(storage.messages("Work"), named(&[(1, "ours"), (2, "theirs")]));
-            assert!(outcome.told.contains(&create(true)), "{:?}", outcome.told);
+            let became = create_of(true, &[3]);
+            assert!(outcome.told.contains(&became), "{:?}", outcome.told);
 
             let mut storage = FakeStorage::default();
             storage.add("Work", [4; 16], 10, &[(1, "theirs")]);
@@ -942,7 +948,7 @@ mod tests {
         storage.add("Work", [9; 16], 10, &[]);
         let created = of((4, "Work"), 10, change(1, create(false)));
         let outcome = apply(&mut storage, Script::default(), std::slice::from_ref(&created));
-        assert_eq!((storage.guid("Work"), outcome.told), ([9; 16], vec![create(false)]));
+        assert_eq!((storage.guid("Work"), outcome.told), ([9; 16], vec![create_of(false, &[4])]));
     }
 
     #[test]

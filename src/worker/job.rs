@@ -97,7 +97,14 @@ impl Jobs {
             _ => Wanted::default(),
         };
         wanted.mailboxes.extend(look.mailboxes);
-        let whole = Wanted { job: look.job, user: look.user, whole: look.whole, since: look.since, ..wanted };
+        let whole = Wanted {
+            job: look.job,
+            user: look.user,
+            whole: look.whole,
+            since: look.since,
+            list_only: look.list_only,
+            ..wanted
+        };
         if look.more {
             self.wanted = Some(whole);
             return None;

@@ -34,6 +34,7 @@ pub struct Wanted {
     pub mailboxes: Vec<LookAt>,
     pub whole: bool,
     pub since: i64,
+    pub list_only: bool,
 }
 
 /// Looks, and answers. Fails only if the connection cannot be used any more.
@@ -78,7 +79,7 @@ fn find<S: Storage>(storage: &mut S, wanted: &Wanted, found: &mut Found) -> Resu
         true => find_in_list(storage, wanted, &namespace, found)?,
         false => wanted.mailboxes.clone(),
     };
-    for target in &targets {
+    for target in targets.iter().filter(|_| !wanted.list_only) {
         find_in_log(storage, target, found)?;
         storage.close();
     }
@@ -713,7 +714,7 @@ mod tests {
     }
 
     fn look_at(storage: &mut FakeStorage, mailboxes: Vec<LookAt>, whole: bool) -> Vec<Looked> {
-        let wanted = Wanted { job: 1, user: "jane".into(), mailboxes, whole, since: 0 };
+        let wanted = Wanted { job: 1, user: "jane".into(), mailboxes, whole, ..Default::default() };
         let mut found = Found::default();
         find(storage, &wanted, &mut found).unwrap();
         found.answers("jane").collect()
@@ -783,7 +784,14 @@ mod tests {
         storage.deleted.insert([9; 16]);
         storage.half_deleted.insert("Old".into());
         let old = LookAt { guid: vec![9; 16], path: vec!["Old".into()], ..Default::default() };
-        let wanted = Wanted { job: 1, user: "jane".into(), mailboxes: vec![old], whole: true, since: i64::MAX };
+        let wanted = Wanted {
+            job: 1,
+            user: "jane".into(),
+            mailboxes: vec![old],
+            whole: true,
+            since: i64::MAX,
+            ..Default::default()
+        };
         let mut found = Found::default();
         find(&mut storage, &wanted, &mut found).unwrap();
         assert_eq!(found.later.as_deref(), Some("mailbox Old is half deleted"));

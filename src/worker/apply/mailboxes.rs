@@ -138,7 +138,8 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             self.flush()?;
         }
         // Who still calls it so may not have heard yet what it was told.
-        if (differs || is_other) && !is_known {
+        let is_told = is_known && merged.guid == status.guid;
+        if (differs || is_other) && !is_told {
             self.tell_identity(had_mail, was);
         }
         self.finish_what_was_moving()?;
