@@ -127,7 +127,10 @@ impl Engine {
         }
         match change {
             Some(change) if !self.peers.is_empty() => {
-                self.look_again_if_anew(&user, &change);
+                // What a look tells has no spans, and may be of that index.
+                if !spans.is_empty() {
+                    self.look_again_if_anew(&user, &change);
+                }
                 self.ship_change(&user, change)
             }
             _ => Ok(()),

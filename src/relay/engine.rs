@@ -535,6 +535,7 @@ impl Engine {
             self.look_into_holes(holes);
         }
         self.look_for_names();
+        self.forget_gone();
         for index in 0..self.peers.len() {
             self.peer_tick(index);
         }

@@ -27,6 +27,8 @@ pub struct Lists {
     aliases: HashMap<Arc<str>, HashMap<Vec<u8>, Vec<u8>>>,
     applied_ms: HashMap<Arc<str>, u64>,
     kept: HashMap<Arc<str>, VecDeque<Kept>>,
+    /// Mailboxes that were deleted in this round.
+    gone: Vec<(Arc<str>, Vec<u8>)>,
 }
 
 /// A change of another server that put something into a mailbox, or named it.
@@ -155,6 +157,15 @@ impl Engine {
         self.forget_log(user, mailbox)
     }
 
+    /// What is known of the logs of deleted mailboxes: one with the same GUID may come again, and has another log.
+    pub fn forget_gone(&mut self) {
+        let mut released = Vec::new();
+        for (user, mailbox) in std::mem::take(&mut self.lists.gone) {
+            self.order.forget_mailbox(&user, &mailbox, &mut self.spans, &mut released);
+        }
+        self.ship_all(released);
+    }
+
     /// What is known of the mailbox's log is of another one.
     pub fn forget_log(&mut self, user: &Arc<str>, mailbox: &[u8]) -> Result<(), JournalError> {
         if self.journal.log(user, mailbox, "")?.is_none() {
@@ -272,7 +283,10 @@ impl Engine {
                         self.journal.set_path(user, &guid, &mailbox.path, Some(&at))?;
                     }
                 }
-                Some(What::Delete(delete)) if !delete.keeps => self.journal.forget_mailbox(user, &guid)?,
+                Some(What::Delete(delete)) if !delete.keeps => {
+                    self.journal.forget_mailbox(user, &guid)?;
+                    self.lists.gone.push((user.clone(), guid.clone()));
+                }
                 _ => {}
             }
         }

@@ -184,8 +184,6 @@ pub struct Apply<'a, S, C> {
     new_aliases: Vec<proto::Alias>,
     /// The mailbox that is being created had mail where it comes from.
     creates_with_mail: bool,
-    /// The mailbox that is being created was deleted here before.
-    is_reborn: bool,
     /// Called after each commit while the job goes on.
     on_commit: OnCommit<'a, S, C>,
 }
@@ -225,7 +223,6 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             aliases: HashMap::new(),
             new_aliases: Vec::new(),
             creates_with_mail: false,
-            is_reborn: false,
             on_commit,
         })
     }

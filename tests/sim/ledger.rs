@@ -97,7 +97,8 @@ impl Ledger {
             let Some((name, mailbox)) = mailboxes.iter().find(|(_, mailbox)| mailbox.guid == *mailbox_guid) else {
                 // It has become one with another, which has the mail.
                 let is_it = |mailbox: &Mailbox| mailbox.messages.values().any(|message| message.guid == *guid);
-                match mail.is_expunged || mailboxes.values().any(is_it) {
+                let mut same = self.mails.iter().filter(|((user, _, other), _)| user == of && other == guid);
+                match same.any(|(_, mail)| mail.is_expunged) || mailboxes.values().any(is_it) {
                     true => continue,
                     false => return Err(format!("mail {guid} and its mailbox are not there")),
                 }

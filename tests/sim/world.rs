@@ -164,9 +164,11 @@ impl WorkerPipe {
             return proto::BodyChunk { error: format!("peer {} is not connected", origin.name), ..none };
         }
         let mailboxes = origin.users().get(&request.user).map(|user| &user.mailboxes);
-        let of_guid = |mailbox: &&Mailbox| request.mailbox.as_ref().is_some_and(|wanted| wanted.guid == mailbox.guid);
-        let mailbox = mailboxes.into_iter().flat_map(BTreeMap::values).find(of_guid);
-        let message = mailbox.and_then(|mailbox| mailbox.messages.values().find(|it| it.guid == request.guid));
+        let is_it = |mailbox: &Mailbox| request.mailbox.as_ref().is_some_and(|wanted| wanted.guid == mailbox.guid);
+        let mut all: Vec<&Mailbox> = mailboxes.into_iter().flat_map(BTreeMap::values).collect();
+        // One that has become another is found by what the relay keeps of that.
+        all.sort_by_key(|mailbox| !is_it(mailbox));
+        let message = all.into_iter().flat_map(|mailbox| mailbox.messages.values()).find(|it| it.guid == request.guid);
         match message {
             Some(message) => proto::BodyChunk { data: message.body.clone(), ..none },
             None => proto::BodyChunk { gone: true, ..none },

@@ -61,24 +61,28 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 return Ok(false);
             }
             // Its UIDs may have named other messages here before it was deleted.
-            self.is_reborn = guid != NO_GUID && self.storage.was_deleted(&guid)?;
+            let is_reborn = guid != NO_GUID && self.storage.was_deleted(&guid)?;
             let update = Update {
                 guid,
                 uid_validity: match mailbox.uid_validity {
                     0 => 0,
-                    theirs => theirs.saturating_add(self.is_reborn.into()),
+                    theirs => theirs.saturating_add(is_reborn.into()),
                 },
                 // Not its UIDNEXT: messages that belong below may still come.
                 ..Update::default()
             };
             self.storage.create(&vname, false, &update)?;
+            if is_reborn && self.storage.open(&vname, false)? {
+                // So it counts as one that had messages.
+                let (offset, bytes) = Marks::default().diverge();
+                self.storage.write_mark(offset, &bytes)?;
+                self.storage.commit()?;
+            }
         }
         if !self.storage.open(&vname, false)? {
             return Err("it disappeared".to_string().into());
         }
-        let outcome = self.entered(mailbox, &vname, reason);
-        self.is_reborn = false;
-        outcome
+        self.entered(mailbox, &vname, reason)
     }
 
     /// The mailbox with this GUID, or the one that it has become.
@@ -96,7 +100,8 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     fn entered(&mut self, mailbox: &proto::Mailbox, vname: &str, reason: Reason) -> Outcome<bool> {
         let guid = guid_of(mailbox)?;
         let status = self.storage.status();
-        let had_mail = status.uid_next > 1 || self.is_reborn;
+        let marks = Marks::parse(&self.storage.mark()?);
+        let had_mail = status.uid_next > 1 || marks.has_diverged();
         // Nobody knows what a worker that was killed had begun to make.
         let is_half_made = !had_mail && reason == Reason::Create && self.again.contains(&self.current.seq);
         let ours = match is_half_made && guid != NO_GUID {
