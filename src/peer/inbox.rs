@@ -113,13 +113,16 @@ impl Inbox {
         if epoch != self.epoch {
             return Err(InboxError::Epoch { seq, epoch, expected: self.epoch });
         }
+        let is_refused = match self.refused.get(user) {
+            Some(refused) if *refused == seq => self.refused.remove(user).is_none(),
+            refused => refused.is_some(),
+        };
+        // What was refused may have come from another server since.
         if self.is_applied(epoch, seq) {
             return Ok(Verdict::Acknowledge);
         }
-        match self.refused.get(user) {
-            Some(refused) if *refused == seq => drop(self.refused.remove(user)),
-            Some(_) => return Ok(Verdict::Ignore),
-            None => {}
+        if is_refused {
+            return Ok(Verdict::Ignore);
         }
         if self.unfinished >= 2 * WINDOW_CHANGES || self.unfinished_bytes + bytes > 2 * WINDOW_BYTES {
             return Err(InboxError::TooMuch { changes: self.unfinished + 1, bytes: self.unfinished_bytes + bytes });
@@ -228,6 +231,17 @@ mod tests {
         assert_eq!(inbox.receive(9, 2, "jane", 10), Ok(Verdict::Ignore));
         assert_eq!(inbox.receive(9, 3, "joe", 10), Ok(Verdict::Apply));
         assert_eq!(inbox.receive(9, 1, "jane", 10), Ok(Verdict::Apply));
+        assert_eq!(inbox.receive(9, 2, "jane", 10), Ok(Verdict::Apply));
+    }
+
+    #[test]
+    fn a_refused_change_that_came_from_another_server_holds_up_nothing() {
+        let mut inbox = inbox();
+        inbox.receive(9, 1, "jane", 10).unwrap();
+        inbox.finish(10);
+        inbox.refuse(9, 1, &"jane".into()).unwrap();
+        inbox.apply(9, 1);
+        assert_eq!(inbox.receive(9, 1, "jane", 10), Ok(Verdict::Acknowledge));
         assert_eq!(inbox.receive(9, 2, "jane", 10), Ok(Verdict::Apply));
     }
 

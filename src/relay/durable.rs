@@ -42,7 +42,7 @@ pub struct Opened {
 }
 
 /// Opens the journal when the relay before this one has closed it.
-pub fn open(config: &Config, commands: &Receiver<Command>, time: &dyn Time) -> Result<Opened, Fatal> {
+pub fn open(config: &Config, commands: &Receiver<Command>, time: &(impl Time + ?Sized)) -> Result<Opened, Fatal> {
     let mut waiting = Vec::new();
     let failed = |error| JournalError::Sqlite { path: config.journal.clone(), error };
     let lock = loop {
