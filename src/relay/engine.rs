@@ -536,6 +536,7 @@ impl Engine {
         }
         self.look_for_names();
         self.forget_gone();
+        self.look_at_lists();
         for index in 0..self.peers.len() {
             self.peer_tick(index);
         }
@@ -582,6 +583,7 @@ impl Engine {
             .chain(workers.filter_map(Worker::wake_up_ms))
             .chain(self.order.wake_up_ms())
             .chain(self.heals.wake_up_ms())
+            .chain(self.lists.wake_up_ms())
             .chain(self.work.wake_up_ms())
             .chain(self.unnamed.front().map(|(due_ms, ..)| *due_ms))
             .chain(self.stop_by_ms)

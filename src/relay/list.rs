@@ -17,6 +17,8 @@ use crate::wire::proto::{Alias, BodyRequest, Change, Mailbox, MailboxRename, Op,
 
 /// So long after a peer's change was applied, one of ours that is only now told may have been made before it.
 const RACE_MS: u64 = 5_000;
+/// After the last of these changes, what came of them is looked at.
+const LOOK_MS: u64 = 2_000;
 /// Users of whom that is remembered, and changes of each.
 const USERS_MAX: usize = 10_000;
 const KEPT_MAX: usize = 64;
@@ -27,6 +29,8 @@ pub struct Lists {
     aliases: HashMap<Arc<str>, HashMap<Vec<u8>, Vec<u8>>>,
     applied_ms: HashMap<Arc<str>, u64>,
     kept: HashMap<Arc<str>, VecDeque<Kept>>,
+    /// Users whose list is to be looked at, and when.
+    to_look_at: HashMap<Arc<str>, u64>,
     /// Mailboxes that were deleted in this round.
     gone: Vec<(Arc<str>, Vec<u8>)>,
 }
@@ -99,6 +103,14 @@ impl Lists {
         vector.retain(|heard| heard.seq > 0);
     }
 
+    pub fn to_be_looked_at(&self) -> usize {
+        self.to_look_at.len()
+    }
+
+    pub fn wake_up_ms(&self) -> Option<u64> {
+        self.to_look_at.values().min().copied()
+    }
+
     fn may_race(&self, user: &str, now_ms: u64) -> bool {
         self.applied_ms.get(user).is_some_and(|at_ms| at_ms + RACE_MS > now_ms)
     }
@@ -155,6 +167,19 @@ impl Engine {
     pub fn take_alias(&mut self, user: &Arc<str>, mailbox: &[u8], is_now: &[u8]) -> Result<(), JournalError> {
         self.note_alias(user, mailbox, is_now)?;
         self.forget_log(user, mailbox)
+    }
+
+    /// Looks at lists of mailboxes that two servers have changed at once, when that is over.
+    pub fn look_at_lists(&mut self) {
+        let now_ms = self.now_ms;
+        let heals = &mut self.heals;
+        self.lists.to_look_at.retain(|user, due_ms| {
+            let is_due = *due_ms <= now_ms;
+            if is_due {
+                heals.want_list(user);
+            }
+            !is_due
+        });
     }
 
     /// What is known of the logs of deleted mailboxes: one with the same GUID may come again, and has another log.
@@ -277,11 +302,9 @@ impl Engine {
                 }
                 // A directory.
                 _ if guid.is_empty() => {}
-                Some(What::Create(_)) => {
-                    let known = self.journal.named_mailbox(user, &guid)?;
-                    if known.is_none_or(|known| known.named < at) {
-                        self.journal.set_path(user, &guid, &mailbox.path, Some(&at))?;
-                    }
+                // Of one that is known its creator says only how it is, not that it was named again.
+                Some(What::Create(_)) if self.journal.named_mailbox(user, &guid)?.is_none() => {
+                    self.journal.set_path(user, &guid, &mailbox.path, Some(&at))?;
                 }
                 Some(What::Delete(delete)) if !delete.keeps => {
                     self.journal.forget_mailbox(user, &guid)?;
@@ -295,7 +318,7 @@ impl Engine {
         }
         if is_ours && change::is_of_list(change) && self.lists.may_race(user, self.now_ms) {
             // A peer's may have been applied behind it.
-            self.heals.want_list(user);
+            self.lists.to_look_at.insert(user.clone(), self.now_ms + LOOK_MS);
         }
         Ok(())
     }

@@ -35,7 +35,7 @@ impl Engine {
                 .collect(),
             counters: Some(Counters {
                 notes: notes.collect(),
-                looking: self.heals.pending() as u64,
+                looking: (self.heals.pending() + self.lists.to_be_looked_at()) as u64,
                 look_error,
                 ..self.counts.counters.clone()
             }),

@@ -5,10 +5,10 @@ use super::local::Do;
 
 pub const SERVERS: [&str; 5] = ["a", "b", "c", "d", "e"];
 
-/// Three servers and more: causal order between changes of several origins is needed for them.
+/// With three and more, about one seed in five hundred fails (docs/PERFORMANCE.md has which).
 pub const SERVERS_MAX: u64 = 2;
 /// Clashes of mailboxes: two of one name with mail in both, rename against rename, delete against save.
-pub const HAS_CLASHES: bool = false;
+pub const HAS_CLASHES: bool = true;
 
 /// Changes of flags that name messages by their UIDs alone, as behind the first hundred of a transaction: which of two such
 /// changes on two servers holds is decided by UIDs, whether these name the same message on both or not.
