@@ -493,6 +493,27 @@ fn of_two_names_the_later_holds_and_what_was_named_later_goes_back() {
 }
 
 #[test]
+fn a_renamed_directory_tells_what_is_below_with_numbers_of_its_own() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut imap = a.process("imap");
+    let directory = Mailbox { guid: vec![], ..named(1, &["Family"]) };
+    for (mailbox, what) in
+        [(named(2, &["Family", "New"]), What::Create(MailboxCreate::default())), (directory, rename_to(&["Clan"]))]
+    {
+        imap.send(Kind::Record(Record { change: Some(change("jane", mailbox, what)), ..Default::default() }));
+    }
+    let mut told = Vec::new();
+    while told.len() < 3 {
+        let (worker, apply) = b.next_job();
+        told.extend(apply.changes.iter().map(|change| (change.stamp.clone().unwrap().seq, change.ops[0].what.clone())));
+        worker.applied(&apply);
+    }
+    let expected = [What::Create(MailboxCreate::default()), rename_to(&["Clan"]), rename_to(&["Clan", "New"])];
+    assert_eq!(told, expected.into_iter().enumerate().map(|(n, what)| (n as u64 + 1, Some(what))).collect::<Vec<_>>());
+}
+
+#[test]
 fn a_mailbox_is_deleted_only_by_who_had_heard_of_what_was_put_into_it() {
     let house = House::new();
     let b = house.server("b", &[("a", "127.0.0.1:9".into())]);

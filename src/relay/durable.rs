@@ -105,6 +105,7 @@ impl Engine {
             if let Err(error) = self.ship(release) {
                 self.fail(error);
             }
+            self.tell_of_list();
         }
     }
 

@@ -31,6 +31,8 @@ pub struct Lists {
     kept: HashMap<Arc<str>, VecDeque<Kept>>,
     /// Users whose list is to be looked at, and when.
     to_look_at: HashMap<Arc<str>, u64>,
+    /// Names that the peers do not know yet.
+    to_tell: Vec<(Arc<str>, Change)>,
     /// Mailboxes that were deleted in this round.
     gone: Vec<(Arc<str>, Vec<u8>)>,
 }
@@ -366,8 +368,15 @@ impl Engine {
                 ops: vec![Op { what: Some(rename) }],
                 ..Default::default()
             };
-            self.ship_all(vec![Release { user: user.clone(), change: Some(told), spans: vec![] }]);
+            self.lists.to_tell.push((user.clone(), told));
         }
         Ok(())
+    }
+
+    /// What [`Engine::note_list`] found out: not in the middle of what it was called for.
+    pub fn tell_of_list(&mut self) {
+        for (user, change) in std::mem::take(&mut self.lists.to_tell) {
+            self.ship_all(vec![Release { user, change: Some(change), spans: vec![] }]);
+        }
     }
 }

@@ -242,6 +242,7 @@ impl Engine {
             {
                 let user = change.user.as_str().into();
                 self.note_list(&user, &Change { stamp: coming.stamp, ..change.clone() })?;
+                self.tell_of_list();
             }
             return Ok(true);
         }

@@ -476,6 +476,7 @@ impl Engine {
                 if let Err(error) = self.note_list(&job.user, change) {
                     self.fail(error);
                 }
+                self.tell_of_list();
                 self.forget_coming(change);
             }
         }
