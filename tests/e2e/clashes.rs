@@ -56,8 +56,12 @@ impl Clash {
     /// While neither hears of the other: what happens on a, then what happens on b.
     fn apart(&self, on_a: impl FnOnce(&mut Imap), on_b: impl FnOnce(&mut Imap)) -> Snapshot {
         self.t.lines.iter().for_each(|line| line.hang(true));
+        // Told before the other one does something: a change gets its clock then.
+        let is_told = |server: &Server| server.status().iter().all(|peer| peer["pending"] != "0");
         on_a(&mut self.at_a());
+        wait_until(SOON, "what a did is told", || is_told(self.t.a()));
         on_b(&mut self.at_b());
+        wait_until(SOON, "what b did is told", || is_told(self.t.b()));
         self.t.lines.iter().for_each(|line| line.hang(false));
         let snapshot = self.settled();
         // What comes afterwards means the same on both.
