@@ -88,7 +88,6 @@ macro_rules! clashes {
         $( $(#[$doc])* fn $name($t: &Clash) $body )*
         clashes!(@pair sdbox_to_sdbox Sdbox Sdbox, $($name)*);
         clashes!(@pair mdbox_to_maildir Mdbox Maildir, $($name)*);
-        clashes!(@pair maildir_to_maildir Maildir Maildir, $($name)*);
     };
     (@pair $pair:ident $a:ident $b:ident, $($name:ident)*) => {
         mod $pair {
