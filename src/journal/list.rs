@@ -158,9 +158,10 @@ impl Journal {
         })
     }
 
-    /// Changes as old as this are not sent any more.
-    pub fn forget_aliases(&mut self, oldest_us: u64) -> Result<(), JournalError> {
+    /// Changes as old as this are not sent any more. Whether there were any.
+    pub fn forget_aliases(&mut self, oldest_us: u64) -> Result<bool, JournalError> {
         self.write_sometime()?;
-        self.run(|db| db.prepare_cached("DELETE FROM aliases WHERE at_us < ?")?.execute([to_sql(oldest_us)])).map(drop)
+        self.run(|db| db.prepare_cached("DELETE FROM aliases WHERE at_us < ?")?.execute([to_sql(oldest_us)]))
+            .map(|count| count > 0)
     }
 }

@@ -11,7 +11,6 @@ use prost::Message;
 
 use super::clock::Clock;
 use super::engine::{Command, Engine, Fatal};
-use super::list::Lists;
 use super::order::Release;
 use super::spans::Need;
 use super::Config;
@@ -94,7 +93,7 @@ impl Engine {
         self.flags_clocks =
             self.journal.users_with_flags()?.into_iter().map(|(user, clock)| (user.into(), clock)).collect();
         self.clock = Clock::resume(self.journal.clock()?);
-        self.lists = Lists::resume(self.journal.aliases()?);
+        self.lists.set_aliases(self.journal.aliases()?);
         self.users_elsewhere = self.journal.users_elsewhere()?.into_iter().map(Arc::from).collect();
         Ok(())
     }
@@ -305,7 +304,9 @@ impl Engine {
         self.trim_at_ms = self.now_ms + TRIM_EVERY_MS;
         let oldest_us = self.outside.now_us().saturating_sub(self.config.journal_age_us_max);
         self.journal.forget_elsewhere(oldest_us)?;
-        self.journal.forget_aliases(oldest_us)?;
+        if self.journal.forget_aliases(oldest_us)? {
+            self.lists.set_aliases(self.journal.aliases()?);
+        }
         self.journal.trim_flags(self.config.journal_bytes_max / FLAGS_SHARE, oldest_us)?;
         while let Some((name, trimmed)) = self.journal.trim(self.config.journal_bytes_max, oldest_us)? {
             if trimmed.missing > 0 {

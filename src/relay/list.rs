@@ -46,12 +46,12 @@ struct Kept {
 }
 
 impl Lists {
-    pub fn resume(aliases: Vec<journal::Alias>) -> Lists {
-        let mut lists = Lists::default();
+    /// All that the journal has.
+    pub fn set_aliases(&mut self, aliases: Vec<journal::Alias>) {
+        self.aliases.clear();
         for journal::Alias { user, mailbox, is_now } in aliases {
-            lists.aliases.entry(user.into()).or_default().insert(mailbox, is_now);
+            self.aliases.entry(user.into()).or_default().insert(mailbox, is_now);
         }
-        lists
     }
 
     /// The mailbox's GUID now.

@@ -184,6 +184,8 @@ pub struct Apply<'a, S, C> {
     new_aliases: Vec<proto::Alias>,
     /// The mailbox that is being created had mail where it comes from.
     creates_with_mail: bool,
+    /// Messages come from a mailbox that goes: each is looked for, whatever was applied.
+    moves: bool,
     /// Called after each commit while the job goes on.
     on_commit: OnCommit<'a, S, C>,
 }
@@ -223,6 +225,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             aliases: HashMap::new(),
             new_aliases: Vec::new(),
             creates_with_mail: false,
+            moves: false,
             on_commit,
         })
     }
@@ -471,7 +474,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         name::check_message_guid(&save.guid)?;
         self.enter(mailbox, Reason::Save)?;
-        if self.is_applied() {
+        if self.is_applied() && !self.moves {
             // It may not have been said where it stands.
             return self.tell_if_elsewhere(&save.guid, wanted);
         }
@@ -961,6 +964,20 @@ mod tests {
             assert_eq!((storage.existence("Work").unwrap(), storage.guid("Play")), (Existence::None, [5; 16]));
             assert_eq!(storage.messages("Play"), named(&[(1, "three"), (2, "one"), (4, "two")]));
         }
+    }
+
+    #[test]
+    fn what_was_applied_since_loses_no_message_of_a_mailbox_that_goes() {
+        let mut storage = FakeStorage::default();
+        storage.add("Work", [5; 16], 10, &[(1, "one")]);
+        storage.add("Play", [4; 16], 10, &[(1, "three")]);
+        // A later change of the same server is applied already, and this one is sent again.
+        apply(&mut storage, Script::default(), &[of((4, "Play"), 10, save(9, 2, "four"))]);
+        let rename = What::Rename(proto::MailboxRename { new_path: vec!["Play".into()], back: vec![] });
+        apply(&mut storage, Script::default(), &[of((5, "Work"), 10, change(1, rename))]);
+        let mut guids: Vec<String> = storage.messages("Play").into_iter().map(|(_, guid)| guid).collect();
+        guids.sort();
+        assert_eq!(guids, ["four", "one", "three"]);
     }
 
     #[test]

@@ -322,7 +322,10 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 let uid = save.birth.as_ref().map_or(0, |birth| birth.uid);
                 let mailbox = proto::Mailbox { path: from_path.clone(), ..Default::default() };
                 save.copied_from = Some(proto::CopiedFrom { mailbox: Some(mailbox), uid });
-                self.save(stamp, &target, &save)?;
+                self.moves = true;
+                let saved = self.save(stamp, &target, &save);
+                self.moves = false;
+                saved?;
             }
             self.flush()?;
             // Before the other one is gone, which has this GUID, too.
