@@ -577,7 +577,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             return Ok(None);
         }
         // From this UID; where messages move it may only have gone to another one.
-        let was_expunged = !save.found && self.storage.was_expunged(wanted, guid)?;
+        let was_expunged =
+            !save.found && (self.storage.was_expunged(wanted, guid)? || self.was_expunged_meanwhile(guid)?);
         if was_expunged && !self.has_diverged() {
             return Ok(None);
         }
@@ -600,6 +601,18 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             Put::At(uid) => Some(uid),
             Put::Stay | Put::Next => Some(0),
         })
+    }
+
+    /// A worker was killed in the middle of the change, and had saved the message where its UID was taken: what a client has
+    /// expunged since does not come back.
+    fn was_expunged_meanwhile(&mut self, guid: &str) -> Result<bool> {
+        let Some(open) = self.open.as_ref().filter(|_| self.has_diverged()) else { return Ok(false) };
+        for uid in open.marks.saved_since(&self.storage.log_files()?, &self.current.origin) {
+            if self.storage.was_expunged(uid, guid)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn is_at(&mut self, uid: u32, guid: &str) -> Result<bool> {
@@ -1306,6 +1319,7 @@ mod tests {
     fn what_a_server_lost_when_its_index_was_rebuilt_is_told_to_it_again() {
         let mut storage = FakeStorage::default();
         storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "two"), (3, "three")]);
+        storage.flags.insert(2, (1, vec!["keyword".into()]));
         let present = vec![proto::MessageRange { first_uid: 1, last_uid: 1, ..Default::default() }];
         let rebuilt = What::Rebuilt(proto::MailboxRebuilt { present, uid_next: 3 });
         let outcome = apply(&mut storage, Script::default(), &[change(1, rebuilt)]);

@@ -48,6 +48,8 @@ pub struct FakeStorage {
     pub again: Vec<u64>,
     /// What the relay keeps.
     pub elsewhere: Vec<proto::Elsewhere>,
+    /// Flags and keywords of messages that have some, in all mailboxes.
+    pub flags: BTreeMap<u32, (u32, Vec<String>)>,
     /// Another process saves it to the open mailbox just before that is synced.
     pub arriving: Option<(u32, String)>,
 }
@@ -274,7 +276,7 @@ impl Storage for FakeStorage {
         Ok(self.mailbox().messages.get(&uid).map(info))
     }
     fn message_flags(&mut self, uid: u32) -> Result<Option<(u32, Vec<String>)>> {
-        Ok(self.mailbox().messages.get(&uid).map(|_| (1, vec!["keyword".into()])))
+        Ok(self.mailbox().messages.contains_key(&uid).then(|| self.flags.get(&uid).cloned().unwrap_or_default()))
     }
     fn is_torn_when_killed(&self) -> bool {
         true

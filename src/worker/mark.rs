@@ -8,7 +8,7 @@
 #![forbid(unsafe_code)]
 
 use super::storage::MARK_BYTES;
-use crate::indexlog::{fold, Commit, Commits, Delta, Header, HeaderUpdate, What};
+use crate::indexlog::{fold, Append, Commit, Commits, Delta, Header, HeaderUpdate, What};
 use crate::wire::proto::SeqOf;
 
 /// Begins the header and each entry.
@@ -101,6 +101,26 @@ impl Marks {
         (HEADER_BYTES + n * ENTRY_BYTES, bytes)
     }
 
+    /// The UIDs that our commits gave since the last change of this origin that was applied to the mailbox: what a worker that was
+    /// killed had saved of the next one. None of them if that place is not in the logs any more.
+    pub fn saved_since(&self, logs: &[Vec<u8>], origin: &str) -> Vec<u32> {
+        self.saved_in(logs.iter().flat_map(|log| commits(log)), hash(origin))
+    }
+
+    fn saved_in(&self, commits: impl Iterator<Item = Commit>, origin: u32) -> Vec<u32> {
+        let mut is_behind = !self.entries.iter().flatten().any(|entry| entry.origin == origin);
+        let mut saved = Vec::new();
+        for commit in commits.filter(is_ours) {
+            if updates_of(&commit).any(|update| names(update, origin)) {
+                saved.clear();
+                is_behind = true;
+            } else if is_behind {
+                saved.extend(appends_of(&commit).map(|append| append.uid));
+            }
+        }
+        saved
+    }
+
     /// A message got another UID.
     pub fn diverge(&mut self) -> Write {
         self.diverged = true;
@@ -160,10 +180,7 @@ pub fn done_since(logs: &[Vec<u8>], place: Place, uid: u32) -> Vec<Delta> {
 
 /// Whether a commit is ours: those name what they applied.
 pub fn is_ours(commit: &Commit) -> bool {
-    commit.records.iter().any(|record| match &record.what {
-        What::ExtHeaderUpdate(updates) => updates.iter().any(|update| Marks::is_ours(&update.data)),
-        _ => false,
-    })
+    updates_of(commit).any(|update| Marks::is_ours(&update.data))
 }
 
 fn commits(log: &[u8]) -> Vec<Commit> {
@@ -180,19 +197,36 @@ fn moves_of(commit: &Commit) -> impl Iterator<Item = (u32, u32)> + '_ {
 
 /// The UID of a message that the commit brought.
 fn copy_of(commit: &Commit) -> Option<u32> {
-    let appends = commit.records.iter().find_map(|record| match &record.what {
-        What::Append(appends) => appends.last(),
-        _ => None,
-    });
-    appends.map(|append| append.uid)
+    appends_of(commit).last().map(|append| append.uid)
 }
 
 fn wanted_moves_of(commit: &Commit) -> impl Iterator<Item = (u32, u32)> + '_ {
+    updates_of(commit).filter_map(move_in)
+}
+
+fn appends_of(commit: &Commit) -> impl Iterator<Item = &Append> {
+    let appends = commit.records.iter().filter_map(|record| match &record.what {
+        What::Append(appends) => Some(appends),
+        _ => None,
+    });
+    appends.flatten()
+}
+
+/// Of headers of extensions, ours among them.
+fn updates_of(commit: &Commit) -> impl Iterator<Item = &HeaderUpdate> {
     let updates = commit.records.iter().filter_map(|record| match &record.what {
         What::ExtHeaderUpdate(updates) => Some(updates),
         _ => None,
     });
-    updates.flatten().filter_map(move_in)
+    updates.flatten()
+}
+
+/// Whether it writes an entry of this origin. Entries that are beside each other may be written together.
+fn names(update: &HeaderUpdate, origin: u32) -> bool {
+    let entries = (0..ENTRIES)
+        .filter_map(|n| update.data.get((HEADER_BYTES + n * ENTRY_BYTES).checked_sub(update.offset as usize)?..));
+    let mut entries = entries.filter(|entry| entry.starts_with(&MAGIC));
+    entries.any(|entry| entry.get(4..8) == Some(&origin.to_le_bytes()))
 }
 
 fn move_in(update: &HeaderUpdate) -> Option<(u32, u32)> {
@@ -244,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_message_moved_to_where_its_copy_is() {
-        use crate::indexlog::{Append, Record};
+        use crate::indexlog::Record;
         let (offset, data) = Marks::default().set_moving(Some((5, 7)));
         let mark = What::ExtHeaderUpdate(vec![HeaderUpdate { offset: offset as u32, data }]);
         let copy = What::Append(vec![Append { uid: 9, flags: 0 }]);
@@ -256,6 +290,36 @@ mod tests {
         assert_eq!(moves(&[&copy, &mark]), [(5, 9)]);
         assert_eq!(moves(&[&mark]), [(5, 7)], "said once more");
         assert_eq!(moves(&[&copy]), []);
+    }
+
+    #[test]
+    fn what_a_killed_worker_saved_of_a_change_comes_behind_the_change_before_it() {
+        use crate::indexlog::Record;
+        let commit = |uid: u32, mark: Option<Write>| {
+            let append = What::Append(vec![Append { uid, flags: 0 }]);
+            let mark = mark.map(|(at, data)| What::ExtHeaderUpdate(vec![HeaderUpdate { offset: at as u32, data }]));
+            let record = |what| Record { offset: 40, external: true, sync: true, what };
+            Commit { begin: 40, end: 60, records: [Some(append), mark].into_iter().flatten().map(record).collect() }
+        };
+        let mut marks = Marks::default();
+        let ours = || Some(Marks::default().ours());
+        let torn = [commit(1, None), commit(2, ours()), commit(3, ours())];
+        assert_eq!(marks.saved_in(torn.iter().cloned(), hash("a")), [2, 3], "its first change");
+        let mut written =
+            vec![commit(4, Some(marks.set(&change("b", 1, 1)))), commit(5, Some(marks.set(&change("a", 1, 1))))];
+        let behind = [commit(6, ours()), commit(7, None)];
+        written.extend(torn.into_iter().chain(behind.clone()));
+        assert_eq!(marks.saved_in(written.into_iter(), hash("a")), [2, 3, 6]);
+        assert_eq!(marks.saved_in(behind.into_iter(), hash("a")), [], "the log does not reach back to it");
+
+        let (at, entry) = marks.set(&change("b", 1, 2));
+        let both = (0, [Marks::default().ours().1, entry].concat());
+        assert_eq!(at, HEADER_BYTES);
+        assert_eq!(
+            marks.saved_in([commit(8, ours()), commit(9, Some(both))].into_iter(), hash("b")),
+            [],
+            "in one write"
+        );
     }
 
     #[test]
