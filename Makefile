@@ -53,7 +53,9 @@ demo: stage ## Two Dovecots that replicate to each other, until Ctrl-C (ONCE=1: 
 
 .PHONY: test
 test: stage ## All tests, end-to-end tests against this machine's Dovecot included
-	DOVETAIL_TEST_STAGE=$(STAGE) $(CARGO) test $(CARGO_FLAGS) --locked --no-default-features
+	@# Those against Dovecot wait most of their time.
+	DOVETAIL_TEST_STAGE=$(STAGE) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$((2 * $$(nproc)))} \
+	$(CARGO) test $(CARGO_FLAGS) --locked --no-default-features
 
 .PHONY: chaos
 chaos: stage ## Random schedules of writing and killing: seeds 1 to 12 (SEEDS=200 JOBS=8; SEED=17: that one, with its output)

@@ -428,7 +428,6 @@ unsafe fn owned_save(save: &ffi::DtSave) -> proto::Save {
         unsafe { std::slice::from_raw_parts(save.body, save.size as usize) }.to_vec()
     };
     proto::Save {
-        birth: None,
         guid: text(save.guid),
         flags: save.flags,
         // SAFETY: see above.
@@ -439,7 +438,7 @@ unsafe fn owned_save(save: &ffi::DtSave) -> proto::Save {
         body_inline: !save.body.is_null(),
         body,
         copied_from,
-        found: false,
+        ..Default::default()
     }
 }
 

@@ -127,6 +127,7 @@ impl Journal {
         if boot.as_deref() != Some(options.boot) {
             // Numbers that were given away may have been forgotten.
             self.seq = self.seq.max(self.reserved);
+            self.put("seq", to_sql(self.seq))?;
             // And logs may have been set back: what is told of them is news.
             self.write()?;
             self.run(|db| db.execute("UPDATE logs SET healed_seq = NULL, healed_to_seq = NULL", []))?;

@@ -133,6 +133,22 @@ fn a_peer_that_is_not_configured_any_more_holds_nothing_back() {
 }
 
 #[test]
+fn the_numbers_that_a_power_failure_skipped_stay_skipped_at_the_start_after_next() {
+    let folder = Folder::new("skipped");
+    let mut journal = folder.open();
+    append(&mut journal, "jane", b"frame");
+    journal.commit().unwrap();
+    drop(journal);
+    let (journal, _) = folder.try_open("another boot").unwrap();
+    let skipped_to = journal.seq();
+    assert!(skipped_to > 1);
+    // Ended before it gave one away, but peers know which one is next.
+    drop(journal);
+    let (journal, _) = folder.try_open("another boot").unwrap();
+    assert_eq!(journal.seq(), skipped_to);
+}
+
+#[test]
 fn after_a_peer_knew_more_new_numbers_are_behind_what_it_knew() {
     let folder = Folder::new("set-back");
     let mut journal = folder.open();

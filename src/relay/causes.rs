@@ -121,9 +121,14 @@ impl Engine {
     pub fn note_partly_applied(&mut self, spans: &[Span]) {
         for span in spans {
             if let Some(last) = span.applied.last() {
-                self.causes.partly.insert(span.user.as_str().into(), last.clone());
+                self.note_part(&span.user.as_str().into(), last);
             }
         }
+    }
+
+    /// A worker is applying the user's change.
+    pub fn note_part(&mut self, user: &Arc<str>, change: &SeqOf) {
+        self.causes.partly.insert(user.clone(), change.clone());
     }
 
     /// The user's job is over.

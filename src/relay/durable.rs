@@ -126,6 +126,10 @@ impl Engine {
             self.journal.advance_log(&KnownLog { path: path.unwrap_or_default(), ..known })?;
         }
         match change {
+            Some(change) if self.lists.has_gone_with_mailbox(&user, &change) => {
+                self.counts.note("told_late", 1);
+                Ok(())
+            }
             Some(change) if !self.peers.is_empty() => {
                 // What a look tells has no spans, and may be of that index.
                 if !spans.is_empty() {
@@ -164,6 +168,7 @@ impl Engine {
             clock: self.clock.stamp(given, now_us),
             vector: self.vector_of(user, &change, given)?,
         });
+        self.lists.note_deleted(user, &change, given);
         let peers: Vec<usize> = self.peers_of(user).collect();
         change.given = peers.iter().map(|peer| self.peers[*peer].name.clone()).collect();
         if change.encoded_len() > CHANGE_BYTES_MAX {

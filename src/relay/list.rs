@@ -35,6 +35,14 @@ pub struct Lists {
     to_tell: Vec<(Arc<str>, Change)>,
     /// Mailboxes that were deleted in this round.
     gone: Vec<(Arc<str>, Vec<u8>)>,
+    /// Those that this server's clients have deleted.
+    deleted: HashMap<Arc<str>, VecDeque<Deleted>>,
+}
+
+struct Deleted {
+    mailbox: Vec<u8>,
+    /// In microseconds since 1970.
+    made_us: u64,
 }
 
 /// A change of another server that put something into a mailbox, or named it.
@@ -105,6 +113,33 @@ impl Lists {
         vector.retain(|heard| heard.seq > 0);
     }
 
+    /// A change of this server is told. What its other processes did in the mailbox before they are told later, if at all.
+    pub fn note_deleted(&mut self, user: &Arc<str>, change: &Change, made_us: u64) {
+        let is_delete = change.ops.iter().any(|op| matches!(op.what, Some(What::Delete(_))));
+        let Some(mailbox) = change.mailbox.as_ref().filter(|mailbox| is_delete && !mailbox.guid.is_empty()) else {
+            return;
+        };
+        let oldest_us = made_us.saturating_sub(RACE_MS * 1_000);
+        if self.deleted.len() >= USERS_MAX {
+            self.deleted.retain(|_, of_user| of_user.back().is_some_and(|last| last.made_us > oldest_us));
+        }
+        let of_user = self.deleted.entry(user.clone()).or_default();
+        while of_user.len() >= KEPT_MAX || of_user.front().is_some_and(|first| first.made_us < oldest_us) {
+            of_user.pop_front();
+        }
+        of_user.push_back(Deleted { mailbox: mailbox.guid.clone(), made_us });
+    }
+
+    /// Whether what was done in the mailbox, and is told late, has gone with it.
+    pub fn has_gone_with_mailbox(&self, user: &str, change: &Change) -> bool {
+        let made_us = change.stamp.as_ref().map_or(0, |stamp| stamp.clock);
+        let Some(mailbox) = change.mailbox.as_ref().filter(|_| made_us > 0 && !change::is_of_list(change)) else {
+            return false;
+        };
+        let mut deleted = self.deleted.get(user).into_iter().flatten();
+        deleted.any(|deleted| deleted.mailbox == mailbox.guid && made_us <= deleted.made_us)
+    }
+
     pub fn to_be_looked_at(&self) -> usize {
         self.to_look_at.len()
     }
@@ -160,6 +195,11 @@ impl Engine {
     pub fn note_alias(&mut self, user: &Arc<str>, mailbox: &[u8], is_now: &[u8]) -> Result<(), JournalError> {
         if mailbox == is_now || self.lists.canonical(user, mailbox) == is_now {
             return Ok(());
+        }
+        let was = self.journal.named_mailbox(user, mailbox)?;
+        let now = self.journal.named_mailbox(user, is_now)?;
+        if let Some(was) = was.filter(|was| now.is_some_and(|now| now.named < was.named)) {
+            self.journal.set_path(user, is_now, &was.path, Some(&was.named))?;
         }
         self.lists.add_alias(user, mailbox, is_now);
         self.journal.note_alias(user, mailbox, is_now, self.outside.now_us())
@@ -225,6 +265,9 @@ impl Engine {
                             notes.push("subscription_conflict");
                         }
                     }
+                    Some(What::Create(theirs)) => {
+                        theirs.later_name = self.later_name(user, stamp, mailbox, &theirs.was)?.unwrap_or_default();
+                    }
                     Some(What::Rename(theirs)) => notes.extend(self.reduce_rename(user, stamp, mailbox, theirs)?),
                     Some(What::Delete(theirs)) => {
                         let guid = self.lists.canonical(user, &mailbox.guid);
@@ -245,6 +288,26 @@ impl Engine {
     fn heard_of_us(&self, stamp: &Stamp) -> u64 {
         let is_us = |of: &&SeqOf| of.origin == self.me.server && of.epoch == self.me.epoch;
         stamp.vector.iter().find(is_us).map_or(0, |of| of.seq)
+    }
+
+    /// Of mailboxes that become one the later name holds.
+    fn later_name(
+        &self,
+        user: &str,
+        stamp: &Stamp,
+        mailbox: &Mailbox,
+        was: &[Vec<u8>],
+    ) -> Result<Option<Vec<String>>, JournalError> {
+        let known = self.journal.named_mailbox(user, self.lists.canonical(user, &mailbox.guid))?;
+        let mut last = known.map_or(named(stamp), |known| known.named);
+        let mut name = None;
+        for was in was {
+            let known = self.journal.named_mailbox(user, was)?;
+            if let Some(known) = known.filter(|known| known.named > last && known.path != mailbox.path) {
+                (last, name) = (known.named, Some(known.path));
+            }
+        }
+        Ok(name)
     }
 
     fn reduce_rename(
@@ -378,5 +441,39 @@ impl Engine {
         for (user, change) in std::mem::take(&mut self.lists.to_tell) {
             self.ship_all(vec![Release { user, change: Some(change), spans: vec![] }]);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::proto::{MailboxDelete, Save};
+
+    fn change(mailbox: u8, what: What, made_us: u64) -> Change {
+        Change {
+            user: "jane".into(),
+            mailbox: Some(Mailbox { guid: vec![mailbox; 16], ..Default::default() }),
+            ops: vec![Op { what: Some(what) }],
+            stamp: Some(Stamp { clock: made_us, ..Default::default() }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_save_that_is_told_after_its_mailbox_was_deleted_has_gone_with_it() {
+        let jane: Arc<str> = "jane".into();
+        let mut lists = Lists::default();
+        let save = |mailbox, made_us| change(mailbox, What::Save(Save::default()), made_us);
+        assert!(!lists.has_gone_with_mailbox("jane", &save(1, 5)));
+        let deleted = change(1, What::Delete(MailboxDelete::default()), 7);
+        lists.note_deleted(&jane, &deleted, 7);
+        assert!(lists.has_gone_with_mailbox("jane", &save(1, 5)));
+        assert!(!lists.has_gone_with_mailbox("jane", &save(1, 8)), "a peer has brought it back");
+        assert!(!lists.has_gone_with_mailbox("jane", &save(1, 0)), "it was found in the mailbox");
+        assert!(!lists.has_gone_with_mailbox("jane", &save(2, 5)) && !lists.has_gone_with_mailbox("jane", &deleted));
+        for n in 0..1_000 {
+            lists.note_deleted(&jane, &deleted, n);
+        }
+        assert_eq!(lists.deleted[&jane].len(), KEPT_MAX);
     }
 }

@@ -439,6 +439,10 @@ impl Engine {
         }
         change::check_spans(&applied.spans).map_err(|error| Close::Malformed(error.to_string()))?;
         self.take_user_peers(&job.user.clone(), applied.peers.clone());
+        if let Some(item) = job.items.get(done).or(job.items.last()).filter(|_| !applied.changes.is_empty()) {
+            // What is told comes after what gave rise to it, also if nothing was written.
+            self.note_part(&job.user, &item.made);
+        }
         for change in applied.changes.iter().filter(|change| *change.user == *job.user) {
             change::check_change(change).map_err(|error| Close::Malformed(error.to_string()))?;
             // In one commit of the journal with the acknowledgement, or before it.

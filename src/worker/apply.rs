@@ -5,17 +5,18 @@
 mod claims;
 mod mailboxes;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
 
 use super::body::{self, Fetched};
 use super::connection::Connection;
 use super::elsewhere::{Elsewhere, Resolved};
 use super::look;
-use super::mark::Marks;
+use super::mark::{self, Marks};
 use super::name;
 use super::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Storage, Update};
 use crate::change;
+use crate::indexlog::Delta;
 use crate::merge::uid::{self, Put, There};
 use crate::wire::proto::{self, op::What};
 
@@ -182,6 +183,8 @@ pub struct Apply<'a, S, C> {
     pub aliases: HashMap<Guid, Guid>,
     /// Those of which the relay does not know yet.
     new_aliases: Vec<proto::Alias>,
+    /// What became one of two mailboxes in this job: the relay did not know of it when it looked at the job's changes.
+    merged: HashSet<Guid>,
     /// The mailbox that is being created had mail where it comes from.
     creates_with_mail: bool,
     /// Messages come from a mailbox that goes: each is looked for, whatever was applied.
@@ -224,6 +227,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             elsewhere,
             aliases: HashMap::new(),
             new_aliases: Vec::new(),
+            merged: HashSet::new(),
             creates_with_mail: false,
             moves: false,
             on_commit,
@@ -568,7 +572,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// The UID to save the message with, 0 for the next one; None if it was saved already.
     fn place(&mut self, mailbox: &proto::Mailbox, wanted: u32, save: &proto::Save) -> Outcome<Option<u32>> {
         let guid = &save.guid;
-        if wanted != 0 && !self.has_uid(wanted) {
+        let is_told_again = save.found || save.kept;
+        if wanted != 0 && !self.has_uid(wanted) && !is_told_again {
             return Ok(Some(wanted));
         }
         // What is pending must be seen.
@@ -576,9 +581,24 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if wanted != 0 && self.is_at(wanted, guid)? {
             return Ok(None);
         }
+        if is_told_again {
+            if let Some(stands) = self.storage.find_messages(guid)?.pop() {
+                if wanted != 0 && !self.moves {
+                    self.take_claim(guid, stands, There { uid: wanted, next: 0, raised: 0 }, vec![])?;
+                }
+                return Ok(None);
+            }
+            if !self.has_uid(wanted) {
+                return Ok(Some(wanted));
+            }
+        }
         // From this UID; where messages move it may only have gone to another one.
-        let was_expunged =
-            !save.found && (self.storage.was_expunged(wanted, guid)? || self.was_expunged_meanwhile(guid)?);
+        let was_expunged = match (save.found, self.storage.was_expunged(wanted, guid)?) {
+            (true, _) => false,
+            // Or by a worker that deleted its mailbox.
+            (false, true) => !save.kept || self.is_expunged_by_client(wanted)?,
+            (false, false) => self.was_expunged_meanwhile(guid)?,
+        };
         if was_expunged && !self.has_diverged() {
             return Ok(None);
         }
@@ -613,6 +633,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             }
         }
         Ok(false)
+    }
+
+    fn is_expunged_by_client(&mut self, uid: u32) -> Result<bool> {
+        let done = mark::done_since(&self.storage.log_files()?, (0, 0), uid);
+        Ok(done.iter().any(|delta| matches!(delta, Delta::Expunge { .. })))
     }
 
     fn is_at(&mut self, uid: u32, guid: &str) -> Result<bool> {
@@ -1012,12 +1037,68 @@ mod tests {
         storage.add("Work", [5; 16], 10, &[(1, "one"), (2, "two")]);
         let deleted = |keeps| What::Delete(proto::MailboxDelete { keeps, ..Default::default() });
         let outcome = apply(&mut storage, Script::default(), &[of((5, "Work"), 10, change(1, deleted(true)))]);
-        let saved = |what: &What| matches!(what, What::Save(save) if save.found);
+        let saved = |what: &What| matches!(what, What::Save(save) if save.kept);
         assert_eq!((outcome.error, outcome.told.iter().filter(|what| saved(what)).count()), (None, 2));
         assert_eq!(storage.messages("Work"), named(&[(1, "one"), (2, "two")]));
 
         apply(&mut storage, Script::default(), &[of((5, "Work"), 10, change(2, deleted(false)))]);
         assert_eq!(storage.existence("Work").unwrap(), Existence::None);
+    }
+
+    fn told_again(seq: u64, uid: u32, guid: &str) -> proto::Change {
+        let mut told = save(seq, uid, guid);
+        let Some(What::Save(save)) = &mut told.ops[0].what else { unreachable!() };
+        save.kept = true;
+        told
+    }
+
+    #[test]
+    fn what_is_told_again_is_not_saved_beside_itself() {
+        for told in [2, 8] {
+            let mut storage = FakeStorage::default();
+            storage.add("INBOX", GUID, 9, &[(1, "one"), (3, "three")]);
+            let outcome = apply(&mut storage, Script::default(), &[told_again(1, told, "one")]);
+            let guids: Vec<String> = storage.messages("INBOX").into_iter().map(|(_, guid)| guid).collect();
+            assert_eq!((outcome.error, guids.iter().filter(|guid| *guid == "one").count()), (None, 1), "{guids:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_client_expunged_does_not_come_back_with_its_mailbox() {
+        // In this log a client expunges the second message.
+        let log: &[u8] = include_bytes!("../../tests/golden/indexlog/2.4-sdbox.log");
+        for (logs, left) in [(&[log][..], &[][..]), (&[], &[(3, "two")])] {
+            let mut storage = FakeStorage::default();
+            apply(&mut storage, Script::default(), &[save(1, 2, "two"), expunge(2, 2, "two")]);
+            storage.set_logs("INBOX", logs);
+            apply(&mut storage, Script::default(), &[told_again(3, 2, "two")]);
+            assert_eq!(storage.messages("INBOX"), named(left));
+        }
+    }
+
+    #[test]
+    fn of_mailboxes_that_become_one_the_later_name_holds() {
+        let mut storage = FakeStorage::default();
+        storage.add("Play", [3; 16], 10, &[]);
+        storage.add("Work", [4; 16], 10, &[(1, "one")]);
+        let was = vec![vec![3; 16]];
+        let create =
+            proto::MailboxCreate { had_mail: true, was, later_name: vec!["Play".into()], ..Default::default() };
+        let outcome = apply(&mut storage, Script::default(), &[of((4, "Work"), 10, change(1, What::Create(create)))]);
+        assert_eq!((outcome.error, storage.existence("Work").unwrap()), (None, Existence::None));
+        assert_eq!((storage.guid("Play"), storage.messages("Play")), ([4; 16], named(&[(1, "one")])));
+    }
+
+    #[test]
+    fn what_became_one_with_a_mailbox_that_is_deleted_next_stays() {
+        for guid in [3, 5] {
+            let mut storage = FakeStorage::default();
+            storage.add("Work", [4; 16], 10, &[]);
+            let deleted = What::Delete(proto::MailboxDelete::default());
+            let changes = [change(1, create(false)), change(2, deleted)];
+            let outcome = apply(&mut storage, Script::default(), &changes.map(|change| of((guid, "Work"), 10, change)));
+            assert_eq!((outcome.error, storage.guid("Work")), (None, [guid.max(4); 16]));
+        }
     }
 
     #[test]

@@ -79,9 +79,14 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             self.reserve(there);
             return Ok(());
         };
+        self.take_claim(&claim.guid, stands, there, claim.was.clone())
+    }
+
+    /// Another server says that it has a message that is `stands` here.
+    pub(super) fn take_claim(&mut self, guid: &str, stands: u32, there: There, was: Vec<u32>) -> Outcome<()> {
         let put = uid::place(self.here(Some(stands)), there);
-        self.put(&claim.guid, stands, put, there, claim.was.clone())?;
-        self.note_if_elsewhere(claim.uid, &claim.guid)
+        self.put(guid, stands, put, there, was)?;
+        self.note_if_elsewhere(there.uid, guid)
     }
 
     pub(super) fn nack(&mut self, mailbox: &proto::Mailbox, nack: &proto::Nack) -> Outcome<()> {
@@ -97,13 +102,24 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let found = self.storage.find_messages(&nack.guid)?;
         let Some(stands) = found.iter().find(|uid| **uid == nack.uid).or(found.last()).copied() else {
             self.note_elsewhere(nack.stands, &nack.guid, false);
-            self.reserve(there);
-            return Ok(());
+            return self.answer_without(&nack.guid, there);
         };
         if let Some(put) = uid::answer(self.here(Some(stands)), there, nack.is_new || was_applied) {
             self.put(&nack.guid, stands, put, there, was)?;
         }
         self.note_if_elsewhere(nack.stands, &nack.guid)
+    }
+
+    /// A nack of a message that was expunged here. Those that did not send it need not have heard of a UID that high.
+    fn answer_without(&mut self, guid: &str, there: There) -> Outcome<()> {
+        let uid_next = uid::reserve(there);
+        let is_news = self.open.as_ref().is_some_and(|open| uid_next > open.uid_next.max(open.min_uid_next));
+        self.reserve(there);
+        if is_news {
+            let claim = proto::Claim { guid: guid.to_owned(), uid: uid_next - 1, was: vec![], raised: there.raised };
+            self.tell_op(What::Claim(claim));
+        }
+        Ok(())
     }
 
     /// The changes' origin has the message at this UID, and may name it so until it hears of ours.

@@ -175,6 +175,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         }
         for loser in [theirs.guid, ours.guid].into_iter().filter(|loser| ![NO_GUID, guid].contains(loser)) {
             self.note_alias(loser, guid);
+            self.merged.insert(guid);
             // Of a mailbox that is here the relay hears by itself that it got another GUID.
             if loser == theirs.guid {
                 self.new_aliases.push(proto::Alias { guid: loser.to_vec(), is: guid.to_vec() });
@@ -194,7 +195,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     /// have not met under one name.
     fn tell_identity(&mut self, had_mail: bool, was: Option<Guid>) {
         let was = was.map(|guid| guid.to_vec()).into_iter().collect();
-        self.tell_op(What::Create(proto::MailboxCreate { directory: false, had_mail, was }));
+        self.tell_op(What::Create(proto::MailboxCreate { had_mail, was, ..Default::default() }));
     }
 
     /// Other mailboxes have become the open one on a peer.
@@ -234,7 +235,12 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             let outcome = self.enter(mailbox, Reason::Create);
             let outcome = outcome.and_then(|_| self.take_in(stamp, mailbox, &create.was));
             self.creates_with_mail = false;
-            return outcome;
+            outcome?;
+            if !create.later_name.is_empty() {
+                let new_path = create.later_name.clone();
+                return self.rename(stamp, mailbox, &proto::MailboxRename { new_path, back: vec![] });
+            }
+            return Ok(());
         }
         self.leave()?;
         let vname = name::vname(&mailbox.path, &self.namespace)?;
@@ -308,6 +314,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let Some(path) = name::path(to, &self.namespace) else { return Ok(()) };
         loop {
             let Some(source) = self.identity_of(from)? else { return Ok(()) };
+            let uid_next = self.storage.status().uid_next;
             let uids = self.storage.uids()?;
             let mut saves = Vec::with_capacity(uids.len());
             for uid in &uids {
@@ -335,6 +342,8 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             let merged = self.become_one(to, ours, source)?;
             if let Some(open) = &mut self.open {
                 open.guid = merged.guid;
+                // Also those of messages that are gone name no others.
+                open.min_uid_next = open.min_uid_next.max(uid_next);
             }
             let was = [source.guid, status.guid].into_iter().find(|was| *was != merged.guid);
             self.tell_identity(merged.had_mail, was);
@@ -363,7 +372,9 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     }
 
     pub(super) fn delete(&mut self, mailbox: &proto::Mailbox, delete: &proto::MailboxDelete) -> Outcome<()> {
-        if delete.keeps {
+        let guid = guid_of(mailbox)?;
+        // Who deleted one of the two had not heard of the other.
+        if delete.keeps || self.merged.contains(self.aliases.get(&guid).unwrap_or(&guid)) {
             return self.keep(mailbox);
         }
         self.leave()?;
@@ -415,6 +426,9 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
 
     /// Who deleted it did not know all that is in it. So it stays, and the others get it again.
     fn keep(&mut self, mailbox: &proto::Mailbox) -> Outcome<()> {
+        // By the GUID that it has: nothing is learned of the one that was deleted.
+        let guid = self.aliases.get(&guid_of(mailbox)?).map_or(mailbox.guid.clone(), |is| is.to_vec());
+        let mailbox = &proto::Mailbox { guid, ..mailbox.clone() };
         if !self.enter(mailbox, Reason::Change)? {
             return Ok(());
         }
@@ -435,7 +449,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         }
         for uid in uids {
             if let Some(save) = self.save_again(uid)? {
-                self.tell_op(What::Save(save));
+                self.tell_op(What::Save(proto::Save { found: false, kept: true, ..save }));
             }
         }
         Ok(())
