@@ -153,16 +153,20 @@ pub fn check_path(path: &[String]) -> Result<(), ChangeError> {
     Ok(())
 }
 
-/// The messages that the change names by nothing but their UIDs.
-pub fn named_by_uid(change: &Change) -> impl Iterator<Item = &MessageRange> {
-    fn messages(op: &Op) -> Option<std::slice::Iter<'_, MessageRange>> {
-        match &op.what {
-            Some(What::Flags(update)) => Some(update.messages.iter()),
-            Some(What::Expunge(expunge)) => Some(expunge.messages.iter()),
-            _ => None,
-        }
-    }
-    change.ops.iter().filter_map(messages).flatten().filter(|range| range.guid.is_empty())
+/// The UIDs by which the change's origin names messages, as ranges.
+pub fn uids_of(change: &Change) -> Vec<(u32, u32)> {
+    let one = |uid: &u32| (*uid, *uid);
+    let of_ranges =
+        |ranges: &[MessageRange]| ranges.iter().map(|range| (range.first_uid, range.last_uid)).collect::<Vec<_>>();
+    let of_op = |op: &Op| match &op.what {
+        Some(What::Flags(update)) => of_ranges(&update.messages),
+        Some(What::Expunge(expunge)) => of_ranges(&expunge.messages),
+        Some(What::Save(save)) => save.birth.iter().map(|birth| one(&birth.uid)).collect(),
+        Some(What::Claim(claim)) => claim.was.iter().chain([&claim.uid]).map(one).collect(),
+        Some(What::Nack(nack)) => vec![one(&nack.stands)],
+        _ => vec![],
+    };
+    change.ops.iter().flat_map(of_op).filter(|(_, last)| *last != 0).collect()
 }
 
 /// The spans of one record or change.
@@ -282,12 +286,7 @@ fn check_op(op: &Op, mailbox: &Mailbox) -> Result<(), ChangeError> {
         }
         What::Expunge(expunge) => {
             check_guid("mailbox's GUID", &mailbox.guid)?;
-            check_count("messages", expunge.hashed.len(), 0, RANGES_MAX)?;
-            expunge.hashed.iter().try_for_each(|guid| check_guid("hashed GUID of a message", guid))?;
-            match expunge.messages.is_empty() && !expunge.hashed.is_empty() {
-                true => Ok(()),
-                false => check_ranges(&expunge.messages),
-            }
+            check_ranges(&expunge.messages)
         }
         What::Rebuilt(rebuilt) => {
             check_guid("mailbox's GUID", &mailbox.guid)?;
@@ -415,10 +414,7 @@ mod tests {
     }
 
     fn expunge(first_uid: u32, last_uid: u32) -> What {
-        What::Expunge(Expunge {
-            messages: vec![MessageRange { first_uid, last_uid, ..Default::default() }],
-            ..Default::default()
-        })
+        What::Expunge(Expunge { messages: vec![MessageRange { first_uid, last_uid, ..Default::default() }] })
     }
 
     #[test]

@@ -208,7 +208,7 @@ impl Transaction {
         let mut expunges = self.expunges.into_iter().peekable();
         while expunges.peek().is_some() {
             let messages = expunges.by_ref().take(RANGES_PER_OP_MAX).collect();
-            ops.push(proto::op::What::Expunge(proto::Expunge { messages, ..Default::default() }));
+            ops.push(proto::op::What::Expunge(proto::Expunge { messages }));
         }
         Ok(change::split(ops, user, mailbox, clock))
     }

@@ -145,11 +145,6 @@ extern "C" {
         each: extern "C" fn(u32, u32, *mut c_void),
         context: *mut c_void,
     ) -> c_int;
-    fn dt_worker_find_hashed(
-        guid_128: *const u8,
-        each: extern "C" fn(u32, u32, *mut c_void),
-        context: *mut c_void,
-    ) -> c_int;
     fn dt_worker_was_expunged(uid: u32, guid: *const c_char) -> c_int;
     fn dt_worker_save(save: *const DtWorkerSave, data: *const u8, size: usize, fd: c_int) -> c_int;
     fn dt_worker_copy(save: *const DtWorkerSave, source: *const c_char, source_uid: u32) -> c_int;
@@ -640,14 +635,6 @@ impl Storage for DovecotStorage {
         let mut uids: Vec<u32> = Vec::new();
         // SAFETY: a mailbox is open; the callback gets the Vec only during the call.
         check(unsafe { dt_worker_find_messages(guid.as_ptr(), collect_saved, (&raw mut uids).cast()) })?;
-        Ok(uids)
-    }
-
-    fn find_hashed(&mut self, guid_128: &Guid) -> Result<Vec<u32>> {
-        self.need_mailbox()?;
-        let mut uids: Vec<u32> = Vec::new();
-        // SAFETY: a mailbox is open; a GUID has 16 bytes; the callback gets the Vec only during the call.
-        check(unsafe { dt_worker_find_hashed(guid_128.as_ptr(), collect_saved, (&raw mut uids).cast()) })?;
         Ok(uids)
     }
 

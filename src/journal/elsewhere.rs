@@ -8,32 +8,53 @@ pub struct Elsewhere {
     pub mailbox: Vec<u8>,
     pub uid: u32,
     pub guid: String,
+    /// Its UID here; 0: it was not here.
+    pub here: u32,
+    /// It had this UID here, too, so all peers may know it by that.
+    pub moved: bool,
 }
 
 impl Journal {
-    /// A worker has found out. `moved`: it had this UID here, too.
+    /// A worker has found out.
     pub fn note_elsewhere(
         &mut self,
         user: &str,
         peer: &str,
         elsewhere: &Elsewhere,
-        moved: bool,
         at_us: u64,
     ) -> Result<(), JournalError> {
         // With the acknowledgement, or before it.
         self.write()?;
         // Where the peer's own message has this UID, that is meant, not one that was moved here.
-        let or = if moved { "IGNORE" } else { "REPLACE" };
+        let or = if elsewhere.moved { "IGNORE" } else { "REPLACE" };
+        if elsewhere.moved {
+            self.run(|db| {
+                db.prepare_cached(
+                    "UPDATE elsewhere SET here = ? WHERE user = ? AND mailbox = ? AND here = ? AND guid = ?",
+                )?
+                .execute((elsewhere.here, user, &elsewhere.mailbox, elsewhere.uid, &elsewhere.guid))
+            })?;
+        }
         self.run(|db| {
             db.prepare_cached(&format!(
-                "INSERT OR {or} INTO elsewhere (user, mailbox, peer, uid, guid, at_us) VALUES (?, ?, ?, ?, ?, ?)"
+                "INSERT OR {or} INTO elsewhere (user, mailbox, peer, uid, guid, here, moved, at_us) \
+                 VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
             ))?
-            .execute((user, &elsewhere.mailbox, peer, elsewhere.uid, &elsewhere.guid, to_sql(at_us)))
+            .execute((
+                user,
+                &elsewhere.mailbox,
+                peer,
+                elsewhere.uid,
+                &elsewhere.guid,
+                elsewhere.here,
+                elsewhere.moved,
+                to_sql(at_us),
+            ))
         })
         .map(drop)
     }
 
-    /// What is known of these UIDs of the peer.
+    /// What is known of these UIDs of the peer, and of those of the peer's messages that have them here.
     pub fn elsewhere(
         &self,
         user: &str,
@@ -43,10 +64,14 @@ impl Journal {
     ) -> Result<Vec<Elsewhere>, JournalError> {
         self.run(|db| {
             let mut rows = db.prepare_cached(
-                "SELECT uid, guid FROM elsewhere WHERE user = ? AND mailbox = ? AND peer = ? AND uid BETWEEN ? AND ?",
+                "SELECT uid, guid, here, moved FROM elsewhere WHERE user = ?1 AND mailbox = ?2 AND peer = ?3 \
+                 AND uid BETWEEN ?4 AND ?5 UNION \
+                 SELECT uid, guid, here, moved FROM elsewhere WHERE user = ?1 AND mailbox = ?2 AND peer = ?3 \
+                 AND here BETWEEN ?4 AND ?5",
             )?;
             let rows = rows.query_map((user, mailbox, peer, first, last), |row| {
-                Ok(Elsewhere { mailbox: mailbox.to_vec(), uid: row.get(0)?, guid: row.get(1)? })
+                let (uid, guid, here, moved) = (row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?);
+                Ok(Elsewhere { mailbox: mailbox.to_vec(), uid, guid, here, moved })
             })?;
             rows.collect()
         })

@@ -54,8 +54,10 @@ CREATE TABLE coming (user TEXT NOT NULL, peer TEXT NOT NULL, seq INTEGER NOT NUL
     PRIMARY KEY (user, peer, seq)) STRICT, WITHOUT ROWID;
 -- Messages that are not here at the UIDs that they have, or had, on the peer.
 CREATE TABLE elsewhere (user TEXT NOT NULL, mailbox BLOB NOT NULL, peer TEXT NOT NULL, uid INTEGER NOT NULL,
-    guid TEXT NOT NULL, at_us INTEGER NOT NULL, PRIMARY KEY (user, mailbox, peer, uid)) STRICT, WITHOUT ROWID;
+    guid TEXT NOT NULL, here INTEGER NOT NULL, moved INTEGER NOT NULL, at_us INTEGER NOT NULL,
+    PRIMARY KEY (user, mailbox, peer, uid)) STRICT, WITHOUT ROWID;
 CREATE INDEX elsewhere_by_age ON elsewhere (at_us);
+CREATE INDEX elsewhere_by_uid_here ON elsewhere (user, mailbox, here);
 -- Changes of flags that a peer may not have heard of when it made what is still to come.
 CREATE TABLE flags (user TEXT NOT NULL, clock INTEGER NOT NULL, origin TEXT NOT NULL, change BLOB NOT NULL,
     at_us INTEGER NOT NULL, PRIMARY KEY (user, clock, origin)) STRICT, WITHOUT ROWID;
@@ -83,6 +85,8 @@ pub struct Start {
     pub epoch: u64,
     /// It was made just now.
     pub is_new: bool,
+    /// The machine was started since: its last commits may be lost.
+    pub is_after_boot: bool,
 }
 
 impl Journal {
@@ -114,17 +118,18 @@ impl Journal {
             checkpoints,
             _lock: lock,
         };
-        let epoch = journal.begin(options)?;
-        Ok((journal, Start { epoch, is_new }))
+        let (epoch, is_after_boot) = journal.begin(options)?;
+        Ok((journal, Start { epoch, is_new, is_after_boot: is_after_boot && !is_new }))
     }
 
-    fn begin(&mut self, options: &Options) -> Result<u64, JournalError> {
+    fn begin(&mut self, options: &Options) -> Result<(u64, bool), JournalError> {
         let epoch = self.number("epoch")?;
         self.reserved = self.number("reserved")?;
         let last: Option<i64> = self.run(|db| db.query_row("SELECT max(seq) FROM changes", [], |row| row.get(0)))?;
         self.seq = self.number("seq")?.max(last.map_or(0, from_sql));
         let boot: Option<String> = self.meta("boot")?;
-        if boot.as_deref() != Some(options.boot) {
+        let is_after_boot = boot.as_deref() != Some(options.boot);
+        if is_after_boot {
             // Numbers that were given away may have been forgotten.
             self.seq = self.seq.max(self.reserved);
             self.put("seq", to_sql(self.seq))?;
@@ -141,7 +146,7 @@ impl Journal {
             self.run(|db| db.query_row("SELECT coalesce(sum(length(frame)), 0) FROM changes", [], |row| row.get(0)))?,
         );
         self.commit()?;
-        Ok(epoch)
+        Ok((epoch, is_after_boot))
     }
 
     /// Gives each peer its bit; those that are not configured any more are forgotten.

@@ -69,7 +69,7 @@ fn what_a_worker_was_given_for_the_list_of_mailboxes_is_known_at_the_next_start(
 fn what_was_committed_is_there_at_the_next_start() {
     let folder = Folder::new("start");
     let (mut journal, start) = folder.try_open("boot").unwrap();
-    assert_eq!(start, Start { epoch: 77, is_new: true });
+    assert_eq!(start, Start { epoch: 77, is_new: true, is_after_boot: false });
     append(&mut journal, "jane", b"one");
     append(&mut journal, "joe", b"two");
     append(&mut journal, "jane", b"three");
@@ -81,7 +81,7 @@ fn what_was_committed_is_there_at_the_next_start() {
     drop(journal);
 
     let (mut journal, start) = folder.try_open("boot").unwrap();
-    assert_eq!(start, Start { epoch: 77, is_new: false });
+    assert_eq!(start, Start { epoch: 77, is_new: false, is_after_boot: false });
     assert_eq!(seqs(&journal, "b", None), [2, 3]);
     assert_eq!(seqs(&journal, "c", None), [1, 2, 3]);
     assert_eq!(seqs(&journal, "c", Some("jane")), [1, 3]);
@@ -139,7 +139,8 @@ fn the_numbers_that_a_power_failure_skipped_stay_skipped_at_the_start_after_next
     append(&mut journal, "jane", b"frame");
     journal.commit().unwrap();
     drop(journal);
-    let (journal, _) = folder.try_open("another boot").unwrap();
+    let (journal, start) = folder.try_open("another boot").unwrap();
+    assert!(start.is_after_boot);
     let skipped_to = journal.seq();
     assert!(skipped_to > 1);
     // Ended before it gave one away, but peers know which one is next.
@@ -266,14 +267,14 @@ fn names_remember_when_and_by_whom_they_were_given() {
 fn a_mailbox_that_became_another_twice_is_the_last_one() {
     let folder = Folder::new("aliases");
     let mut journal = folder.open();
-    let elsewhere = Elsewhere { mailbox: vec![1; 16], uid: 3, guid: "three".into() };
-    journal.note_elsewhere("jane", "b", &elsewhere, false, 10).unwrap();
+    let elsewhere = Elsewhere { mailbox: vec![1; 16], uid: 3, guid: "three".into(), here: 7, moved: false };
+    journal.note_elsewhere("jane", "b", &elsewhere, 10).unwrap();
     journal.note_alias("jane", &[1; 16], &[2; 16], 10).unwrap();
     journal.note_alias("jane", &[2; 16], &[3; 16], 20).unwrap();
     let alias =
         |mailbox: u8, is_now: u8| Alias { user: "jane".into(), mailbox: vec![mailbox; 16], is_now: vec![is_now; 16] };
     assert_eq!(journal.aliases().unwrap(), [alias(1, 3), alias(2, 3)]);
-    assert_eq!(journal.elsewhere("jane", "b", &[3; 16], (1, 9)).unwrap().len(), 1);
+    assert_eq!(journal.elsewhere("jane", "b", &[3; 16], (1, 9)).unwrap()[0].here, 7);
     // And back.
     journal.note_alias("jane", &[3; 16], &[1; 16], 30).unwrap();
     assert_eq!(journal.aliases().unwrap(), [alias(2, 1), alias(3, 1)]);
@@ -417,7 +418,8 @@ fn a_database_with_flipped_bits_or_cut_off_is_refused_or_says_nothing_wrong() {
 fn what_is_elsewhere_is_known_by_its_uids_until_it_is_old() {
     let folder = Folder::new("elsewhere");
     let mut journal = folder.open();
-    let one = |uid: u32, guid: &str| Elsewhere { mailbox: vec![1; 16], uid, guid: guid.into() };
+    let one =
+        |uid: u32, guid: &str| Elsewhere { mailbox: vec![1; 16], uid, guid: guid.into(), here: 100, moved: false };
     for (peer, entry, moved, at_us) in [
         ("b", one(5, "moved"), true, 10),
         ("b", one(5, "theirs"), false, 20),
@@ -425,7 +427,7 @@ fn what_is_elsewhere_is_known_by_its_uids_until_it_is_old() {
         ("b", one(9, "nine"), false, 40),
         ("c", one(6, "of c"), false, 40),
     ] {
-        journal.note_elsewhere("jane", peer, &entry, moved, at_us).unwrap();
+        journal.note_elsewhere("jane", peer, &Elsewhere { moved, ..entry }, at_us).unwrap();
     }
     let known = |journal: &mut Journal, peer: &str, first, last| -> Vec<(u32, String)> {
         let found = journal.elsewhere("jane", peer, &[1; 16], (first, last)).unwrap();

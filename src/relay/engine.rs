@@ -156,6 +156,8 @@ pub struct Engine {
     /// Something was closed in this round: its end may have queued frames for others.
     has_closed: bool,
     stop_by_ms: Option<u64>,
+    /// The journal's last commits may be lost.
+    pub is_after_boot: bool,
     /// Why the journal cannot be used.
     pub failed: Option<JournalError>,
 }
@@ -196,6 +198,7 @@ impl Engine {
             unnamed: VecDeque::new(),
             clock: Clock::default(),
             journal,
+            is_after_boot: start.is_after_boot,
             trim_at_ms: 0,
             last_job: 0,
             counts: Counts::default(),

@@ -249,7 +249,8 @@ impl Engine {
         if !self.users_elsewhere.contains(user) {
             return Ok(None);
         }
-        Ok(self.journal.elsewhere(user, origin, mailbox, (uid, uid))?.pop().map(|elsewhere| elsewhere.guid))
+        let mut known = self.journal.elsewhere(user, origin, mailbox, (uid, uid))?.into_iter();
+        Ok(known.find(|known| known.uid == uid).map(|known| known.guid))
     }
 
     /// `apart`: GUIDs of messages that are not here at the UIDs that they have there: of those only GUIDs are compared.
@@ -262,8 +263,11 @@ impl Engine {
                 continue;
             };
             let mut whole = update(flags);
-            let uids: HashMap<String, (u32, u32)> =
-                whole.messages.iter().map(|range| (range.guid.clone(), (range.first, range.last))).collect();
+            // A mailbox may have copies of a message, with its GUID: they stay in this order.
+            let mut uids: HashMap<String, Vec<(u32, u32)>> = HashMap::new();
+            for range in &whole.messages {
+                uids.entry(range.guid.clone()).or_default().push((range.first, range.last));
+            }
             let is_apart = |range: &&mut Range| apart.contains(&range.guid);
             for range in whole.messages.iter_mut().filter(is_apart) {
                 (range.first, range.last) = NO_UID;
@@ -271,8 +275,13 @@ impl Engine {
             let mut left = later
                 .iter()
                 .fold(vec![whole], |left, later| left.into_iter().flat_map(|update| update.without(later)).collect());
-            for range in left.iter_mut().flat_map(|update| &mut update.messages).filter(is_apart) {
-                (range.first, range.last) = uids.get(&range.guid).copied().unwrap_or(NO_UID);
+            for update in &mut left {
+                let mut uids: HashMap<&str, _> =
+                    uids.iter().map(|(guid, uids)| (guid.as_str(), uids.iter().copied())).collect();
+                for range in update.messages.iter_mut().filter(is_apart) {
+                    let uid = uids.get_mut(range.guid.as_str()).and_then(Iterator::next);
+                    (range.first, range.last) = uid.unwrap_or(NO_UID);
+                }
             }
             is_less |= left != [update(flags)];
             ops.extend(left.into_iter().map(operation));

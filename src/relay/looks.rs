@@ -90,9 +90,9 @@ impl Engine {
         let mut since = 0;
         let mut mailboxes = Vec::new();
         // Of another index, the one that is there is made anew.
-        let known_as = |log: KnownLog| match look.anew.contains(&log.mailbox) {
-            true => LookAt { index_id: u32::MAX, ..look_at(log) },
-            false => look_at(log),
+        let known_as = |log: KnownLog| {
+            let index_id = if look.anew.contains(&log.mailbox) { u32::MAX } else { log.index_id };
+            LookAt { index_id, was_told: self.is_after_boot, ..look_at(log) }
         };
         if look.whole {
             for log in self.journal.logs(&user)? {
@@ -180,7 +180,7 @@ impl Engine {
         self.take_user_peers(user, looked.peers);
         let change = change.filter(|change| !self.is_known_of_list(change));
         if let Some(found) = change {
-            if found.ops.iter().any(|op| matches!(op.what, Some(What::Rebuilt(_)))) {
+            if found.ops.iter().any(|op| matches!(&op.what, Some(What::Rebuilt(rebuilt)) if rebuilt.uid_next > 1)) {
                 let mailbox = found.mailbox.as_ref().map(|mailbox| &mailbox.guid[..]).unwrap_or_default();
                 self.heals.note_rebuilt(user, mailbox, self.now_ms);
             }

@@ -320,7 +320,7 @@ impl Engine {
             Err(error) => return self.fail(error),
         };
         let from = self.peers[peer].name.clone();
-        let first = Apply { resolves, from, again, aliases, ..Default::default() };
+        let first = Apply { resolves, from, again, aliases, me: self.me.server.clone(), ..Default::default() };
         let frames = apply_frames(&job, first, elsewhere, received.into_iter().map(|r| r.change));
         self.workers[index].task = Task::Apply(job);
         let Some(token) = self.workers[index].token else { return };
@@ -329,7 +329,7 @@ impl Engine {
         }
     }
 
-    /// Of the messages that the changes name by their UIDs alone, those that are not here at these.
+    /// Of the messages that the changes name, those that are not here at their UIDs there.
     fn elsewhere<'a>(
         &self,
         origin: &str,
@@ -343,14 +343,15 @@ impl Engine {
         for change in changes {
             let Some(mailbox) = &change.mailbox else { continue };
             let guid = self.lists.canonical(user, &mailbox.guid);
-            for range in change::named_by_uid(change) {
-                let uids = (range.first_uid, range.last_uid);
-                let of_range = self.journal.elsewhere(user, origin, guid, uids)?;
-                let told = |one: Elsewhere| {
-                    let Elsewhere { mailbox: mailbox_guid, uid, guid } = one;
-                    proto::Elsewhere { mailbox_guid, uid, guid, moved: false }
-                };
-                found.extend(of_range.into_iter().map(told));
+            for uids in change::uids_of(change) {
+                // A message that the origin did not have to give another UID has the one there that it has at its own origin.
+                for peer in self.peers.iter().map(|peer| &peer.name).chain(&self.far) {
+                    let of_range = self.journal.elsewhere(user, peer, guid, uids)?;
+                    found.extend(of_range.into_iter().map(|one| {
+                        let Elsewhere { mailbox: mailbox_guid, uid, guid, here, moved } = one;
+                        proto::Elsewhere { mailbox_guid, uid, guid, here, moved: moved || peer != origin }
+                    }));
+                }
             }
         }
         Ok(found)
@@ -363,12 +364,12 @@ impl Engine {
         elsewhere: proto::Elsewhere,
     ) -> Result<(), JournalError> {
         let now_us = self.outside.now_us();
-        let proto::Elsewhere { mailbox_guid, uid, guid, moved } = elsewhere;
+        let proto::Elsewhere { mailbox_guid, uid, guid, moved, here } = elsewhere;
         let mailbox = self.lists.canonical(user, &mailbox_guid).to_vec();
-        let noted = Elsewhere { mailbox, uid, guid };
+        let noted = Elsewhere { mailbox, uid, guid, here, moved };
         for origin in self.peers.iter().map(|peer| &peer.name).chain(&self.far) {
             if moved || origin == made_by {
-                self.journal.note_elsewhere(user, origin, &noted, moved, now_us)?;
+                self.journal.note_elsewhere(user, origin, &noted, now_us)?;
             }
         }
         self.users_elsewhere.insert(user.clone());
@@ -647,7 +648,8 @@ fn apply_frames(
     changes: impl Iterator<Item = Change>,
 ) -> Vec<Frame> {
     let empty = || Apply { job: job.id, user: job.user.to_string(), more: true, ..Default::default() };
-    let mut frames = vec![Apply { again: first.again, resolves: first.resolves, from: first.from, ..empty() }];
+    let Apply { again, resolves, from, me, .. } = first;
+    let mut frames = vec![Apply { again, resolves, from, me, ..empty() }];
     frames.extend(first.aliases.chunks(ELSEWHERE_MAX).map(|some| Apply { aliases: some.to_vec(), ..empty() }));
     if frames.len() > 1 {
         frames.push(empty());
@@ -692,7 +694,7 @@ mod tests {
             done: 0,
         };
         let guid = "g".repeat(MESSAGE_GUID_BYTES_MAX);
-        let one = proto::Elsewhere { mailbox_guid: vec![1; 16], uid: u32::MAX, guid, moved: true };
+        let one = proto::Elsewhere { mailbox_guid: vec![1; 16], uid: u32::MAX, guid, moved: true, here: u32::MAX };
         let elsewhere = vec![one; 1_000];
         for length in [10, 1_000, 30_000, CHANGE_BYTES_MAX - 8] {
             let change = Change { user: "x".repeat(length), ..Default::default() };

@@ -599,35 +599,6 @@ int dt_worker_find_messages(const char *guid, void (*each)(uint32_t first_uid, u
 	return ret;
 }
 
-int dt_worker_find_hashed(const unsigned char guid_128[16],
-			  void (*each)(uint32_t first_uid, uint32_t last_uid, void *context), void *context)
-{
-	struct mailbox_transaction_context *trans;
-	uint32_t seq, count = mail_index_view_get_messages_count(w.box->view);
-	struct mail *mail;
-	int ret = 1;
-
-	T_BEGIN {
-		trans = dt_worker_read_begin(w.box);
-		mail = mail_alloc(trans, MAIL_FETCH_GUID, NULL);
-		for (seq = 1; seq <= count && ret >= 0; seq++) T_BEGIN {
-			const char *guid;
-			guid_128_t hash;
-
-			mail_set_seq(mail, seq);
-			ret = dt_worker_get_guid(mail, mail->uid, &guid);
-			if (ret > 0) {
-				mail_generate_guid_128_hash(guid, hash);
-				if (memcmp(hash, guid_128, sizeof(hash)) == 0)
-					each(mail->uid, mail->uid, context);
-			}
-		} T_END;
-		mail_free(&mail);
-		mailbox_transaction_rollback(&trans);
-	} T_END;
-	return ret < 0 ? -1 : 1;
-}
-
 int dt_worker_was_expunged(uint32_t uid, const char *guid)
 {
 	int ret = 0;
@@ -902,6 +873,7 @@ int dt_worker_duplicate(uint32_t uid, uint32_t new_uid)
 int dt_worker_copy(const struct dt_worker_save *save, const char *source_vname,
 		   uint32_t source_uid)
 {
+	bool had_trans = w.trans != NULL;
 	int ret = 1;
 
 	T_BEGIN {
@@ -920,6 +892,9 @@ int dt_worker_copy(const struct dt_worker_save *save, const char *source_vname,
 		}
 		if (ret <= 0)
 			mailbox_free(&w.source);
+		/* The caller knows of none, and may sync the mailbox. */
+		if (ret <= 0 && !had_trans)
+			dt_worker_rollback();
 	} T_END;
 	return ret;
 }

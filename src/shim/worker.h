@@ -96,9 +96,6 @@ int dt_worker_message_guid(uint32_t uid, const char **guid_r);
 /* Looks at every message. 1 = found, 0 = not found */
 int dt_worker_find_messages(const char *guid, void (*each)(uint32_t first_uid, uint32_t last_uid, void *context),
 			    void *context);
-/* The same with the GUID hashed. */
-int dt_worker_find_hashed(const unsigned char guid_128[16],
-			  void (*each)(uint32_t first_uid, uint32_t last_uid, void *context), void *context);
 /* 1 = the message was expunged here as far as the transaction log reaches back, 0 = not that we know */
 int dt_worker_was_expunged(uint32_t uid, const char *guid);
 

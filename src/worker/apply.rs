@@ -10,7 +10,7 @@ use std::io::{Read, Write};
 
 use super::body::{self, Fetched};
 use super::connection::Connection;
-use super::elsewhere::{Elsewhere, Resolved};
+use super::elsewhere::{Elsewhere, Known, Resolved};
 use super::look;
 use super::mark::{self, Marks};
 use super::name;
@@ -171,6 +171,8 @@ pub struct Apply<'a, S, C> {
     pub notes: Vec<String>,
     /// What must be compared.
     pub doubts: Vec<proto::Doubt>,
+    /// This server's name.
+    pub me: String,
     /// This server decides where UIDs clash.
     resolves: bool,
     /// Numbers of changes that a worker was given before: what it made and did not complete is not ours to keep.
@@ -183,6 +185,8 @@ pub struct Apply<'a, S, C> {
     pub aliases: HashMap<Guid, Guid>,
     /// Those of which the relay does not know yet.
     new_aliases: Vec<proto::Alias>,
+    /// UIDs that messages got here in this job, in the open mailbox.
+    saved: HashSet<u32>,
     /// What became one of two mailboxes in this job: the relay did not know of it when it looked at the job's changes.
     merged: HashSet<Guid>,
     /// The mailbox that is being created had mail where it comes from.
@@ -221,12 +225,14 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             done: 0,
             notes: Vec::new(),
             doubts: Vec::new(),
+            me: String::new(),
             resolves,
             again: Vec::new(),
             tell: Vec::new(),
             elsewhere,
             aliases: HashMap::new(),
             new_aliases: Vec::new(),
+            saved: HashSet::new(),
             merged: HashSet::new(),
             creates_with_mail: false,
             moves: false,
@@ -338,6 +344,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             open.uid_next = self.storage.status().uid_next;
         }
         if let Pending::Saves(asked) = pending {
+            self.saved.extend(&saved);
             self.look_where_saved(&asked, &saved)?;
         }
         self.raise_uid_next()?;
@@ -386,8 +393,14 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         for (asked, uid) in asked.iter().zip(saved).filter(|(asked, uid)| asked.there != 0 && asked.there != *uid) {
             self.note("uid_conflict");
-            self.note_elsewhere(asked.there, &asked.guid, false);
-            self.tell_uid(&asked.guid, uid, There { uid: asked.there, next: 0, raised: 0 }, vec![asked.there], true);
+            self.note_elsewhere(asked.there, &asked.guid, uid, false);
+            self.tell_uid(
+                &asked.guid,
+                uid,
+                There { uid: asked.there, next: 0, raised: 0 },
+                (vec![], asked.there),
+                true,
+            );
         }
         Ok(())
     }
@@ -414,11 +427,47 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         Ok(torn)
     }
 
-    /// The changes' origin has the message at this UID of the open mailbox. `moved`: it was there here, too.
-    fn note_elsewhere(&mut self, uid: u32, guid: &str, moved: bool) {
+    /// The changes' origin has the message at `uid` of the open mailbox, and it is at `here` (0: not there). `moved`: it was at
+    /// `uid` here, too.
+    fn note_elsewhere(&mut self, uid: u32, guid: &str, here: u32, moved: bool) {
         if let Some(open) = &self.open {
-            self.elsewhere.note(&open.guid, uid, guid, moved);
+            self.elsewhere.note(&open.guid, uid, guid, here, moved);
         }
+    }
+
+    /// What is known of the message that the changes' origin has, or had, at this UID. A mailbox may have several with one GUID:
+    /// copies that somebody made inside of it.
+    fn standing(&mut self, there: u32, guid: &str) -> Result<Standing> {
+        match self.known_at(there).filter(|known| known.here != 0 && known.guid == guid).map(|known| known.here) {
+            Some(here) => self.standing_here(here, guid),
+            None => Ok(Standing::Unknown),
+        }
+    }
+
+    fn known_at(&self, there: u32) -> Option<&Known> {
+        self.open.as_ref().and_then(|open| self.elsewhere.at(&open.guid, there))
+    }
+
+    /// Whether the message that the changes' origin has at this UID is known not to be here.
+    fn is_absent(&self, there: u32, guid: &str) -> bool {
+        self.known_at(there).is_some_and(|known| known.guid == guid && known.here == 0)
+    }
+
+    /// Whether the message that has this UID here has another one where the changes come from.
+    fn is_of_another(&self, here: u32, guid: &str) -> bool {
+        self.open.as_ref().is_some_and(|open| self.elsewhere.is_of_another(&open.guid, here, guid))
+    }
+
+    /// Of the message that had this UID here.
+    fn standing_here(&mut self, uid: u32, guid: &str) -> Result<Standing> {
+        if self.is_at(uid, guid)? {
+            return Ok(Standing::At(uid));
+        }
+        let uid = mark::follow(&self.storage.log_files()?, uid);
+        if self.is_at(uid, guid)? {
+            return Ok(Standing::At(uid));
+        }
+        Ok(if self.storage.was_expunged(uid, guid)? { Standing::Expunged } else { Standing::Unknown })
     }
 
     /// With the transaction: what it completes, and that UIDs are not the same any more.
@@ -452,6 +501,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// Commits, raises what has to be raised, and closes the open mailbox.
     fn leave(&mut self) -> Outcome<()> {
         self.flush()?;
+        self.saved.clear();
         if let Some(open) = self.open.take() {
             let status = self.storage.status();
             let mut update = Update::default();
@@ -510,8 +560,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 self.flush()?;
                 let fetched = self.fetch(stamp, mailbox, save)?;
                 let Some(body) = fetched.body() else {
-                    // It was expunged there; that comes next.
+                    // It was expunged there; that comes next, and means no copy of it.
                     self.note("body_gone");
+                    self.note_elsewhere(wanted, &save.guid, 0, false);
                     // No other message may get its UID. (Where it could not be had, none was used up here.)
                     if let Some(open) = &mut self.open {
                         open.min_uid_next = open.min_uid_next.max(wanted.saturating_add(1));
@@ -547,7 +598,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             return Ok(false);
         }
         self.flush()?;
-        let uid = match self.is_at(wanted, &save.guid)? {
+        let uid = match self.is_same(wanted, &save.guid)? {
             true => wanted,
             false => match self.storage.stray(&save.guid)? {
                 Some(stray) if self.storage.find_messages(&save.guid)?.is_empty() => stray,
@@ -562,8 +613,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if uid != wanted {
             self.diverge();
             self.note("uid_conflict");
-            self.note_elsewhere(wanted, &save.guid, false);
-            self.tell_uid(&save.guid, uid, There { uid: wanted, next: 0, raised: 0 }, vec![wanted], true);
+            self.note_elsewhere(wanted, &save.guid, uid, false);
+            self.tell_uid(&save.guid, uid, There { uid: wanted, next: 0, raised: 0 }, (vec![], wanted), true);
         }
         self.flush()?;
         Ok(true)
@@ -578,13 +629,13 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         // What is pending must be seen.
         self.flush()?;
-        if wanted != 0 && self.is_at(wanted, guid)? {
+        if wanted != 0 && self.is_same(wanted, guid)? {
             return Ok(None);
         }
         if is_told_again {
             if let Some(stands) = self.storage.find_messages(guid)?.pop() {
                 if wanted != 0 && !self.moves {
-                    self.take_claim(guid, stands, There { uid: wanted, next: 0, raised: 0 }, vec![])?;
+                    self.take_claim(guid, stands, There { uid: wanted, next: 0, raised: 0 })?;
                 }
                 return Ok(None);
             }
@@ -593,29 +644,29 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             }
         }
         // From this UID; where messages move it may only have gone to another one.
-        let was_expunged = match (save.found, self.storage.was_expunged(wanted, guid)?) {
+        let was_expunged = match (save.found, self.was_expunged_from(wanted, guid)?) {
             (true, _) => false,
             // Or by a worker that deleted its mailbox.
             (false, true) => !save.kept || self.is_expunged_by_client(wanted)?,
-            (false, false) => self.was_expunged_meanwhile(guid)?,
+            (false, false) => false,
         };
         if was_expunged && !self.has_diverged() {
             return Ok(None);
         }
-        // It was given another UID. A lower one is another message: copied inside of the mailbox, it has the same GUID.
-        if self.storage.find_messages(guid)?.into_iter().any(|uid| uid > wanted) {
-            self.note_elsewhere(wanted, guid, false);
-            self.tell_if_elsewhere(guid, wanted)?;
-            return Ok(None);
-        }
-        if was_expunged {
-            return Ok(None);
+        match self.given_another(wanted, guid)? {
+            Standing::At(_) => {
+                self.tell_if_elsewhere(guid, wanted)?;
+                return Ok(None);
+            }
+            Standing::Expunged => return Ok(None),
+            Standing::Unknown if was_expunged => return Ok(None),
+            Standing::Unknown => {}
         }
         if wanted == 0 {
             return Ok(Some(0));
         }
-        // Given to another message here, or jumped over.
-        self.note_elsewhere(wanted, guid, false);
+        // Given to another message here, or jumped over. Where it goes is noted when it is there.
+        self.note_elsewhere(wanted, guid, 0, false);
         self.diverge();
         Ok(match uid::place(self.here(None), There { uid: wanted, next: mailbox.uid_next, raised: 0 }) {
             Put::At(uid) => Some(uid),
@@ -623,21 +674,55 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         })
     }
 
-    /// A worker was killed in the middle of the change, and had saved the message where its UID was taken: what a client has
-    /// expunged since does not come back.
-    fn was_expunged_meanwhile(&mut self, guid: &str) -> Result<bool> {
-        let Some(open) = self.open.as_ref().filter(|_| self.has_diverged()) else { return Ok(false) };
-        for uid in open.marks.saved_since(&self.storage.log_files()?, &self.current.origin) {
-            if self.storage.was_expunged(uid, guid)? {
-                return Ok(true);
+    /// What is known of a message that was saved before, where its UID was taken. Another one with the same GUID is none of it:
+    /// somebody copied it inside of the mailbox.
+    fn given_another(&mut self, wanted: u32, guid: &str) -> Result<Standing> {
+        if wanted == 0 {
+            return Ok(self.storage.find_messages(guid)?.pop().map_or(Standing::Unknown, Standing::At));
+        }
+        if !self.has_diverged() {
+            return Ok(Standing::Unknown);
+        }
+        // One that was moved from this UID is another one.
+        let is_known = self.known_at(wanted).is_some_and(|known| !known.moved);
+        match if is_known { self.standing(wanted, guid)? } else { Standing::Unknown } {
+            Standing::Unknown => self.saved_by_killed_worker(guid),
+            known => Ok(known),
+        }
+    }
+
+    /// A worker was killed in the middle of the change: what it had saved is there, or a client has expunged it since.
+    fn saved_by_killed_worker(&mut self, guid: &str) -> Result<Standing> {
+        let logs = self.storage.log_files()?;
+        // Where files are put into their places first, the next sync of whomever finds them.
+        let by_any = self.storage.is_torn_when_killed();
+        let Some(open) = &self.open else { return Ok(Standing::Unknown) };
+        for uid in open.marks.saved_since(&logs, &self.current.origin, by_any) {
+            if self.saved.contains(&uid) || self.is_of_another(uid, guid) {
+                continue;
+            }
+            match self.standing_here(uid, guid)? {
+                Standing::Unknown => {}
+                known => return Ok(known),
             }
         }
-        Ok(false)
+        Ok(Standing::Unknown)
     }
 
     fn is_expunged_by_client(&mut self, uid: u32) -> Result<bool> {
         let done = mark::done_since(&self.storage.log_files()?, (0, 0), uid);
         Ok(done.iter().any(|delta| matches!(delta, Delta::Expunge { .. })))
+    }
+
+    /// Whether the message that the changes' origin saved with this UID is at it here, and no copy of it.
+    fn is_same(&mut self, uid: u32, guid: &str) -> Result<bool> {
+        Ok(!self.is_of_another(uid, guid) && self.is_at(uid, guid)?)
+    }
+
+    /// Whether it was expunged from it.
+    fn was_expunged_from(&mut self, uid: u32, guid: &str) -> Result<bool> {
+        let was_expunged = !self.is_of_another(uid, guid) && self.storage.was_expunged(uid, guid)?;
+        Ok(was_expunged && mark::follow(&self.storage.log_files()?, uid) == uid)
     }
 
     fn is_at(&mut self, uid: u32, guid: &str) -> Result<bool> {
@@ -687,7 +772,6 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// The UIDs here of the messages meant, as ranges.
     fn find(&mut self, messages: &[proto::MessageRange]) -> Outcome<Vec<(u32, u32)>> {
         let mut found = Vec::new();
-        let moved = self.has_diverged();
         for range in messages {
             if range.guid.is_empty() && range.guid_128.is_empty() {
                 self.find_by_uid(range, &mut found)?;
@@ -697,15 +781,29 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 found.extend(self.find_hashed(range)?.map(|uid| (uid, uid)));
                 continue;
             }
-            match self.storage.message_guid(range.first_uid)? {
-                Some(guid) if guid == range.guid => found.push((range.first_uid, range.first_uid)),
-                // If it got another UID, it was expunged from this one.
-                None if !moved && self.storage.was_expunged(range.first_uid, &range.guid)? => {}
+            if self.is_absent(range.first_uid, &range.guid) {
+                continue;
+            }
+            match self.standing(range.first_uid, &range.guid)? {
+                Standing::At(uid) => {
+                    found.push((uid, uid));
+                    continue;
+                }
+                Standing::Expunged => continue,
+                Standing::Unknown => {}
+            }
+            match self.standing_here(range.first_uid, &range.guid)? {
+                Standing::At(uid) => found.push((uid, uid)),
+                Standing::Expunged => {}
                 // It was given another UID here.
-                _ => match self.storage.find_messages(&range.guid)?.last().copied() {
-                    Some(uid) => found.push((uid, uid)),
-                    None => self.note("messages_unknown"),
-                },
+                Standing::Unknown => {
+                    let all = self.storage.find_messages(&range.guid)?;
+                    let is_it = |uid: &&u32| all.len() == 1 || !self.is_of_another(**uid, &range.guid);
+                    match all.iter().rfind(is_it) {
+                        Some(uid) => found.push((*uid, *uid)),
+                        None => self.note("messages_unknown"),
+                    }
+                }
             }
         }
         Ok(found)
@@ -718,19 +816,27 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if there.is_some_and(|info| info.guid_128 == guid) {
             return Ok(Some(range.first_uid));
         }
-        match self.has_diverged() {
-            true => Ok(self.storage.find_hashed(&guid)?.last().copied()),
-            false => Ok(None),
-        }
+        // Where it has another UID, that is known, or the log says that it was moved. Otherwise it never came: any other one with
+        // the GUID is a copy, or was moved out of the mailbox and back.
+        let here = self.known_at(range.first_uid).map_or(range.first_uid, |known| known.here);
+        let uid = mark::follow(&self.storage.log_files()?, here);
+        let info = self.storage.message_info(uid)?;
+        Ok(info.is_some_and(|info| info.guid_128 == guid).then_some(uid))
     }
 
     /// Of messages that the origin names by their UIDs alone.
     fn find_by_uid(&mut self, range: &proto::MessageRange, found: &mut Vec<(u32, u32)>) -> Result<()> {
         let Some(open) = &self.open else { return Ok(()) };
-        let Resolved { uids, guids } = self.elsewhere.resolve(&open.guid, range.first_uid, range.last_uid);
+        let Resolved { uids, elsewhere } = self.elsewhere.resolve(&open.guid, range.first_uid, range.last_uid);
         found.extend(uids);
-        for guid in guids {
-            found.extend(self.storage.find_messages(guid)?.last().map(|uid| (*uid, *uid)));
+        let elsewhere: Vec<Known> = elsewhere.into_iter().filter(|known| known.here != 0).cloned().collect();
+        for Known { guid, here, .. } in elsewhere {
+            let uid = match self.standing_here(here, &guid)? {
+                Standing::At(uid) => Some(uid),
+                Standing::Expunged => None,
+                Standing::Unknown => self.storage.find_messages(&guid)?.pop(),
+            };
+            found.extend(uid.map(|uid| (uid, uid)));
         }
         Ok(())
     }
@@ -767,15 +873,6 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         for (first, last) in self.find(&expunge.messages)? {
             self.storage.expunge(first, last)?;
             self.pending = Pending::Changes;
-        }
-        for guid in &expunge.hashed {
-            // The mailbox may have it twice, and the other one may be pending.
-            self.flush()?;
-            let guid = Guid::try_from(&guid[..]).map_err(|_| "malformed change: a GUID is not 16 bytes".to_string())?;
-            if let Some(uid) = self.storage.find_hashed(&guid)?.last() {
-                self.storage.expunge(*uid, *uid)?;
-                self.pending = Pending::Changes;
-            }
         }
         Ok(())
     }
@@ -831,6 +928,14 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     }
 }
 
+/// What is known of a message that has, or had, another UID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    At(u32),
+    Expunged,
+    Unknown,
+}
+
 fn all_flags(save: &proto::Save) -> proto::FlagUpdate {
     proto::FlagUpdate { add: save.flags, add_keywords: save.keywords.clone(), ..Default::default() }
 }
@@ -881,7 +986,7 @@ mod tests {
 
     fn expunge(seq: u64, uid: u32, guid: &str) -> proto::Change {
         let range = proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.into(), ..Default::default() };
-        change(seq, What::Expunge(proto::Expunge { messages: vec![range], ..Default::default() }))
+        change(seq, What::Expunge(proto::Expunge { messages: vec![range] }))
     }
 
     #[derive(Debug)]
@@ -1180,7 +1285,15 @@ mod tests {
     }
 
     fn claim(seq: u64, guid: &str, uid: u32, was: &[u32]) -> proto::Change {
-        change(seq, What::Claim(proto::Claim { guid: guid.into(), uid, was: was.to_vec(), raised: 1 }))
+        change(
+            seq,
+            What::Claim(proto::Claim { guid: guid.into(), uid, was: was.to_vec(), raised: 1, ..Default::default() }),
+        )
+    }
+
+    /// The server "a" has it at `of_uid`.
+    fn raised(guid: &str, uid: u32, was: &[u32], of_uid: u32) -> What {
+        What::Claim(proto::Claim { guid: guid.into(), uid, was: was.to_vec(), raised: 1, of: "a".into(), of_uid })
     }
 
     fn nack(seq: u64, guid: &str, uid: u32, stands: u32, next: u32) -> proto::Change {
@@ -1196,15 +1309,15 @@ mod tests {
         let mut storage = FakeStorage::default();
         storage.add("INBOX", GUID, 9, &[(5, "ours")]);
         let outcome = apply_as(true, &mut storage, Script::default(), &[save(1, 5, "theirs")]);
-        let raised = proto::Claim { guid: "theirs".into(), uid: 6, was: vec![5], raised: 1 };
-        assert_eq!(outcome.told, [What::Claim(raised)]);
+        assert_eq!(outcome.told, [raised("theirs", 6, &[], 5)]);
         assert_eq!(storage.messages("INBOX"), named(&[(5, "ours"), (6, "theirs")]));
 
         let mut storage = FakeStorage::default();
         storage.add("INBOX", GUID, 9, &[(5, "ours")]);
         let changes = [save(1, 5, "theirs")];
         let outcome = apply(&mut storage, Script::default(), &changes);
-        let cannot = proto::Nack { guid: "theirs".into(), uid: 5, stands: 6, next: 7, raised: 0, is_new: true };
+        let cannot =
+            proto::Nack { guid: "theirs".into(), uid: 5, stands: 6, next: 7, is_new: true, of: "a".into(), raised: 0 };
         assert_eq!(outcome.told, [What::Nack(cannot.clone())]);
         // Its worker may have been killed before it could say so.
         let outcome = apply(&mut storage, Script::default(), &changes);
@@ -1221,14 +1334,14 @@ mod tests {
         assert_eq!(storage.messages("INBOX"), named(&[(6, "two"), (9, "one")]));
 
         let outcome = apply_as(true, &mut storage, Script::default(), &[nack(2, "one", 9, 14, 15)]);
-        let raised = proto::Claim { guid: "one".into(), uid: 15, was: vec![9, 14], raised: 1 };
-        assert_eq!(outcome.told, [What::Claim(raised)]);
+        assert_eq!(outcome.told, [raised("one", 15, &[9], 14)]);
         assert_eq!(storage.messages("INBOX"), named(&[(6, "two"), (15, "one")]));
         let outcome = apply_as(true, &mut storage, Script::default(), &[nack(3, "one", 9, 14, 15)]);
         assert_eq!(outcome.told, [], "it was raised since");
 
         let outcome = apply(&mut storage, Script::default(), &[claim(4, "two", 8, &[6])]);
-        let cannot = proto::Nack { guid: "two".into(), uid: 8, stands: 6, next: 16, raised: 1, is_new: false };
+        let cannot =
+            proto::Nack { guid: "two".into(), uid: 8, stands: 6, next: 16, raised: 1, is_new: false, of: "a".into() };
         assert_eq!(outcome.told, [What::Nack(cannot)]);
         assert_eq!(storage.messages("INBOX"), named(&[(6, "two"), (15, "one")]));
     }
@@ -1240,7 +1353,7 @@ mod tests {
         let gone = |guid_128: [u8; 16]| {
             let range =
                 proto::MessageRange { first_uid: 5, last_uid: 5, guid_128: guid_128.to_vec(), ..Default::default() };
-            What::Expunge(proto::Expunge { messages: vec![range], ..Default::default() })
+            What::Expunge(proto::Expunge { messages: vec![range] })
         };
         apply(&mut storage, Script::default(), &[change(1, gone([9; 16]))]);
         assert_eq!(storage.messages("INBOX"), named(&[(5, "ours")]));
@@ -1282,13 +1395,31 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_of_a_message_that_was_given_another_uid_is_not_taken_for_it() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "ours"), (2, "ours too")]);
+        // Theirs, and the copy that somebody made of it there.
+        apply(&mut storage, Script::default(), &[save(1, 1, "one"), save(2, 2, "one")]);
+        assert_eq!(storage.messages("INBOX")[2..], named(&[(3, "one"), (4, "one")]));
+        // Each is known by the UID that it has there.
+        let claims = [claim(3, "one", 9, &[2]), claim(4, "one", 12, &[1])];
+        let known = storage.elsewhere.clone();
+        apply(&mut storage, Script::default(), &claims);
+        assert_eq!(storage.messages("INBOX")[2..], named(&[(9, "one"), (12, "one")]));
+        storage.elsewhere.splice(..0, known);
+        apply(&mut storage, Script::default(), &[expunge(5, 12, "one")]);
+        assert_eq!(storage.messages("INBOX")[2..], named(&[(9, "one")]));
+    }
+
+    #[test]
     fn a_claim_that_may_not_have_been_told_is_told_again() {
         let mut storage = FakeStorage::default();
         storage.add("INBOX", GUID, 9, &[(5, "one")]);
         let nacked = [nack(1, "one", 5, 9, 10)];
-        let raised = proto::Claim { guid: "one".into(), uid: 10, was: vec![5, 9], raised: 1 };
         let outcome = apply_as(true, &mut storage, Script::default(), &nacked);
-        assert_eq!(outcome.told, [What::Claim(raised)]);
+        assert_eq!(outcome.told, [raised("one", 10, &[5], 9)]);
+        // The mailbox has no log here that says that it was moved.
+        storage.forget_expunges();
         let outcome = apply_as(true, &mut storage, Script::default(), &nacked);
         assert!(matches!(&outcome.told[..], [What::Claim(claim)] if claim.uid == 10), "{outcome:?}");
     }
@@ -1303,27 +1434,6 @@ mod tests {
         storage.commit().unwrap();
         apply(&mut storage, Script::default(), &[claim(1, "one", 4, &[1])]);
         assert_eq!(storage.messages("INBOX"), named(&[(4, "one")]));
-    }
-
-    #[test]
-    fn a_message_is_expunged_by_its_hashed_guid() {
-        let mut storage = FakeStorage::default();
-        storage.add("INBOX", GUID, 9, &[(1, "one")]);
-        let hashed =
-            |guid: [u8; 16]| What::Expunge(proto::Expunge { hashed: vec![guid.to_vec()], ..Default::default() });
-        apply(&mut storage, Script::default(), &[change(1, hashed([9; 16]))]);
-        assert_eq!(storage.messages("INBOX").len(), 1);
-        apply(&mut storage, Script::default(), &[change(2, hashed(HASHED_GUID))]);
-        assert_eq!(storage.messages("INBOX"), []);
-    }
-
-    #[test]
-    fn a_message_that_is_there_twice_is_expunged_twice_by_its_hashed_guid() {
-        let mut storage = FakeStorage::default();
-        storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "one")]);
-        let gone = What::Expunge(proto::Expunge { hashed: vec![HASHED_GUID.to_vec()], ..Default::default() });
-        apply(&mut storage, Script::default(), &[change(1, gone.clone()), change(2, gone)]);
-        assert_eq!(storage.messages("INBOX"), []);
     }
 
     #[test]

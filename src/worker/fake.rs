@@ -83,6 +83,10 @@ impl FakeStorage {
         self.mailboxes[vname].uid_validity
     }
 
+    pub fn forget_expunges(&mut self) {
+        self.mailboxes.values_mut().for_each(|mailbox| mailbox.expunged.clear());
+    }
+
     pub fn uid_next(&self, vname: &str) -> u32 {
         self.mailboxes[vname].uid_next
     }
@@ -186,10 +190,6 @@ impl Storage for FakeStorage {
     }
     fn find_messages(&mut self, guid: &str) -> Result<Vec<u32>> {
         Ok(self.mailbox().messages.iter().filter(|(_, g)| *g == guid).map(|(uid, _)| *uid).collect())
-    }
-    /// As all messages have the same.
-    fn find_hashed(&mut self, guid_128: &Guid) -> Result<Vec<u32>> {
-        Ok(if *guid_128 == HASHED_GUID { self.uids()? } else { Vec::new() })
     }
     fn was_expunged(&mut self, uid: u32, guid: &str) -> Result<bool> {
         Ok(self.mailbox().expunged.contains(&(uid, guid.into())))

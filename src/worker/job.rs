@@ -40,6 +40,7 @@ struct Collecting {
     changes: Vec<proto::Change>,
     bytes: usize,
     resolves: bool,
+    me: String,
     again: Vec<u64>,
     elsewhere: Vec<proto::Elsewhere>,
     aliases: Vec<proto::Alias>,
@@ -125,6 +126,7 @@ impl Jobs {
                 changes: vec![],
                 bytes: 0,
                 resolves: apply.resolves,
+                me: apply.me,
                 again: apply.again,
                 elsewhere: vec![],
                 aliases: vec![],
@@ -181,7 +183,7 @@ impl Jobs {
         whole: Collecting,
         answer: &mut proto::Applied,
     ) -> Result<(), Failure> {
-        let Collecting { user, from, changes, resolves, again, elsewhere, aliases, .. } = whole;
+        let Collecting { user, from, me, changes, resolves, again, elsewhere, aliases, .. } = whole;
         if !storage.lock_user(&user)? {
             // Left behind by a relay that was killed: both would save the same mail.
             return Err("another worker still applies changes of this user".to_string().into());
@@ -227,6 +229,7 @@ impl Jobs {
         let mut apply =
             Apply::new(storage, connection, &user, resolves, elsewhere, &mut self.next_body, &mut on_commit)?;
         apply.again = again;
+        apply.me = me;
         apply.know_aliases(&aliases);
         let result = apply.run(&changes);
         answer.done = apply.done;
@@ -319,6 +322,7 @@ mod tests {
             changes: vec![],
             bytes: 0,
             resolves: false,
+            me: String::new(),
             again: vec![],
             elsewhere: vec![],
             aliases: vec![],

@@ -345,7 +345,8 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) 
     let moves: Option<Vec<(u32, u32)>> = diverged.then(|| files.iter().flat_map(|file| moves(file)).collect());
     let mut deltas = read.deltas;
     deltas.retain(|delta| !is_end_of_move(delta, moves.as_deref().unwrap_or_default()));
-    let (mut of_messages, expunges) = operations(storage, deltas, moves.as_deref())?;
+    let has_come = uid_next(&deltas) > 0;
+    let (mut of_messages, expunges) = operations(storage, deltas, moves.as_deref(), target.was_told)?;
     if rebuilt.is_some() {
         let saves = of_messages.iter_mut().filter_map(|what| match what {
             What::Save(save) => Some(save),
@@ -359,10 +360,15 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) 
         }
         rebuilt => of_messages.extend(rebuilt.map(What::Rebuilt)),
     }
+    if has_come && of_messages.is_empty() && expunges.is_empty() {
+        // What came is gone, but its UIDs name nothing else.
+        of_messages.push(change::nothing());
+    }
     if !of_messages.is_empty() {
         found.of_messages.push((mailbox.clone(), of_messages));
     }
-    let is_named = |what: &What| matches!(what, What::Expunge(expunge) if !diverged || !expunge.hashed.is_empty());
+    let has_guid = |expunge: &proto::Expunge| expunge.messages.iter().all(|range| !range.guid_128.is_empty());
+    let is_named = |what: &What| matches!(what, What::Expunge(expunge) if !diverged || has_guid(expunge));
     let (named, unnamed): (Vec<What>, Vec<What>) = expunges.into_iter().partition(is_named);
     if !named.is_empty() {
         found.expunges.push((mailbox, named));
@@ -548,9 +554,10 @@ fn operations<S: Storage>(
     storage: &mut S,
     deltas: Vec<Delta>,
     moves: Option<&[(u32, u32)]>,
+    was_told: bool,
 ) -> Result<(Vec<What>, Vec<What>)> {
     let (mut of_messages, mut expunges) = (Vec::new(), Vec::new());
-    // They came and went, and were never told. A peer may have given these UIDs to others meanwhile.
+    // They came and went. If nobody was told of them, a peer may have given these UIDs, or copies of these messages, to others.
     let mut gone = BTreeSet::new();
     let mut unnamed = NAMED_MAX;
     let flags =
@@ -575,16 +582,12 @@ fn operations<S: Storage>(
                     of_messages.extend(holding(storage, &messages, &keyword)?.into_iter().map(What::Flags));
                 }
             }
-            Delta::Expunge { guid: Some(guid), .. } if moves.is_some() => {
-                let hashed = vec![guid.to_vec()];
-                expunges.push(What::Expunge(proto::Expunge { hashed, ..Default::default() }));
-            }
-            Delta::Expunge { first_uid, last_uid, guid: None }
-                if (first_uid..=last_uid).all(|uid| gone.contains(&uid)) => {}
+            Delta::Expunge { first_uid, last_uid, guid }
+                if (guid.is_none() || !was_told) && (first_uid..=last_uid).all(|uid| gone.contains(&uid)) => {}
             Delta::Expunge { first_uid, last_uid, guid } => {
                 let guid_128 = guid.map(|guid| guid.to_vec()).unwrap_or_default();
                 let messages = vec![MessageRange { first_uid, last_uid, guid_128, ..Default::default() }];
-                expunges.push(What::Expunge(proto::Expunge { messages, ..Default::default() }));
+                expunges.push(What::Expunge(proto::Expunge { messages }));
             }
             // No client does it. The rest travels with the mailbox.
             Delta::KeywordsReset { .. } | Delta::Rebuilt | Delta::UidValidity(_) | Delta::NextUid(_) => {}
@@ -862,7 +865,7 @@ mod tests {
         let answers = look_at(&mut storage, vec![known_up_to(SDBOX, SDBOX.len() as u64)], false);
         let name = |op: &proto::Op| match op.what.as_ref().unwrap() {
             What::Flags(flags) => flags.messages[0].guid.clone(),
-            What::Expunge(expunge) => format!("{} bytes", expunge.hashed[0].len()),
+            What::Expunge(expunge) => format!("{} bytes", expunge.messages[0].guid_128.len()),
             other => panic!("{other:?}"),
         };
         let names =
@@ -1006,7 +1009,8 @@ mod tests {
         // A peer may have given these UIDs to other messages meanwhile.
         let words = told(&look_at(&mut storage(&[MAILDIR]), vec![inbox()], false));
         assert!(!words.iter().any(|word| word.contains('5')), "{words:?}");
-        let answers = look_at(&mut storage(&[MAILDIR]), vec![known_before_expunge(MAILDIR, 2)], false);
+        let known = LookAt { was_told: true, ..known_before_expunge(MAILDIR, 2) };
+        let answers = look_at(&mut storage(&[MAILDIR]), vec![known], false);
         let ops = answers.iter().filter_map(|answer| answer.change.as_ref()).flat_map(|change| &change.ops);
         let guids: Vec<usize> = ops
             .filter_map(|op| match &op.what {

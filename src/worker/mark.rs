@@ -102,15 +102,17 @@ impl Marks {
     }
 
     /// The UIDs that our commits gave since the last change of this origin that was applied to the mailbox: what a worker that was
-    /// killed had saved of the next one. None of them if that place is not in the logs any more.
-    pub fn saved_since(&self, logs: &[Vec<u8>], origin: &str) -> Vec<u32> {
-        self.saved_in(logs.iter().flat_map(|log| commits(log)), hash(origin))
+    /// killed had saved of the next one. None of them if that place is not in the logs any more. `by_any`: or other commits,
+    /// which found what it had saved.
+    pub fn saved_since(&self, logs: &[Vec<u8>], origin: &str, by_any: bool) -> Vec<u32> {
+        let commits = logs.iter().flat_map(|log| commits(log));
+        self.saved_in(commits.filter(|commit| by_any || is_ours(commit)), hash(origin))
     }
 
     fn saved_in(&self, commits: impl Iterator<Item = Commit>, origin: u32) -> Vec<u32> {
         let mut is_behind = !self.entries.iter().flatten().any(|entry| entry.origin == origin);
         let mut saved = Vec::new();
-        for commit in commits.filter(is_ours) {
+        for commit in commits {
             if updates_of(&commit).any(|update| names(update, origin)) {
                 saved.clear();
                 is_behind = true;
@@ -138,6 +140,11 @@ impl Marks {
 /// read is left out.
 pub fn moves(log: &[u8]) -> Vec<(u32, u32)> {
     commits(log).iter().flat_map(moves_of).collect()
+}
+
+/// The UID to which the logs say that a message was moved from this one; the same if it was not.
+pub fn follow(logs: &[Vec<u8>], uid: u32) -> u32 {
+    logs.iter().flat_map(|log| moves(log)).fold(uid, |at, (from, to)| if from == at { to } else { at })
 }
 
 /// A place in a log: the file's number, and the offset in it.
@@ -304,13 +311,21 @@ mod tests {
         let mut marks = Marks::default();
         let ours = || Some(Marks::default().ours());
         let torn = [commit(1, None), commit(2, ours()), commit(3, ours())];
-        assert_eq!(marks.saved_in(torn.iter().cloned(), hash("a")), [2, 3], "its first change");
+        assert_eq!(
+            marks.saved_in(torn.iter().filter(|commit| is_ours(commit)).cloned(), hash("a")),
+            [2, 3],
+            "its first change"
+        );
         let mut written =
             vec![commit(4, Some(marks.set(&change("b", 1, 1)))), commit(5, Some(marks.set(&change("a", 1, 1))))];
         let behind = [commit(6, ours()), commit(7, None)];
         written.extend(torn.into_iter().chain(behind.clone()));
-        assert_eq!(marks.saved_in(written.into_iter(), hash("a")), [2, 3, 6]);
-        assert_eq!(marks.saved_in(behind.into_iter(), hash("a")), [], "the log does not reach back to it");
+        assert_eq!(marks.saved_in(written.into_iter().filter(is_ours), hash("a")), [2, 3, 6]);
+        assert_eq!(
+            marks.saved_in(behind.into_iter().filter(is_ours), hash("a")),
+            [],
+            "the log does not reach back to it"
+        );
 
         let (at, entry) = marks.set(&change("b", 1, 2));
         let both = (0, [Marks::default().ours().1, entry].concat());

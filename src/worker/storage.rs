@@ -141,8 +141,6 @@ pub trait Storage {
     /// UIDs of the messages with this GUID, rising; more than one if it was copied inside of the mailbox. Looks at every
     /// message.
     fn find_messages(&mut self, guid: &str) -> Result<Vec<u32>>;
-    /// The same with this hashed GUID, see [`MessageInfo::guid_128`].
-    fn find_hashed(&mut self, guid_128: &Guid) -> Result<Vec<u32>>;
     /// Whether the mailbox's log knows that the message was expunged here.
     fn was_expunged(&mut self, uid: u32, guid: &str) -> Result<bool>;
 

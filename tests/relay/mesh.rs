@@ -394,7 +394,7 @@ fn a_flag_of_another_message_that_has_its_uid_here_decides_nothing() {
     send(1, vec![What::Save(Save { guid: "m".into(), ..Default::default() }), flags(12, 12, "m")]);
     let (mut worker, apply) = c.next_job();
     assert!(is_flagged(&apply));
-    let elsewhere = vec![Elsewhere { mailbox_guid: vec![1; 16], uid: 12, guid: "m".into(), moved: false }];
+    let elsewhere = vec![Elsewhere { mailbox_guid: vec![1; 16], uid: 12, guid: "m".into(), moved: false, here: 0 }];
     worker.send(Kind::Applied(Applied { job: apply.job, more: true, elsewhere, ..Default::default() }));
     worker.applied(&apply);
     send(2, vec![flags(12, 12, "m")]);

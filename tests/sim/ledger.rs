@@ -13,10 +13,14 @@ pub enum Flag {
     Keyword(String),
 }
 
-/// A mail that a client was told is stored.
+/// A mail that a client was told is stored, and its copies in the same mailbox.
 #[derive(Default)]
 struct Mail {
-    is_expunged: bool,
+    saved: usize,
+    /// By whose clients.
+    saved_on: BTreeSet<usize>,
+    /// Two servers may have expunged the same one.
+    expunged: usize,
     /// What clients made of its flags: by which server, in which order.
     flags: BTreeMap<Flag, Vec<(usize, bool)>>,
 }
@@ -41,16 +45,14 @@ impl Ledger {
         self.broken.get_or_insert(why);
     }
 
-    pub fn is_known(&self, user: &str, mailbox: &Guid, guid: &str) -> bool {
-        self.mails.contains_key(&(user.into(), *mailbox, guid.into()))
-    }
-
-    pub fn is_saved(&mut self, user: &str, mailbox: &Guid, guid: &str) {
-        self.mails.entry((user.into(), *mailbox, guid.into())).or_default();
+    pub fn is_saved(&mut self, server: usize, user: &str, mailbox: &Guid, guid: &str) {
+        let mail = self.mails.entry((user.into(), *mailbox, guid.into())).or_default();
+        mail.saved += 1;
+        mail.saved_on.insert(server);
     }
 
     pub fn is_expunged(&mut self, user: &str, mailbox: &Guid, guid: &str) {
-        self.mails.entry((user.into(), *mailbox, guid.into())).or_default().is_expunged = true;
+        self.mails.entry((user.into(), *mailbox, guid.into())).or_default().expunged += 1;
     }
 
     pub fn is_flagged(&mut self, server: usize, user: &str, mailbox: &Guid, guid: &str, flag: Flag, is_set: bool) {
@@ -98,18 +100,28 @@ impl Ledger {
                 // It has become one with another, which has the mail.
                 let is_it = |mailbox: &Mailbox| mailbox.messages.values().any(|message| message.guid == *guid);
                 let mut same = self.mails.iter().filter(|((user, _, other), _)| user == of && other == guid);
-                match same.any(|(_, mail)| mail.is_expunged) || mailboxes.values().any(is_it) {
+                match same.any(|(_, mail)| mail.expunged > 0) || mailboxes.values().any(is_it) {
                     true => continue,
                     false => return Err(format!("mail {guid} and its mailbox are not there")),
                 }
             };
             let found: Vec<_> = mailbox.messages.values().filter(|message| message.guid == *guid).collect();
-            match (mail.is_expunged, found.len()) {
-                (true, 0) => continue,
-                (true, _) => return Err(format!("mail {guid} in {name} was expunged and is there")),
-                (false, 0) => return Err(format!("mail {guid} is missing in {name}")),
-                (false, 1) => {}
-                (false, count) => return Err(format!("mail {guid} is in {name} {count} times")),
+            let count = found.len();
+            let least = match (mail.expunged, mail.saved_on.len()) {
+                // Copies that two servers made at once may have got one UID: then they are one.
+                (0, _) => 1,
+                (_, 2..) => 0,
+                (expunged, _) => usize::from(mail.saved > expunged),
+            };
+            let most = mail.saved - mail.expunged.min(1);
+            match (mail.saved, count) {
+                (1, 0) if least == 1 => return Err(format!("mail {guid} is missing in {name}")),
+                (1, 1) if most == 0 => return Err(format!("mail {guid} in {name} was expunged and is there")),
+                _ if (least..=most).contains(&count) => {}
+                (saved, _) => return Err(format!("mail {guid} is in {name} {count} times, was saved {saved} times")),
+            }
+            if mail.saved != 1 || count == 0 {
+                continue;
             }
             for (flag, changes) in &mail.flags {
                 let is_set = match flag {

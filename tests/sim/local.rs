@@ -344,10 +344,7 @@ impl Local {
                 let Some(uids) = self.pick(user, from, *pick, 1) else { return };
                 let source = self.user(user).mailboxes.get(from).map(|m| (m.guid, m.messages.get(&uids[0].0).cloned()));
                 let Some((source, Some(message))) = source else { return };
-                let target = self.user(user).mailboxes.get(to).map(|mailbox| mailbox.guid);
-                let Some(target) = target else { return };
-                // One that was there before would be a second message of that GUID.
-                if self.ledger.borrow().is_known(user, &target, &message.guid) {
+                if !self.user(user).mailboxes.contains_key(to) {
                     return;
                 }
                 let from_mailbox = proto::Mailbox { guid: source.to_vec(), path: path(from), ..Default::default() };
@@ -478,7 +475,7 @@ impl Local {
         });
         if let Some(mailbox) = self.user(user).mailboxes.get(name) {
             let guid = mailbox.guid;
-            self.ledger.borrow_mut().is_saved(user, &guid, &message.guid);
+            self.ledger.borrow_mut().is_saved(self.server, user, &guid, &message.guid);
         }
         self.commit(process, number, user, name, transaction, vec![Act::Save(0, message)]);
     }

@@ -248,9 +248,6 @@ impl Storage for ModelStorage {
     fn find_messages(&mut self, guid: &str) -> Result<Vec<u32>> {
         self.uids_with(|message| message.guid == guid)
     }
-    fn find_hashed(&mut self, guid_128: &Guid) -> Result<Vec<u32>> {
-        self.uids_with(|message| hashed(&message.guid) == *guid_128)
-    }
     fn was_expunged(&mut self, uid: u32, guid: &str) -> Result<bool> {
         self.mailbox(|mailbox| mailbox.expunged.contains(&(uid, guid.to_owned())))
     }

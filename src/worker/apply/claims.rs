@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 
 use super::super::mark;
 use super::super::storage::{Result, Storage};
-use super::{Apply, Outcome, Pending, Reason, UID_MAX};
+use super::{Apply, Outcome, Pending, Reason, Standing, UID_MAX};
 use crate::change;
 use crate::indexlog::Delta;
 use crate::merge::uid::{self, Here, Put, Tell, There};
@@ -18,15 +18,26 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         Here { stands, next: self.open.as_ref().map_or(1, |open| open.uid_next), resolves: self.resolves }
     }
 
-    /// Says to the peers what they must know of a message that is at `stands` here, if something.
-    pub(super) fn tell_uid(&mut self, guid: &str, stands: u32, there: There, was: Vec<u32>, is_new: bool) {
+    /// Says to the peers what they must know of a message that is at `stands` here, if something. `was`: UIDs that it had here,
+    /// and the one that it has where the change comes from (0: not known).
+    pub(super) fn tell_uid(
+        &mut self,
+        guid: &str,
+        stands: u32,
+        there: There,
+        (was, of_uid): (Vec<u32>, u32),
+        is_new: bool,
+    ) {
         let next = self.here(None).next;
         let There { uid, raised, .. } = there;
-        let guid = guid.to_owned();
+        let (guid, of) = (guid.to_owned(), self.current.origin.clone());
         self.tell_op(match uid::tell(stands, uid, self.resolves) {
             Tell::Nothing => return,
-            Tell::Claim => What::Claim(proto::Claim { guid, uid: stands, was, raised: raised.saturating_add(1) }),
-            Tell::Nack => What::Nack(proto::Nack { guid, uid, stands, next, raised, is_new }),
+            Tell::Claim => {
+                let raised = raised.saturating_add(1);
+                What::Claim(proto::Claim { guid, uid: stands, was, raised, of, of_uid })
+            }
+            Tell::Nack => What::Nack(proto::Nack { guid, uid, stands, next, raised, is_new, of }),
         });
     }
 
@@ -54,11 +65,21 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
 
     /// A message that is somewhere else is above.
     pub(super) fn tell_if_elsewhere(&mut self, guid: &str, wanted: u32) -> Outcome<()> {
-        if wanted == 0 || !self.has_diverged() || self.is_at(wanted, guid)? {
+        if wanted == 0 || !self.has_diverged() || self.is_same(wanted, guid)? {
             return Ok(());
         }
-        if let Some(stands) = self.storage.find_messages(guid)?.into_iter().rfind(|uid| *uid > wanted) {
-            self.tell_uid(guid, stands, There { uid: wanted, next: 0, raised: 0 }, vec![wanted], true);
+        let stands = match self.given_another(wanted, guid)? {
+            Standing::At(uid) => Some(uid),
+            Standing::Expunged => None,
+            // What was noted may be lost. Of copies, the first that is no other of the peer's: they were saved in this order.
+            Standing::Unknown => {
+                let found = self.storage.find_messages(guid)?.into_iter().filter(|uid| *uid > wanted);
+                found.into_iter().find(|uid| !self.is_of_another(*uid, guid))
+            }
+        };
+        if let Some(stands) = stands.filter(|uid| *uid > wanted) {
+            self.note_elsewhere(wanted, guid, stands, false);
+            self.tell_uid(guid, stands, There { uid: wanted, next: 0, raised: 0 }, (vec![], wanted), true);
         }
         Ok(())
     }
@@ -71,22 +92,74 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             return Ok(());
         }
         let there = There { uid: claim.uid, next: 0, raised: claim.raised };
-        let found = self.storage.find_messages(&claim.guid)?;
-        // Of copies inside of the mailbox, the one that is meant.
-        let meant = |uid: &&u32| **uid == claim.uid || claim.was.contains(uid);
-        let Some(stands) = found.iter().rfind(meant).or(found.last()).copied() else {
-            self.note_elsewhere(claim.uid, &claim.guid, false);
+        let Some(stands) = self.claimed(claim)? else {
+            self.note_elsewhere(claim.uid, &claim.guid, 0, false);
             self.reserve(there);
             return Ok(());
         };
-        self.take_claim(&claim.guid, stands, there, claim.was.clone())
+        self.take_claim(&claim.guid, stands, there)
+    }
+
+    /// Which message is meant: of copies inside of the mailbox, all have the GUID.
+    fn claimed(&mut self, claim: &proto::Claim) -> Result<Option<u32>> {
+        let found = self.storage.find_messages(&claim.guid)?;
+        if found.is_empty() {
+            return Ok(None);
+        }
+        let is_ours = claim.of == self.me && claim.of_uid != 0;
+        if is_ours {
+            match self.standing_here(claim.of_uid, &claim.guid)? {
+                Standing::At(uid) => return Ok(Some(uid)),
+                Standing::Expunged => return Ok(None),
+                Standing::Unknown => {}
+            }
+        }
+        let uids: Vec<u32> = [claim.uid].into_iter().chain(claim.was.iter().rev().copied()).collect();
+        let mut is_expunged = false;
+        for uid in &uids {
+            is_expunged |= self.is_absent(*uid, &claim.guid);
+            match self.standing(*uid, &claim.guid)? {
+                Standing::At(uid) => return Ok(Some(uid)),
+                Standing::Expunged => is_expunged = true,
+                Standing::Unknown => {}
+            }
+        }
+        // Where it is not known to be elsewhere, it is where the others have it.
+        for uid in uids.into_iter().chain([claim.of_uid]).filter(|uid| *uid != 0) {
+            match self.standing_here(uid, &claim.guid)? {
+                Standing::At(uid) => return Ok(Some(uid)),
+                Standing::Expunged => is_expunged = true,
+                Standing::Unknown => {}
+            }
+        }
+        Ok(found.last().copied().filter(|_| !is_expunged))
+    }
+
+    /// The same for a message that another server could not put where it was claimed.
+    fn refused(&mut self, nack: &proto::Nack) -> Result<Option<u32>> {
+        let ours = || if nack.of == self.me { nack.uid } else { 0 };
+        match self.standing_here(ours(), &nack.guid)? {
+            Standing::At(uid) => return Ok(Some(uid)),
+            Standing::Expunged => return Ok(None),
+            Standing::Unknown => {}
+        }
+        match self.standing(nack.stands, &nack.guid)? {
+            Standing::At(uid) => return Ok(Some(uid)),
+            Standing::Expunged => return Ok(None),
+            Standing::Unknown => {}
+        }
+        match self.is_at(nack.uid, &nack.guid)? {
+            true => Ok(Some(nack.uid)),
+            false => Ok(self.storage.find_messages(&nack.guid)?.pop()),
+        }
     }
 
     /// Another server says that it has a message that is `stands` here.
-    pub(super) fn take_claim(&mut self, guid: &str, stands: u32, there: There, was: Vec<u32>) -> Outcome<()> {
+    pub(super) fn take_claim(&mut self, guid: &str, stands: u32, there: There) -> Outcome<()> {
         let put = uid::place(self.here(Some(stands)), there);
-        self.put(guid, stands, put, there, was)?;
-        self.note_if_elsewhere(there.uid, guid)
+        let now = self.put(guid, stands, put, there, there.uid)?;
+        self.note_if_elsewhere(there.uid, guid, now);
+        Ok(())
     }
 
     pub(super) fn nack(&mut self, mailbox: &proto::Mailbox, nack: &proto::Nack) -> Outcome<()> {
@@ -98,16 +171,15 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         }
         let was_applied = self.is_applied();
         let there = There { uid: nack.uid, next: nack.next, raised: nack.raised };
-        let was = vec![nack.uid, nack.stands];
-        let found = self.storage.find_messages(&nack.guid)?;
-        let Some(stands) = found.iter().find(|uid| **uid == nack.uid).or(found.last()).copied() else {
-            self.note_elsewhere(nack.stands, &nack.guid, false);
+        let Some(mut stands) = self.refused(nack)? else {
+            self.note_elsewhere(nack.stands, &nack.guid, 0, false);
             return self.answer_without(&nack.guid, there);
         };
         if let Some(put) = uid::answer(self.here(Some(stands)), there, nack.is_new || was_applied) {
-            self.put(&nack.guid, stands, put, there, was)?;
+            stands = self.put(&nack.guid, stands, put, there, nack.stands)?;
         }
-        self.note_if_elsewhere(nack.stands, &nack.guid)
+        self.note_if_elsewhere(nack.stands, &nack.guid, stands);
+        Ok(())
     }
 
     /// A nack of a message that was expunged here. Those that did not send it need not have heard of a UID that high.
@@ -116,18 +188,18 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let is_news = self.open.as_ref().is_some_and(|open| uid_next > open.uid_next.max(open.min_uid_next));
         self.reserve(there);
         if is_news {
-            let claim = proto::Claim { guid: guid.to_owned(), uid: uid_next - 1, was: vec![], raised: there.raised };
+            let (guid, raised) = (guid.to_owned(), there.raised);
+            let claim = proto::Claim { guid, uid: uid_next - 1, raised, ..Default::default() };
             self.tell_op(What::Claim(claim));
         }
         Ok(())
     }
 
     /// The changes' origin has the message at this UID, and may name it so until it hears of ours.
-    fn note_if_elsewhere(&mut self, uid: u32, guid: &str) -> Outcome<()> {
-        if uid != 0 && !self.is_at(uid, guid)? {
-            self.note_elsewhere(uid, guid, false);
+    fn note_if_elsewhere(&mut self, uid: u32, guid: &str, here: u32) {
+        if uid != 0 && uid != here {
+            self.note_elsewhere(uid, guid, here, false);
         }
-        Ok(())
     }
 
     /// The message is not here. Also if it was expunged: UIDNEXT is to be the same everywhere in the end.
@@ -147,23 +219,19 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         Ok(true)
     }
 
-    fn put(&mut self, guid: &str, stands: u32, put: Put, there: There, mut was: Vec<u32>) -> Outcome<()> {
-        was.retain(|uid| *uid != 0);
+    /// `of_uid`: the UID that the message has where the change comes from. The one that it has here then; 0: it was expunged
+    /// meanwhile.
+    fn put(&mut self, guid: &str, stands: u32, put: Put, there: There, of_uid: u32) -> Outcome<u32> {
         let now = match put {
-            Put::At(uid) if uid != stands => {
-                was.push(stands);
-                match self.renumber(guid, stands, uid)? {
-                    Some(uid) => uid,
-                    None => return Ok(()),
-                }
-            }
+            Put::At(uid) if uid != stands => match self.renumber(guid, stands, uid)? {
+                Some(uid) => uid,
+                None => return Ok(0),
+            },
             _ => stands,
         };
-        was.retain(|uid| *uid != now);
-        was.sort_unstable();
-        was.dedup();
-        self.tell_uid(guid, now, there, was, false);
-        Ok(())
+        let was = if now == stands { vec![] } else { vec![stands] };
+        self.tell_uid(guid, now, there, (was, of_uid), false);
+        Ok(now)
     }
 
     /// Gives the message another UID: the one that it got; None if it was expunged meanwhile.
@@ -192,7 +260,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             self.note_moving(Some((from, uid)))?;
             self.storage.commit()?;
         }
-        self.note_elsewhere(from, guid, true);
+        self.note_elsewhere(from, guid, uid, true);
         // What is told of it may be lost: when the change comes again, it is to be known as applied, and told again.
         if let Some(open) = self.open.as_mut().filter(|_| self.is_single) {
             open.complete = Some(self.current.clone());
@@ -204,7 +272,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         // Their process may not find out any more which message it was.
         let messages =
             vec![proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.to_owned(), ..Default::default() }];
-        self.tell_op(What::Expunge(proto::Expunge { messages, ..Default::default() }));
+        self.tell_op(What::Expunge(proto::Expunge { messages }));
         Ok(None)
     }
 
@@ -254,12 +322,12 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         };
         self.finish_moving(from)?;
         // Perhaps it was not told.
-        self.note_elsewhere(from, &guid, true);
+        self.note_elsewhere(from, &guid, to, true);
         if let Some(begin) = begin {
             self.redo_since(begin, from, to)?;
         }
         if self.resolves {
-            self.tell_uid(&guid, to, There { uid: from, next: 0, raised: 0 }, vec![from], false);
+            self.tell_uid(&guid, to, There { uid: from, next: 0, raised: 0 }, (vec![from], 0), false);
         }
         Ok(())
     }

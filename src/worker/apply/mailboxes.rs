@@ -452,6 +452,8 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 self.tell_op(What::Save(proto::Save { found: false, kept: true, ..save }));
             }
         }
+        // There may have been more.
+        self.tell_uid_next();
         Ok(())
     }
 

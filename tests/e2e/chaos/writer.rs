@@ -121,9 +121,13 @@ impl Writer<'_> {
         let Some(mails) = self.select(user, &from) else { return };
         let Some((uids, tokens)) = chosen(&mails, pick, count) else { return };
         let answer = self.ask(user, |imap| imap.command(&format!("UID {verb} {uids} {}", to.name)));
-        let outcome = outcome(&answer, &format!("UID {verb} {uids} {}", to.name));
+        let all = outcome(&answer, &format!("UID {verb} {uids} {}", to.name));
+        let copied = answer.as_ref().ok().filter(|_| self.both && all == Outcome::Done).map(copied);
         let mut ledger = self.ledger();
-        for token in &tokens {
+        for (uid, token) in uids.split(',').zip(&tokens) {
+            // Without an error a UID is left out that names nothing any more: the mail was given another one.
+            let is_left_out = copied.as_ref().is_some_and(|copied| !uid.parse().is_ok_and(|uid| copied.contains(&uid)));
+            let outcome = if is_left_out { Outcome::Refused } else { all };
             match verb {
                 "COPY" => ledger.arrives(token, 1, &to.id, &format!("copy from {}", from.id), outcome),
                 _ => ledger.moves(token, 1, &from.id, &to.id, outcome),
@@ -141,7 +145,13 @@ impl Writer<'_> {
         }
         let answer = self.ask(user, |imap| imap.command(&format!("UID EXPUNGE {uids}")));
         // Marked in a session that was lost, and expunged by one that never knew: then it is still there.
-        let outcome = outcome(&answer, "UID EXPUNGE");
+        let mut outcome = outcome(&answer, "UID EXPUNGE");
+        let gone = |line: &&Vec<u8>| line.ends_with(b" EXPUNGE");
+        let count = answer.map_or(0, |answer| answer.untagged.iter().filter(gone).count());
+        if self.both && count < tokens.len() {
+            // It was perhaps given another UID before.
+            outcome = Outcome::Unknown;
+        }
         tokens.iter().for_each(|token| self.ledger().leaves(token, 1, &mailbox.id, outcome));
     }
 
@@ -261,6 +271,18 @@ pub fn token(header: &[u8]) -> String {
     let text = String::from_utf8_lossy(header);
     let line = text.lines().find_map(|line| line.strip_prefix(TOKEN_HEADER)?.strip_prefix(": "));
     line.unwrap_or("no token").trim().to_owned()
+}
+
+/// The UIDs that were copied or moved, as the response code COPYUID (RFC 4315) says.
+fn copied(answer: &Answer) -> BTreeSet<u32> {
+    let untagged = answer.untagged.iter().map(|line| String::from_utf8_lossy(line));
+    let lines: Vec<String> = untagged.map(Into::into).chain([answer.result.clone()]).collect();
+    let sets = lines.iter().filter_map(|line| line.split_once("[COPYUID ")?.1.split(' ').nth(1));
+    let range = |range: &str| {
+        let (first, last) = range.split_once(':').unwrap_or((range, range));
+        Some(first.parse::<u32>().ok()?..=last.parse::<u32>().ok()?)
+    };
+    sets.flat_map(|set| set.split(',')).filter_map(range).flatten().collect()
 }
 
 /// Up to `count` mails in a row: their UIDs as a set, their tokens.
