@@ -169,7 +169,7 @@ int dt_worker_message_flags(uint32_t uid, uint32_t *flags_r, const char **keywor
 	T_BEGIN {
 		trans = dt_worker_read_begin(dt_worker_box());
 		mail = mail_alloc(trans, MAIL_FETCH_FLAGS, NULL);
-		ret = mail_set_uid(mail, uid) && !mail->expunged ? 1 : 0;
+		ret = uid != 0 && mail_set_uid(mail, uid) && !mail->expunged ? 1 : 0;
 		if (ret > 0) {
 			*flags_r = mail_get_flags(mail) & MAIL_FLAGS_NONRECENT;
 			*keywords_r = dt_worker_keep(t_strarray_join(mail_get_keywords(mail), " "));

@@ -523,7 +523,8 @@ int dt_worker_update(const struct dt_mailbox_update *_update)
 int
 dt_worker_get_guid(struct mail *mail, uint32_t uid, const char **guid_r)
 {
-	if (!mail_set_uid(mail, uid) || mail->expunged)
+	/* mail_set_uid() does not take 0. */
+	if (uid == 0 || !mail_set_uid(mail, uid) || mail->expunged)
 		return 0;
 	if (mail_get_special(mail, MAIL_FETCH_GUID, guid_r) < 0) {
 		if (mail->expunged || dt_worker_box_notfound(mail->box) ||

@@ -686,19 +686,20 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         // One that was moved from this UID is another one.
         let is_known = self.known_at(wanted).is_some_and(|known| !known.moved);
         match if is_known { self.standing(wanted, guid)? } else { Standing::Unknown } {
-            Standing::Unknown => self.saved_by_killed_worker(guid),
+            Standing::Unknown => self.saved_by_killed_worker(wanted, guid),
             known => Ok(known),
         }
     }
 
     /// A worker was killed in the middle of the change: what it had saved is there, or a client has expunged it since.
-    fn saved_by_killed_worker(&mut self, guid: &str) -> Result<Standing> {
+    fn saved_by_killed_worker(&mut self, wanted: u32, guid: &str) -> Result<Standing> {
         let logs = self.storage.log_files()?;
         // Where files are put into their places first, the next sync of whomever finds them.
         let by_any = self.storage.is_torn_when_killed();
         let Some(open) = &self.open else { return Ok(Standing::Unknown) };
         for uid in open.marks.saved_since(&logs, &self.current.origin, by_any) {
-            if self.saved.contains(&uid) || self.is_of_another(uid, guid) {
+            // It had to go above.
+            if uid < wanted || self.saved.contains(&uid) || self.is_of_another(uid, guid) {
                 continue;
             }
             match self.standing_here(uid, guid)? {

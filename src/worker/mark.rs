@@ -101,9 +101,9 @@ impl Marks {
         (HEADER_BYTES + n * ENTRY_BYTES, bytes)
     }
 
-    /// The UIDs that our commits gave since the last change of this origin that was applied to the mailbox: what a worker that was
-    /// killed had saved of the next one. None of them if that place is not in the logs any more. `by_any`: or other commits,
-    /// which found what it had saved.
+    /// The UIDs that our commits gave since the one that says which change of this origin was applied last: among them is what a
+    /// worker that was killed had saved of the next one. None of them if that place is not in the logs any more. `by_any`: or
+    /// other commits, which found what it had saved.
     pub fn saved_since(&self, logs: &[Vec<u8>], origin: &str, by_any: bool) -> Vec<u32> {
         let commits = logs.iter().flat_map(|log| commits(log));
         self.saved_in(commits.filter(|commit| by_any || is_ours(commit)), hash(origin))
@@ -114,9 +114,11 @@ impl Marks {
         let mut saved = Vec::new();
         for commit in commits {
             if updates_of(&commit).any(|update| names(update, origin)) {
+                // Perhaps of that change, perhaps the first of the next one.
                 saved.clear();
                 is_behind = true;
-            } else if is_behind {
+            }
+            if is_behind {
                 saved.extend(appends_of(&commit).map(|append| append.uid));
             }
         }
@@ -320,7 +322,7 @@ mod tests {
             vec![commit(4, Some(marks.set(&change("b", 1, 1)))), commit(5, Some(marks.set(&change("a", 1, 1))))];
         let behind = [commit(6, ours()), commit(7, None)];
         written.extend(torn.into_iter().chain(behind.clone()));
-        assert_eq!(marks.saved_in(written.into_iter().filter(is_ours), hash("a")), [2, 3, 6]);
+        assert_eq!(marks.saved_in(written.into_iter().filter(is_ours), hash("a")), [5, 2, 3, 6]);
         assert_eq!(
             marks.saved_in(behind.into_iter().filter(is_ours), hash("a")),
             [],
@@ -332,7 +334,7 @@ mod tests {
         assert_eq!(at, HEADER_BYTES);
         assert_eq!(
             marks.saved_in([commit(8, ours()), commit(9, Some(both))].into_iter(), hash("b")),
-            [],
+            [9],
             "in one write"
         );
     }

@@ -145,14 +145,14 @@ impl Writer<'_> {
         }
         let answer = self.ask(user, |imap| imap.command(&format!("UID EXPUNGE {uids}")));
         // Marked in a session that was lost, and expunged by one that never knew: then it is still there.
-        let mut outcome = outcome(&answer, "UID EXPUNGE");
-        let gone = |line: &&Vec<u8>| line.ends_with(b" EXPUNGE");
-        let count = answer.map_or(0, |answer| answer.untagged.iter().filter(gone).count());
-        if self.both && count < tokens.len() {
-            // It was perhaps given another UID before.
-            outcome = Outcome::Unknown;
+        let outcome = outcome(&answer, "UID EXPUNGE");
+        // A mail that was given another UID just before is still there.
+        let left = if self.both { self.select(user, &mailbox) } else { None };
+        let is_left = |token: &String| left.iter().flatten().any(|(_, left)| left == token);
+        for token in &tokens {
+            let outcome = if is_left(token) { Outcome::Unknown } else { outcome };
+            self.ledger().leaves(token, 1, &mailbox.id, outcome);
         }
-        tokens.iter().for_each(|token| self.ledger().leaves(token, 1, &mailbox.id, outcome));
     }
 
     fn create(&mut self, user: usize, below: bool, subscribe: bool) {
