@@ -5,6 +5,8 @@
 //! Knows nothing of sockets, files, clocks or Dovecot.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeSet;
+
 use prost::Message;
 
 use crate::wire::proto::{op::What, Change, FlagUpdate, Mailbox, MailboxRebuilt, MessageRange, Op, Save, Span, Stamp};
@@ -156,17 +158,34 @@ pub fn check_path(path: &[String]) -> Result<(), ChangeError> {
 /// The UIDs by which the change's origin names messages, as ranges.
 pub fn uids_of(change: &Change) -> Vec<(u32, u32)> {
     let one = |uid: &u32| (*uid, *uid);
-    let of_ranges =
-        |ranges: &[MessageRange]| ranges.iter().map(|range| (range.first_uid, range.last_uid)).collect::<Vec<_>>();
     let of_op = |op: &Op| match &op.what {
-        Some(What::Flags(update)) => of_ranges(&update.messages),
-        Some(What::Expunge(expunge)) => of_ranges(&expunge.messages),
         Some(What::Save(save)) => save.birth.iter().map(|birth| one(&birth.uid)).collect(),
         Some(What::Claim(claim)) => claim.was.iter().chain([&claim.uid]).map(one).collect(),
         Some(What::Nack(nack)) => vec![one(&nack.stands)],
-        _ => vec![],
+        _ => ranges_of(op).iter().map(|range| (range.first_uid, range.last_uid)).collect::<Vec<_>>(),
     };
     change.ops.iter().flat_map(of_op).filter(|(_, last)| *last != 0).collect()
+}
+
+/// The GUIDs by which it names messages, each once.
+pub fn guids_of(change: &Change) -> BTreeSet<&str> {
+    fn of_op(op: &Op) -> Vec<&str> {
+        match &op.what {
+            Some(What::Save(save)) => vec![save.guid.as_str()],
+            Some(What::Claim(claim)) => vec![claim.guid.as_str()],
+            Some(What::Nack(nack)) => vec![nack.guid.as_str()],
+            _ => ranges_of(op).iter().map(|range| range.guid.as_str()).collect(),
+        }
+    }
+    change.ops.iter().flat_map(of_op).filter(|guid| !guid.is_empty()).collect()
+}
+
+fn ranges_of(op: &Op) -> &[MessageRange] {
+    match &op.what {
+        Some(What::Flags(update)) => &update.messages,
+        Some(What::Expunge(expunge)) => &expunge.messages,
+        _ => &[],
+    }
 }
 
 /// The spans of one record or change.

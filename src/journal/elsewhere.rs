@@ -1,5 +1,7 @@
 //! Messages that are not here where a peer has them, for as long as it may name them by the UIDs that they have there.
 
+use rusqlite::Row;
+
 use super::{to_sql, Journal, JournalError};
 
 /// A message by the UID that it has, or had, on a peer.
@@ -12,6 +14,10 @@ pub struct Elsewhere {
     pub here: u32,
     /// It had this UID here, too, so all peers may know it by that.
     pub moved: bool,
+}
+
+fn read(row: &Row) -> rusqlite::Result<Elsewhere> {
+    Ok(Elsewhere { mailbox: row.get(0)?, uid: row.get(1)?, guid: row.get(2)?, here: row.get(3)?, moved: row.get(4)? })
 }
 
 impl Journal {
@@ -54,7 +60,7 @@ impl Journal {
         .map(drop)
     }
 
-    /// What is known of these UIDs of the peer, and of those of the peer's messages that have them here.
+    /// What is known of these UIDs of the peer.
     pub fn elsewhere(
         &self,
         user: &str,
@@ -64,15 +70,28 @@ impl Journal {
     ) -> Result<Vec<Elsewhere>, JournalError> {
         self.run(|db| {
             let mut rows = db.prepare_cached(
-                "SELECT uid, guid, here, moved FROM elsewhere WHERE user = ?1 AND mailbox = ?2 AND peer = ?3 \
-                 AND uid BETWEEN ?4 AND ?5 UNION \
-                 SELECT uid, guid, here, moved FROM elsewhere WHERE user = ?1 AND mailbox = ?2 AND peer = ?3 \
-                 AND here BETWEEN ?4 AND ?5",
+                "SELECT mailbox, uid, guid, here, moved FROM elsewhere \
+                 WHERE user = ? AND mailbox = ? AND peer = ? AND uid BETWEEN ? AND ?",
             )?;
-            let rows = rows.query_map((user, mailbox, peer, first, last), |row| {
-                let (uid, guid, here, moved) = (row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?);
-                Ok(Elsewhere { mailbox: mailbox.to_vec(), uid, guid, here, moved })
-            })?;
+            let rows = rows.query_map((user, mailbox, peer, first, last), read)?;
+            rows.collect()
+        })
+    }
+
+    /// What is known of the peer's messages with this GUID: of the message, and of its copies in the mailbox.
+    pub fn elsewhere_of(
+        &self,
+        user: &str,
+        peer: &str,
+        mailbox: &[u8],
+        guid: &str,
+    ) -> Result<Vec<Elsewhere>, JournalError> {
+        self.run(|db| {
+            let mut rows = db.prepare_cached(
+                "SELECT mailbox, uid, guid, here, moved FROM elsewhere \
+                 WHERE user = ? AND mailbox = ? AND guid = ? AND peer = ?",
+            )?;
+            let rows = rows.query_map((user, mailbox, guid, peer), read)?;
             rows.collect()
         })
     }

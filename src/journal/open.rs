@@ -57,7 +57,7 @@ CREATE TABLE elsewhere (user TEXT NOT NULL, mailbox BLOB NOT NULL, peer TEXT NOT
     guid TEXT NOT NULL, here INTEGER NOT NULL, moved INTEGER NOT NULL, at_us INTEGER NOT NULL,
     PRIMARY KEY (user, mailbox, peer, uid)) STRICT, WITHOUT ROWID;
 CREATE INDEX elsewhere_by_age ON elsewhere (at_us);
-CREATE INDEX elsewhere_by_uid_here ON elsewhere (user, mailbox, here);
+CREATE INDEX elsewhere_by_guid ON elsewhere (user, mailbox, guid);
 -- Changes of flags that a peer may not have heard of when it made what is still to come.
 CREATE TABLE flags (user TEXT NOT NULL, clock INTEGER NOT NULL, origin TEXT NOT NULL, change BLOB NOT NULL,
     at_us INTEGER NOT NULL, PRIMARY KEY (user, clock, origin)) STRICT, WITHOUT ROWID;

@@ -249,8 +249,7 @@ impl Engine {
         if !self.users_elsewhere.contains(user) {
             return Ok(None);
         }
-        let mut known = self.journal.elsewhere(user, origin, mailbox, (uid, uid))?.into_iter();
-        Ok(known.find(|known| known.uid == uid).map(|known| known.guid))
+        Ok(self.journal.elsewhere(user, origin, mailbox, (uid, uid))?.pop().map(|known| known.guid))
     }
 
     /// `apart`: GUIDs of messages that are not here at the UIDs that they have there: of those only GUIDs are compared.

@@ -343,11 +343,13 @@ impl Engine {
         for change in changes {
             let Some(mailbox) = &change.mailbox else { continue };
             let guid = self.lists.canonical(user, &mailbox.guid);
-            for uids in change::uids_of(change) {
-                // A message that the origin did not have to give another UID has the one there that it has at its own origin.
-                for peer in self.peers.iter().map(|peer| &peer.name).chain(&self.far) {
-                    let of_range = self.journal.elsewhere(user, peer, guid, uids)?;
-                    found.extend(of_range.into_iter().map(|one| {
+            let (uids, guids) = (change::uids_of(change), change::guids_of(change));
+            // A message that the origin did not have to give another UID has the one there that it has at its own origin.
+            for peer in self.peers.iter().map(|peer| &peer.name).chain(&self.far) {
+                let by_uid = uids.iter().map(|uids| self.journal.elsewhere(user, peer, guid, *uids));
+                let by_guid = guids.iter().map(|of| self.journal.elsewhere_of(user, peer, guid, of));
+                for known in by_uid.chain(by_guid) {
+                    found.extend(known?.into_iter().map(|one| {
                         let Elsewhere { mailbox: mailbox_guid, uid, guid, here, moved } = one;
                         proto::Elsewhere { mailbox_guid, uid, guid, here, moved: moved || peer != origin }
                     }));
