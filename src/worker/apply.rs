@@ -643,13 +643,10 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 return Ok(Some(wanted));
             }
         }
-        // From this UID; where messages move it may only have gone to another one.
-        let was_expunged = match (save.found, self.was_expunged_from(wanted, guid)?) {
-            (true, _) => false,
-            // Or by a worker that deleted its mailbox.
-            (false, true) => !save.kept || self.is_expunged_by_client(wanted)?,
-            (false, false) => false,
-        };
+        // What is kept may also have gone with a worker that deleted its mailbox.
+        let was_expunged = !save.found
+            && self.was_expunged_from(wanted, guid)?
+            && (!save.kept || self.is_expunged_by_client(wanted)?);
         if was_expunged && !self.has_diverged() {
             return Ok(None);
         }
@@ -720,7 +717,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         Ok(!self.is_of_another(uid, guid) && self.is_at(uid, guid)?)
     }
 
-    /// Whether it was expunged from it.
+    /// Whether it was expunged from this UID, and not moved from it.
     fn was_expunged_from(&mut self, uid: u32, guid: &str) -> Result<bool> {
         let was_expunged = !self.is_of_another(uid, guid) && self.storage.was_expunged(uid, guid)?;
         Ok(was_expunged && mark::follow(&self.storage.log_files()?, uid) == uid)

@@ -137,8 +137,8 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
 
     /// The same for a message that another server could not put where it was claimed.
     fn refused(&mut self, nack: &proto::Nack) -> Result<Option<u32>> {
-        let ours = || if nack.of == self.me { nack.uid } else { 0 };
-        match self.standing_here(ours(), &nack.guid)? {
+        let ours = if nack.of == self.me { nack.uid } else { 0 };
+        match self.standing_here(ours, &nack.guid)? {
             Standing::At(uid) => return Ok(Some(uid)),
             Standing::Expunged => return Ok(None),
             Standing::Unknown => {}
