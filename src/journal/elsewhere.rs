@@ -10,7 +10,7 @@ pub struct Elsewhere {
     pub mailbox: Vec<u8>,
     pub uid: u32,
     pub guid: String,
-    /// Its UID here; 0: it was not here.
+    /// As a worker said it, see `worker::elsewhere::Known`.
     pub here: u32,
     /// It had this UID here, too, so all peers may know it by that.
     pub moved: bool,

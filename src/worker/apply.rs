@@ -10,7 +10,7 @@ use std::io::{Read, Write};
 
 use super::body::{self, Fetched};
 use super::connection::Connection;
-use super::elsewhere::{Elsewhere, Known, Resolved};
+use super::elsewhere::{Elsewhere, Known, Resolved, GONE};
 use super::look;
 use super::mark::{self, Marks};
 use super::name;
@@ -427,7 +427,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         Ok(torn)
     }
 
-    /// The changes' origin has the message at `uid` of the open mailbox, and it is at `here` (0: not there). `moved`: it was at
+    /// The changes' origin has the message at `uid` of the open mailbox, and it is at `here` (0: not there yet, or GONE). `moved`: it was at
     /// `uid` here, too.
     fn note_elsewhere(&mut self, uid: u32, guid: &str, here: u32, moved: bool) {
         if let Some(open) = &self.open {
@@ -438,7 +438,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// What is known of the message that the changes' origin has, or had, at this UID. A mailbox may have several with one GUID:
     /// copies that somebody made inside of it.
     fn standing(&mut self, there: u32, guid: &str) -> Result<Standing> {
-        match self.known_at(there).filter(|known| known.here != 0 && known.guid == guid).map(|known| known.here) {
+        match self.known_at(there).filter(|known| known.guid == guid).and_then(Known::uid) {
             Some(here) => self.standing_here(here, guid),
             None => Ok(Standing::Unknown),
         }
@@ -448,9 +448,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         self.open.as_ref().and_then(|open| self.elsewhere.at(&open.guid, there))
     }
 
-    /// Whether the message that the changes' origin has at this UID is known not to be here.
-    fn is_absent(&self, there: u32, guid: &str) -> bool {
-        self.known_at(there).is_some_and(|known| known.guid == guid && known.here == 0)
+    /// Whether the message that the changes' origin has at this UID is gone here.
+    fn is_gone(&self, there: u32, guid: &str) -> bool {
+        self.known_at(there).is_some_and(|known| known.guid == guid && known.here == GONE && !known.moved)
     }
 
     /// Whether the message that has this UID here has another one where the changes come from.
@@ -562,7 +562,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 let Some(body) = fetched.body() else {
                     // It was expunged there; that comes next, and means no copy of it.
                     self.note("body_gone");
-                    self.note_elsewhere(wanted, &save.guid, 0, false);
+                    self.note_elsewhere(wanted, &save.guid, GONE, false);
                     // No other message may get its UID. (Where it could not be had, none was used up here.)
                     if let Some(open) = &mut self.open {
                         open.min_uid_next = open.min_uid_next.max(wanted.saturating_add(1));
@@ -630,6 +630,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         // What is pending must be seen.
         self.flush()?;
         if wanted != 0 && self.is_same(wanted, guid)? {
+            if mark::is_saved_by_others(&self.storage.log_files()?, wanted) {
+                // Two servers have made a copy with one UID, which may have had other flags on each.
+                self.storage.update_flags(wanted, wanted, &all_flags(save))?;
+                self.pending = Pending::Changes;
+            }
             return Ok(None);
         }
         if is_told_again {
@@ -779,7 +784,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 found.extend(self.find_hashed(range)?.map(|uid| (uid, uid)));
                 continue;
             }
-            if self.is_absent(range.first_uid, &range.guid) {
+            if self.is_gone(range.first_uid, &range.guid) && !self.is_at(range.first_uid, &range.guid)? {
                 continue;
             }
             match self.standing(range.first_uid, &range.guid)? {
@@ -816,7 +821,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         // Where it has another UID, that is known, or the log says that it was moved. Otherwise it never came: any other one with
         // the GUID is a copy, or was moved out of the mailbox and back.
-        let here = self.known_at(range.first_uid).map_or(range.first_uid, |known| known.here);
+        let here = self.known_at(range.first_uid).and_then(Known::uid).unwrap_or(range.first_uid);
         let uid = mark::follow(&self.storage.log_files()?, here);
         let info = self.storage.message_info(uid)?;
         Ok(info.is_some_and(|info| info.guid_128 == guid).then_some(uid))
@@ -827,7 +832,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         let Some(open) = &self.open else { return Ok(()) };
         let Resolved { uids, elsewhere } = self.elsewhere.resolve(&open.guid, range.first_uid, range.last_uid);
         found.extend(uids);
-        let elsewhere: Vec<Known> = elsewhere.into_iter().filter(|known| known.here != 0).cloned().collect();
+        let elsewhere: Vec<Known> = elsewhere.into_iter().filter(|known| known.here != GONE).cloned().collect();
         for Known { guid, here, .. } in elsewhere {
             let uid = match self.standing_here(here, &guid)? {
                 Standing::At(uid) => Some(uid),

@@ -13,14 +13,24 @@ pub struct Elsewhere {
     new: Vec<proto::Elsewhere>,
 }
 
+/// In the place of a UID here: the message is gone, and a copy of it is not meant.
+pub const GONE: u32 = u32::MAX;
+
 /// A message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Known {
     pub guid: String,
-    /// Its UID here; 0: it was not here.
+    /// Its UID here; 0: it was not here yet; or [`GONE`].
     pub here: u32,
     /// It had the peer's here, too, or has it on a third server: the peer may have given that to another one.
     pub moved: bool,
+}
+
+impl Known {
+    /// Where it is here, or was.
+    pub fn uid(&self) -> Option<u32> {
+        Some(self.here).filter(|here| ![0, GONE].contains(here))
+    }
 }
 
 /// A range of the peer's UIDs, resolved.
@@ -48,6 +58,11 @@ impl Elsewhere {
     /// here, too.
     pub fn note(&mut self, mailbox_guid: &[u8], uid: u32, guid: &str, here: u32, moved: bool) {
         let key = (mailbox_guid.to_vec(), uid);
+        // Where it was says more than that it is gone.
+        let is_known = |known: &Known| known.guid == guid && known.uid().is_some();
+        if [0, GONE].contains(&here) && self.known.get(&key).is_some_and(is_known) {
+            return;
+        }
         let is_it = |known: &Known| known.guid == guid && known.here == uid;
         if moved {
             let of_mailbox =
@@ -137,6 +152,8 @@ mod tests {
         }
         let known = Known { guid: "theirs".into(), here: 7, moved: false };
         assert_eq!(elsewhere.at(&[1; 16], 5), Some(&known));
+        elsewhere.note(&[1; 16], 5, "theirs", GONE, false);
+        assert_eq!(elsewhere.at(&[1; 16], 5), Some(&known), "it is gone");
         assert_eq!(elsewhere.take_new().len(), 3);
         assert_eq!(elsewhere.take_new(), []);
     }

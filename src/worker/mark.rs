@@ -149,6 +149,12 @@ pub fn follow(logs: &[Vec<u8>], uid: u32) -> u32 {
     logs.iter().flat_map(|log| moves(log)).fold(uid, |at, (from, to)| if from == at { to } else { at })
 }
 
+/// Whether the logs say that somebody else saved the message with this UID.
+pub fn is_saved_by_others(logs: &[Vec<u8>], uid: u32) -> bool {
+    let all = logs.iter().flat_map(|log| commits(log)).filter(|commit| !is_ours(commit));
+    all.into_iter().any(|commit| appends_of(&commit).any(|append| append.uid == uid))
+}
+
 /// A place in a log: the file's number, and the offset in it.
 pub type Place = (u32, u64);
 

@@ -5,6 +5,7 @@
 //! are told before what gave rise to it counts as done.
 use std::io::{Read, Write};
 
+use super::super::elsewhere::GONE;
 use super::super::mark;
 use super::super::storage::{Result, Storage};
 use super::{Apply, Outcome, Pending, Reason, Standing, UID_MAX};
@@ -93,7 +94,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         }
         let there = There { uid: claim.uid, next: 0, raised: claim.raised };
         let Some(stands) = self.claimed(claim)? else {
-            self.note_elsewhere(claim.uid, &claim.guid, 0, false);
+            self.note_elsewhere(claim.uid, &claim.guid, self.or_gone(&claim.of), false);
             self.reserve(there);
             return Ok(());
         };
@@ -117,7 +118,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let uids: Vec<u32> = [claim.uid].into_iter().chain(claim.was.iter().rev().copied()).collect();
         let mut is_expunged = false;
         for uid in &uids {
-            is_expunged |= self.is_absent(*uid, &claim.guid);
+            is_expunged |= self.is_gone(*uid, &claim.guid);
             match self.standing(*uid, &claim.guid)? {
                 Standing::At(uid) => return Ok(Some(uid)),
                 Standing::Expunged => is_expunged = true,
@@ -172,7 +173,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let was_applied = self.is_applied();
         let there = There { uid: nack.uid, next: nack.next, raised: nack.raised };
         let Some(mut stands) = self.refused(nack)? else {
-            self.note_elsewhere(nack.stands, &nack.guid, 0, false);
+            self.note_elsewhere(nack.stands, &nack.guid, self.or_gone(&nack.of), false);
             return self.answer_without(&nack.guid, there);
         };
         if let Some(put) = uid::answer(self.here(Some(stands)), there, nack.is_new || was_applied) {
@@ -180,6 +181,15 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         }
         self.note_if_elsewhere(nack.stands, &nack.guid, stands);
         Ok(())
+    }
+
+    /// In the place of a UID of a message that is not here: ours was, others may still come.
+    fn or_gone(&self, of: &str) -> u32 {
+        if of == self.me {
+            GONE
+        } else {
+            0
+        }
     }
 
     /// A nack of a message that was expunged here. Those that did not send it need not have heard of a UID that high.
