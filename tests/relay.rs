@@ -148,6 +148,45 @@ fn what_was_applied_is_acknowledged_again_and_not_applied_again() {
 }
 
 #[test]
+fn a_refusal_names_nothing_that_was_sent_again_and_is_applied() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut a = b.connect_as_peer("a");
+    a.send_change("jane", 1);
+    let (worker, apply) = b.next_job();
+    a.send_change("jane", 2);
+    a.send_change("jane", 3);
+    a.send_change("joe", 4);
+    let (other, of_joe) = b.next_job();
+    other.applied(&of_joe);
+    worker.applied(&apply);
+    let (mut worker, apply) = b.next_job();
+    assert_eq!(apply.changes.len(), 2);
+    drop(a);
+
+    // Both are sent again while they are being applied.
+    let mut a = b.connect_as_peer("a");
+    a.send_change("jane", 2);
+    a.send_change("jane", 3);
+    a.send_change("joe", 5);
+    let (other, of_joe) = b.next_job();
+    other.applied(&of_joe);
+    worker.send(Kind::Applied(Applied { job: apply.job, done: 1, more: true, ..Default::default() }));
+    drop(worker);
+    let refused = loop {
+        match a.next() {
+            Kind::Refused(refused) => break refused.seq,
+            Kind::Ack(_) | Kind::Ping(_) | Kind::Linked(_) => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(refused, 3);
+    a.send_change("jane", 3);
+    let (_worker, apply) = b.next_job();
+    assert_eq!(apply.changes[0].stamp.as_ref().unwrap().seq, 3);
+}
+
+#[test]
 fn bad_frames_close_the_connection_and_are_counted() {
     let house = House::new();
     let b = house.server("b", &[("a", "127.0.0.1:9".into())]);

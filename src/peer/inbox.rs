@@ -114,7 +114,8 @@ impl Inbox {
             return Err(InboxError::Epoch { seq, epoch, expected: self.epoch });
         }
         let is_refused = match self.refused.get(user) {
-            Some(refused) if *refused == seq => self.refused.remove(user).is_none(),
+            // It was applied since, and does not come again.
+            Some(refused) if *refused == seq || self.is_applied(epoch, *refused) => self.refused.remove(user).is_none(),
             refused => refused.is_some(),
         };
         // What was refused may have come from another server since.
@@ -207,6 +208,16 @@ mod tests {
         assert!(inbox.is_applied(9, 4) && inbox.is_applied(9, 7) && !inbox.is_applied(9, 6) && !inbox.is_applied(8, 4));
         assert_eq!(inbox.receive(9, 4, "jane", 1), Ok(Verdict::Acknowledge));
         assert_eq!(inbox.receive(9, 6, "jane", 1), Ok(Verdict::Apply));
+    }
+
+    #[test]
+    fn what_is_applied_and_was_refused_nevertheless_holds_up_nothing() {
+        let mut inbox = inbox();
+        let jane: Arc<str> = "jane".into();
+        inbox.refuse(9, 1, &jane).unwrap();
+        assert_eq!(inbox.receive(9, 2, "jane", 1), Ok(Verdict::Ignore));
+        inbox.apply(9, 1);
+        assert_eq!(inbox.receive(9, 2, "jane", 1), Ok(Verdict::Apply));
     }
 
     #[test]

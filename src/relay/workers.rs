@@ -618,6 +618,11 @@ impl Engine {
         let mut seq = seq;
         for dropped in self.work.drop_user(user, peer) {
             self.peers[peer].inbox.finish(dropped.bytes);
+            if self.peers[peer].inbox.is_applied(dropped.epoch, dropped.seq) {
+                // Sent again over a new connection, and applied meanwhile: it will not come once more.
+                self.acknowledge(peer, dropped.epoch, dropped.seq);
+                continue;
+            }
             // It waited for this one: both are to come again.
             seq = seq.min(dropped.seq);
         }
