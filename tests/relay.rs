@@ -12,8 +12,8 @@ use dovetail::relay::client;
 use dovetail::wire::proto::frame::Kind;
 use dovetail::wire::proto::op::What;
 use dovetail::wire::proto::{
-    Ack, Alias, Applied, Apply, BodyChunk, BodyMore, BodyRequest, Change, Doubt, Intent, Looked, Mailbox,
-    MailboxCreate, MailboxDelete, MailboxRename, Record, Refused, SeqOf, Stamp, Subscription,
+    Ack, Alias, Applied, Apply, BodyChunk, BodyMore, BodyRequest, Change, Doubt, FlagUpdate, Intent, Looked, Mailbox,
+    MailboxCreate, MailboxDelete, MailboxRename, MessageRange, Record, Refused, SeqOf, Span, Stamp, Subscription,
 };
 use relay::house::*;
 
@@ -811,4 +811,76 @@ fn a_journal_that_was_set_back_is_noticed_and_no_change_is_taken_for_an_old_one(
     b.greet_knowing("b", epoch, 500);
     let change = b.next_change();
     assert_eq!((change.epoch, change.seq), (epoch, 501));
+}
+
+#[test]
+fn a_change_of_flags_that_an_earlier_one_of_a_peer_undid_is_made_again_before_all_else() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mailbox = || Mailbox { guid: vec![1; 16], path: vec!["INBOX".into()], ..Default::default() };
+    let flags = |is_set: bool, uids: (u32, u32)| {
+        let messages = vec![MessageRange { first_uid: uids.0, last_uid: uids.1, ..Default::default() }];
+        let (add, remove) = if is_set { (8, 0) } else { (0, 8) };
+        What::Flags(FlagUpdate { messages, add, remove, ..Default::default() })
+    };
+    let span = |begin, end, applied| {
+        let touches = true;
+        Span {
+            user: "jane".into(),
+            mailbox_guid: vec![1; 16],
+            log_seq: 2,
+            begin,
+            end,
+            applied,
+            touches,
+            ..Default::default()
+        }
+    };
+    let mut a = b.connect_as_peer("a");
+    let mut send = |seq, is_set, uids| {
+        let stamp = Some(Stamp { origin: "a".into(), epoch: 5, seq, clock: seq, vector: vec![] });
+        a.send(Kind::Change(Change { stamp, ..change("jane", mailbox(), flags(is_set, uids)) }));
+    };
+    send(1, false, (1, 2));
+    let (mut worker, apply) = b.next_job();
+    // A client's STORE is told while the peer's change is being applied, which stands behind it in the log.
+    let own = Change { spans: vec![span(40, 60, vec![])], ..change("jane", mailbox(), flags(true, (2, 3))) };
+    let spans = own.spans.clone();
+    b.process("imap").send(Kind::Record(Record { change: Some(own), spans, dropped: 0 }));
+    until("it is told", || b.peer("a").pending == 1);
+    send(2, true, (1, 3));
+    let applied = vec![SeqOf { origin: "a".into(), epoch: 5, seq: 1 }];
+    let spans = vec![span(60, 100, applied)];
+    worker.send(Kind::Applied(Applied { job: apply.job, more: true, spans, ..Default::default() }));
+    worker.applied(&apply);
+
+    let redone = |apply: &Apply| {
+        let change = &apply.changes[0];
+        assert_eq!(change.stamp.as_ref().unwrap().origin, "b");
+        assert_eq!(change.ops[0].what, Some(flags(true, (2, 2))));
+    };
+    let (worker, apply) = b.next_job();
+    redone(&apply);
+    drop(worker);
+    // Also by the relay that comes next.
+    drop(b);
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let (worker, apply) = b.next_job();
+    redone(&apply);
+    let mut a = b.connect_as_peer("a");
+    let stamp = Some(Stamp { origin: "a".into(), epoch: 5, seq: 2, clock: 2, vector: vec![] });
+    a.send(Kind::Change(Change { stamp, ..change("jane", mailbox(), flags(true, (1, 3))) }));
+    assert!(b.try_next_job(Duration::from_millis(50)).is_none(), "it waits");
+    worker.applied(&apply);
+    let (worker, apply) = b.next_job();
+    assert_eq!(
+        apply.changes[0].ops[0].what,
+        Some(flags(true, (1, 1))),
+        "what our later one has decided is not applied"
+    );
+    worker.applied(&apply);
+    while !matches!(a.next(), Kind::Ack(ack) if ack.seqs == [2]) {}
+    drop((a, b));
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    assert!(b.try_next_job(Duration::from_millis(50)).is_none(), "it is made");
 }

@@ -23,6 +23,7 @@ mod lock;
 mod logs;
 mod open;
 mod peers;
+mod redo;
 mod seen;
 
 pub use changes::{PassedOn, Stored, Trimmed};
@@ -42,7 +43,7 @@ use rusqlite::Connection;
 use checkpoint::Checkpoints;
 
 /// The format of the file that this version reads and writes.
-pub const FORMAT: i32 = 4;
+pub const FORMAT: i32 = 5;
 
 /// Why the journal cannot be used. Nothing was changed in it.
 #[derive(Debug, thiserror::Error)]

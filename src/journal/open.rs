@@ -62,6 +62,8 @@ CREATE INDEX elsewhere_by_guid ON elsewhere (user, mailbox, guid);
 CREATE TABLE flags (user TEXT NOT NULL, clock INTEGER NOT NULL, origin TEXT NOT NULL, change BLOB NOT NULL,
     at_us INTEGER NOT NULL, PRIMARY KEY (user, clock, origin)) STRICT, WITHOUT ROWID;
 CREATE INDEX flags_by_clock ON flags (clock);
+-- Our own that an earlier one of a peer has undone here.
+CREATE TABLE redo (id INTEGER PRIMARY KEY, user TEXT NOT NULL, change BLOB NOT NULL) STRICT;
 -- What needs a comparison or a person.
 CREATE TABLE failed (peer TEXT NOT NULL, user TEXT NOT NULL, mailbox BLOB NOT NULL, seq INTEGER NOT NULL,
     at_us INTEGER NOT NULL, error TEXT NOT NULL, frame BLOB, PRIMARY KEY (peer, user, mailbox, seq)) STRICT, WITHOUT ROWID;

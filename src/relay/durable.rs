@@ -94,6 +94,7 @@ impl Engine {
             self.journal.users_with_flags()?.into_iter().map(|(user, clock)| (user.into(), clock)).collect();
         self.clock = Clock::resume(self.journal.clock()?);
         self.lists.set_aliases(self.journal.aliases()?);
+        self.resume_redos()?;
         self.users_elsewhere = self.journal.users_elsewhere()?.into_iter().map(Arc::from).collect();
         Ok(())
     }

@@ -23,6 +23,7 @@ use super::order::Order;
 use super::outside::Outside;
 use super::passing::Told;
 use super::peers::PeerState;
+use super::redo::Redos;
 use super::spans::Spans;
 use super::status::Counts;
 use super::subscribers::Subscribers;
@@ -115,6 +116,7 @@ pub struct Engine {
     /// Users up to this one have been looked at since the start; none: all.
     pub swept: Option<String>,
     pub races: Races,
+    pub redos: Redos,
     /// Users with changes of flags that some peer may not have heard of, and the clock of the last.
     pub flags_clocks: HashMap<Arc<str>, u64>,
     pub flags_settled_ms: u64,
@@ -190,6 +192,7 @@ impl Engine {
             heals: Heals::default(),
             swept: Some(String::new()),
             races: Races::default(),
+            redos: Redos::default(),
             flags_clocks: HashMap::new(),
             flags_settled_ms: 0,
             clock_noted: 0,
@@ -588,6 +591,7 @@ impl Engine {
             .chain(self.heals.wake_up_ms())
             .chain(self.lists.wake_up_ms())
             .chain(self.work.wake_up_ms())
+            .chain(self.redos.wake_up_ms())
             .chain(self.unnamed.front().map(|(due_ms, ..)| *due_ms))
             .chain(self.stop_by_ms)
             .min();

@@ -2,7 +2,7 @@
 //!
 //! What comes is compared with what was changed here later, and only the rest of it is applied. And as a change gets its clock
 //! when it is told, not when it is made, one of ours may be told with a later clock than a peer's that was applied to the
-//! mailbox behind it. Then the peer's stands here, and is told as ours once more.
+//! mailbox behind it. Everywhere else ours holds: here it is made once more ([`super::redo`]).
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -11,13 +11,12 @@ use prost::Message;
 
 use super::durable::sent_change;
 use super::engine::Engine;
-use super::order::Release;
 use super::spans::Place;
 use crate::change;
 use crate::journal::{FlagChange, JournalError};
 use crate::merge::flags::{Range, Update};
 use crate::wire::proto::op::What;
-use crate::wire::proto::{Change, FlagUpdate, Mailbox, MessageRange, Op, SeqOf, Span};
+use crate::wire::proto::{Change, FlagUpdate, Mailbox, MessageRange, Op, SeqOf, Span, Stamp};
 
 /// Longer than a change of ours waits until it is told, mostly.
 const RACE_MS_MAX: u64 = 60_000;
@@ -88,17 +87,30 @@ struct Runner {
     turn: u64,
     mailbox: Mailbox,
     updates: Vec<Update>,
-    /// Whose it is; none: ours.
-    applied: Option<SeqOf>,
-    /// Where it stands in the mailbox's log. Rather too early for an applied one, too late for ours: what is told again by
+    made: Stamp,
+    /// A worker was given it; otherwise a client here made it.
+    is_applied: bool,
+    /// Where it stands in the mailbox's log. Rather too early for an applied one, too late for ours: what is made again by
     /// mistake would undo what was done since.
     place: Option<Place>,
 }
 
-/// A change of a peer that stands in a mailbox behind one of ours, and what both touch.
-pub struct Lost {
+/// A change of ours that stands in a mailbox before an earlier one, and what both touch.
+pub struct Undone {
+    made: Stamp,
     mailbox: Mailbox,
     update: Update,
+}
+
+impl Undone {
+    /// As changes that a worker may apply.
+    fn changes(self, user: &str) -> Vec<Change> {
+        let Undone { made, mailbox, update } = self;
+        let mailbox = Mailbox { uid_next: 0, highest_modseq: 0, ..mailbox };
+        let changes = operation(update).what.map(|what| change::split(vec![what], user, &mailbox, 0));
+        let changes = changes.into_iter().flatten();
+        changes.map(|change| Change { stamp: Some(made.clone()), ..change }).collect()
+    }
 }
 
 /// What races, of each user.
@@ -122,54 +134,59 @@ impl Races {
         of_user.push_back(runner);
     }
 
-    /// A worker is given a peer's change.
-    fn is_applied(&mut self, user: &Arc<str>, applied: SeqOf, mailbox: Mailbox, updates: Vec<Update>, now_ms: u64) {
+    /// A worker is given a change: a peer's, or one of ours that is made again.
+    fn is_applied(&mut self, user: &Arc<str>, made: Stamp, mailbox: Mailbox, updates: Vec<Update>, now_ms: u64) {
         self.turn += 1;
         let turn = self.turn;
-        self.add(user, Runner { at_ms: now_ms, turn, mailbox, updates, applied: Some(applied), place: None });
+        self.add(user, Runner { at_ms: now_ms, turn, mailbox, updates, made, is_applied: true, place: None });
     }
 
-    /// Where it stands in its mailbox's log. (Spans of other mailboxes, committed just before it, may name it as well.) What of
-    /// it comes behind changes of ours that were told meanwhile.
-    fn stands(&mut self, user: &str, applied: &SeqOf, mailbox: &[u8], place: Place) -> Vec<Lost> {
+    /// Where it stands in its mailbox's log. (Spans of other mailboxes, committed just before it, may name it as well.) What
+    /// changes of ours that were told meanwhile, and stand before it, have of it.
+    fn stands(&mut self, user: &str, applied: &SeqOf, mailbox: &[u8], place: Place) -> Vec<Undone> {
         let Some(of_user) = self.users.get_mut(user) else { return vec![] };
-        let Some(at) = of_user.iter().rposition(|runner| runner.applied.as_ref() == Some(applied)) else {
+        let is_it = |Stamp { origin, epoch, seq, .. }: &Stamp| {
+            (origin, *epoch, *seq) == (&applied.origin, applied.epoch, applied.seq)
+        };
+        let Some(at) = of_user.iter().rposition(|runner| runner.is_applied && is_it(&runner.made)) else {
             return vec![];
         };
         if of_user[at].place.is_some() || of_user[at].mailbox.guid != mailbox {
             return vec![];
         }
         of_user[at].place = Some(place);
-        let ours = of_user.iter().filter(|runner| runner.applied.is_none());
-        ours.flat_map(|ours| lost(&of_user[at], ours)).collect()
+        let ours = of_user.iter().filter(|runner| !runner.is_applied);
+        ours.flat_map(|ours| undone(&of_user[at], ours)).collect()
     }
 
-    /// One of ours is told. What of the peers' changes that were applied comes behind it.
+    /// One of ours is told. What of it those that were applied have behind it.
     fn is_told(
         &mut self,
         user: &Arc<str>,
+        made: Stamp,
         mailbox: Mailbox,
         updates: Vec<Update>,
         place: Place,
         now_ms: u64,
-    ) -> Vec<Lost> {
+    ) -> Vec<Undone> {
         self.turn += 1;
-        let ours = Runner { at_ms: now_ms, turn: self.turn, mailbox, updates, applied: None, place: Some(place) };
+        let place = Some(place);
+        let ours = Runner { at_ms: now_ms, turn: self.turn, mailbox, updates, made, is_applied: false, place };
         let of_user = self.users.get(user).into_iter().flatten();
-        let lost = of_user.filter(|runner| runner.applied.is_some()).flat_map(|theirs| lost(theirs, &ours)).collect();
+        let undone = of_user.filter(|runner| runner.is_applied).flat_map(|other| undone(other, &ours)).collect();
         self.add(user, ours);
-        lost
+        undone
     }
 }
 
-/// What stands behind one of ours that was told after the worker was given it.
-fn lost(theirs: &Runner, ours: &Runner) -> Vec<Lost> {
-    let is_behind = theirs.place.is_some_and(|place| Some(place) > ours.place);
-    if !is_behind || ours.turn < theirs.turn || theirs.mailbox.guid != ours.mailbox.guid {
+/// What of ours the other one, which a worker was given before ours was told, has behind it.
+fn undone(other: &Runner, ours: &Runner) -> Vec<Undone> {
+    let is_behind = other.place.is_some_and(|place| Some(place) > ours.place);
+    if !is_behind || ours.turn < other.turn || other.mailbox.guid != ours.mailbox.guid {
         return vec![];
     }
-    let pairs = theirs.updates.iter().flat_map(|theirs| ours.updates.iter().filter_map(|ours| theirs.common(ours)));
-    pairs.map(|update| Lost { mailbox: ours.mailbox.clone(), update }).collect()
+    let pairs = ours.updates.iter().flat_map(|ours| other.updates.iter().filter_map(|other| ours.common(other)));
+    pairs.map(|update| Undone { made: ours.made.clone(), mailbox: ours.mailbox.clone(), update }).collect()
 }
 
 impl Engine {
@@ -190,7 +207,7 @@ impl Engine {
         };
         for change in changes {
             let Some(stamp) = &change.stamp else { continue };
-            let applied = SeqOf { origin: stamp.origin.clone(), epoch: stamp.epoch, seq: stamp.seq };
+            let made = Stamp { vector: vec![], ..stamp.clone() };
             let guid = self.lists.canonical(user, mailbox_guid(change)).to_vec();
             let is_later =
                 |kept: &&Kept| kept.mailbox == guid && (kept.clock, &kept.origin) > (stamp.clock, &stamp.origin);
@@ -211,7 +228,7 @@ impl Engine {
             }
             self.take_out(change, &later, &apart);
             let mailbox = Mailbox { guid, ..change.mailbox.clone().unwrap_or_default() };
-            self.races.is_applied(user, applied, mailbox, updates(change), self.now_ms);
+            self.races.is_applied(user, made, mailbox, updates(change), self.now_ms);
         }
         Ok(())
     }
@@ -307,9 +324,9 @@ impl Engine {
         let mailbox = change.mailbox.clone().unwrap_or_default();
         let written = change.spans.iter().filter(|span| span.mailbox_guid == mailbox.guid && span.touches);
         let Some(place) = written.map(|span| (span.log_seq, span.begin)).max() else { return Ok(()) };
-        let lost = self.races.is_told(user, mailbox, updates, place, self.now_ms);
-        self.tell_lost(user, lost);
-        Ok(())
+        let made = Stamp { vector: vec![], ..change.stamp.clone().unwrap_or_default() };
+        let undone = self.races.is_told(user, made, mailbox, updates, place, self.now_ms);
+        self.make_again(user, undone)
     }
 
     /// For what is still to come, from peers that have not heard of it. The change is of flags alone.
@@ -329,22 +346,22 @@ impl Engine {
         for span in spans {
             let user: Arc<str> = span.user.as_str().into();
             for applied in &span.applied {
-                let lost = self.races.stands(&user, applied, &span.mailbox_guid, (span.log_seq, span.end));
-                self.tell_lost(&user, lost);
+                let undone = self.races.stands(&user, applied, &span.mailbox_guid, (span.log_seq, span.end));
+                if let Err(error) = self.make_again(&user, undone) {
+                    self.fail(error);
+                }
             }
         }
     }
 
-    fn tell_lost(&mut self, user: &Arc<str>, lost: Vec<Lost>) {
-        for Lost { mailbox, update } in lost {
+    fn make_again(&mut self, user: &Arc<str>, undone: Vec<Undone>) -> Result<(), JournalError> {
+        for undone in undone {
             self.counts.note("flags_conflict", 1);
-            let Some(what) = operation(update).what else { continue };
-            let mailbox = Mailbox { uid_next: 0, highest_modseq: 0, ..mailbox };
-            let told = change::split(vec![what], user, &mailbox, 0);
-            let released =
-                told.into_iter().map(|change| Release { user: user.clone(), change: Some(change), spans: vec![] });
-            self.ship_all(released.collect());
+            for change in undone.changes(user) {
+                self.want_redone(user, &change)?;
+            }
         }
+        Ok(())
     }
 
     /// Says to each peer what it has heard of, and forgets what all have.
@@ -374,6 +391,8 @@ impl Engine {
         }
         self.flags_settled_ms = self.now_ms;
         let heard = self.peers.iter().map(|peer| peer.heard_clock).min().unwrap_or(0);
+        // Nor what came after one that is still to be made again.
+        let heard = self.redos.first_clock().map_or(heard, |clock| heard.min(clock));
         if self.flags_clocks.values().any(|clock| *clock <= heard) {
             self.journal.forget_flags(heard)?;
             self.flags_clocks.retain(|_, clock| *clock > heard);
@@ -400,19 +419,29 @@ mod tests {
         SeqOf { origin: "b".into(), epoch: 1, seq }
     }
 
-    fn updates_of(lost: Vec<Lost>) -> Vec<Update> {
-        lost.into_iter().map(|lost| lost.update).collect()
+    fn stamp(made: SeqOf) -> Stamp {
+        let SeqOf { origin, epoch, seq } = made;
+        Stamp { origin, epoch, seq, ..Default::default() }
+    }
+
+    fn ours() -> Stamp {
+        Stamp { origin: "a".into(), epoch: 1, seq: 7, clock: 9, ..Default::default() }
+    }
+
+    fn updates_of(undone: Vec<Undone>) -> Vec<Update> {
+        undone.into_iter().map(|undone| undone.update).collect()
     }
 
     #[test]
-    fn what_stands_behind_a_change_that_is_told_later_is_told_again() {
+    fn what_stands_before_an_earlier_change_is_made_again() {
         let jane: Arc<str> = "jane".into();
-        let told =
-            |races: &mut Races, at| updates_of(races.is_told(&jane, inbox(), vec![seen(2, 9, true)], (2, at), 0));
+        let told = |races: &mut Races, at| {
+            updates_of(races.is_told(&jane, ours(), inbox(), vec![seen(2, 9, true)], (2, at), 0))
+        };
         // Whichever is heard of first.
         for place_comes_first in [true, false] {
             let mut races = Races::default();
-            races.is_applied(&jane, theirs(1), inbox(), vec![seen(1, 4, false)], 0);
+            races.is_applied(&jane, stamp(theirs(1)), inbox(), vec![seen(1, 4, false)], 0);
             let (mut lost, mut stands) = (vec![], vec![]);
             if place_comes_first {
                 stands = updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 100)));
@@ -421,7 +450,7 @@ mod tests {
                 lost.extend(told(&mut races, 50));
                 stands.extend(updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 100))));
             }
-            assert_eq!([lost, stands].concat(), [seen(2, 4, false)]);
+            assert_eq!([lost, stands].concat(), [seen(2, 4, true)]);
             assert_eq!(told(&mut races, 100), [], "made when it had been applied");
         }
     }
@@ -430,8 +459,8 @@ mod tests {
     fn what_was_told_before_a_change_is_applied_was_taken_out_of_that() {
         let jane: Arc<str> = "jane".into();
         let mut races = Races::default();
-        races.is_told(&jane, inbox(), vec![seen(1, 4, true)], (2, 50), 0);
-        races.is_applied(&jane, theirs(1), inbox(), vec![seen(1, 4, false)], 0);
+        races.is_told(&jane, ours(), inbox(), vec![seen(1, 4, true)], (2, 50), 0);
+        races.is_applied(&jane, stamp(theirs(1)), inbox(), vec![seen(1, 4, false)], 0);
         assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 100))), []);
         assert_eq!(updates_of(races.stands("joe", &theirs(1), &[1; 16], (2, 100))), []);
         assert_eq!(updates_of(races.stands(&jane, &theirs(2), &[1; 16], (2, 100))), []);
@@ -441,10 +470,10 @@ mod tests {
     fn what_was_committed_in_another_mailbox_says_nothing() {
         let jane: Arc<str> = "jane".into();
         let mut races = Races::default();
-        races.is_applied(&jane, theirs(1), inbox(), vec![seen(1, 4, false)], 0);
+        races.is_applied(&jane, stamp(theirs(1)), inbox(), vec![seen(1, 4, false)], 0);
         assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[2; 16], (2, 900))), []);
         assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 40))), []);
-        assert_eq!(updates_of(races.is_told(&jane, inbox(), vec![seen(1, 4, true)], (2, 50), 0)), []);
+        assert_eq!(updates_of(races.is_told(&jane, ours(), inbox(), vec![seen(1, 4, true)], (2, 50), 0)), []);
     }
 
     #[test]
@@ -452,10 +481,10 @@ mod tests {
         let jane: Arc<str> = "jane".into();
         let mut races = Races::default();
         for n in 0..1_000 {
-            races.is_told(&jane, inbox(), vec![seen(1, 1, true)], (2, n), n);
+            races.is_told(&jane, ours(), inbox(), vec![seen(1, 1, true)], (2, n), n);
         }
         assert_eq!(races.users[&jane].len(), RACES_PER_USER_MAX);
-        races.is_told(&jane, inbox(), vec![seen(1, 1, true)], (2, 0), 10 * RACE_MS_MAX);
+        races.is_told(&jane, ours(), inbox(), vec![seen(1, 1, true)], (2, 0), 10 * RACE_MS_MAX);
         assert_eq!(races.users[&jane].len(), 1);
     }
 }

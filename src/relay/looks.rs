@@ -38,8 +38,9 @@ impl Engine {
         while self.heals.running() < most {
             let Some(index) = self.workers.iter().position(Worker::may_work) else { return };
             self.sweep();
-            let work = &self.work;
-            let Some((user, look)) = self.heals.next(self.now_ms, |user| work.is_busy(user)) else { return };
+            let (work, redos) = (&self.work, &self.redos);
+            let is_busy = |user: &str| work.is_busy(user) || redos.is_running(user);
+            let Some((user, look)) = self.heals.next(self.now_ms, is_busy) else { return };
             if let Err(error) = self.begin_look(index, user, &look) {
                 return self.fail(error);
             }

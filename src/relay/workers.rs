@@ -16,6 +16,7 @@ use super::causes;
 use super::engine::{Close, Engine, Role};
 use super::looks::LookJob;
 use super::order::{Arrival, Release};
+use super::redo::RedoJob;
 use super::work::Received;
 use crate::change::{self, ELSEWHERE_MAX, USER_BYTES_MAX};
 use crate::journal::{Elsewhere, Failed, JournalError};
@@ -89,6 +90,7 @@ pub enum Task {
     /// Reads the body of this number.
     Read(u64),
     Look(LookJob),
+    Redo(RedoJob),
 }
 
 /// A connection to a worker, or the want of one.
@@ -122,7 +124,7 @@ impl Worker {
     }
 
     pub fn is_applying(&self) -> bool {
-        matches!(self.task, Task::Apply(_))
+        matches!(self.task, Task::Apply(_) | Task::Redo(_))
     }
 
     /// Who sent what it applies.
@@ -170,9 +172,10 @@ impl Engine {
             return;
         }
         self.dispatch_reads();
+        self.dispatch_redos();
         self.dispatch_looks();
         while let Some(index) = self.workers.iter().position(Worker::may_work) {
-            let (heals, failed) = (&self.heals, Cell::new(None));
+            let (heals, redos, failed) = (&self.heals, &self.redos, Cell::new(None));
             let context = causes::Context {
                 peers: &self.peers,
                 journal: &self.journal,
@@ -183,7 +186,8 @@ impl Engine {
                 let unmet = causes::unmet(received, before, &context).map_err(|error| failed.set(Some(error)));
                 matches!(unmet, Ok(Some(_)))
             };
-            let job = self.work.next_job(self.now_ms, |user| heals.is_running(user), waits);
+            let is_busy = |user: &str| heals.is_running(user) || redos.has(user);
+            let job = self.work.next_job(self.now_ms, is_busy, waits);
             if let Some(error) = failed.into_inner() {
                 return self.fail(error);
             }
@@ -237,6 +241,10 @@ impl Engine {
                 self.heals.want_mailboxes(&user);
             }
             Task::Look(job) => self.look_ended(&job.user, Err(format!("the worker went away ({})", why.reason()))),
+            Task::Redo(job) => {
+                self.redo_failed(&job, &format!("the worker went away ({})", why.reason()), false);
+                self.forget_partly_applied(job.user());
+            }
             Task::Idle | Task::Read(_) => {}
         }
         self.bodies_without(Party::Worker(index), "the worker went away");
@@ -321,7 +329,7 @@ impl Engine {
         };
         let from = self.peers[peer].name.clone();
         let first = Apply { resolves, from, again, aliases, me: self.me.server.clone(), ..Default::default() };
-        let frames = apply_frames(&job, first, elsewhere, received.into_iter().map(|r| r.change));
+        let frames = apply_frames(job.id, &job.user, first, elsewhere, received.into_iter().map(|r| r.change));
         self.workers[index].task = Task::Apply(job);
         let Some(token) = self.workers[index].token else { return };
         for frame in frames {
@@ -330,7 +338,7 @@ impl Engine {
     }
 
     /// Of the messages that the changes name, those that are not here at their UIDs there.
-    fn elsewhere<'a>(
+    pub fn elsewhere<'a>(
         &self,
         origin: &str,
         user: &str,
@@ -407,8 +415,10 @@ impl Engine {
     }
 
     fn worker_applied(&mut self, index: usize, applied: Applied) -> Result<(), Close> {
-        let Task::Apply(mut job) = std::mem::take(&mut self.workers[index].task) else {
-            return Err(Close::Malformed(format!("it applied job {}, which it was not given", applied.job)));
+        let mut job = match std::mem::take(&mut self.workers[index].task) {
+            Task::Apply(job) => job,
+            Task::Redo(job) => return self.worker_redid(index, job, applied),
+            _ => return Err(Close::Malformed(format!("it applied job {}, which it was not given", applied.job))),
         };
         let outcome = self.advance_job(index, &mut job, &applied);
         let is_over = outcome.is_ok() && !(applied.more && applied.error.is_empty());
@@ -648,13 +658,14 @@ impl Engine {
 }
 
 /// The job as frames, none too long. `first`: what is said once.
-fn apply_frames(
-    job: &Job,
+pub fn apply_frames(
+    job: u64,
+    user: &str,
     first: Apply,
     elsewhere: Vec<proto::Elsewhere>,
     changes: impl Iterator<Item = Change>,
 ) -> Vec<Frame> {
-    let empty = || Apply { job: job.id, user: job.user.to_string(), more: true, ..Default::default() };
+    let empty = || Apply { job, user: user.to_owned(), more: true, ..Default::default() };
     let Apply { again, resolves, from, me, .. } = first;
     let mut frames = vec![Apply { again, resolves, from, me, ..empty() }];
     frames.extend(first.aliases.chunks(ELSEWHERE_MAX).map(|some| Apply { aliases: some.to_vec(), ..empty() }));
@@ -692,21 +703,15 @@ mod tests {
 
     #[test]
     fn a_job_of_any_changes_fits_into_frames() {
-        let job = Job {
-            id: u64::MAX,
-            user: "u".repeat(USER_BYTES_MAX).into(),
-            peer: 0,
-            origin: "b".into(),
-            items: vec![],
-            done: 0,
-        };
+        let user = "u".repeat(USER_BYTES_MAX);
         let guid = "g".repeat(MESSAGE_GUID_BYTES_MAX);
         let one = proto::Elsewhere { mailbox_guid: vec![1; 16], uid: u32::MAX, guid, moved: true, here: u32::MAX };
         let elsewhere = vec![one; 1_000];
         for length in [10, 1_000, 30_000, CHANGE_BYTES_MAX - 8] {
             let change = Change { user: "x".repeat(length), ..Default::default() };
             assert!(change.encoded_len() <= CHANGE_BYTES_MAX);
-            let frames = apply_frames(&job, Apply::default(), elsewhere.clone(), std::iter::repeat_n(change, 64));
+            let frames =
+                apply_frames(u64::MAX, &user, Apply::default(), elsewhere.clone(), std::iter::repeat_n(change, 64));
             let (mut changes, mut others) = (0, 0);
             for (at, frame) in frames.iter().enumerate() {
                 frame::encode(frame).unwrap();

@@ -1,0 +1,216 @@
+//! Changes of flags of this server that a worker makes once more, because an earlier one of a peer stands behind them in the
+//! mailbox ([`super::flags`]).
+//!
+//! Nothing else is applied to the user's mail meanwhile: what the peers made after they had heard of it would be undone.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use prost::Message;
+
+use super::backoff::Backoff;
+use super::engine::{Close, Engine};
+use super::workers::{apply_frames, Task, Worker};
+use crate::change;
+use crate::journal::{Failed, JournalError};
+use crate::wire::proto::op::What;
+use crate::wire::proto::{Applied, Apply, Change};
+
+/// Changes in one job.
+const JOB_CHANGES_MAX: usize = 64;
+/// Pauses after one that failed.
+const RETRY_MS_MIN: u64 = 50;
+const RETRY_MS_MAX: u64 = 5_000;
+/// Tries of what can never be applied.
+const NEVER_TRIES: u32 = 3;
+
+struct User {
+    /// Of the first one.
+    clock: u64,
+    is_running: bool,
+    due_ms: u64,
+    backoff: Backoff,
+    tries: u32,
+}
+
+/// Users for whom some are to be made.
+#[derive(Default)]
+pub struct Redos {
+    users: BTreeMap<Arc<str>, User>,
+}
+
+impl Redos {
+    pub fn want(&mut self, user: &Arc<str>, clock: u64) {
+        let new = || User {
+            clock,
+            is_running: false,
+            due_ms: 0,
+            backoff: Backoff::new(RETRY_MS_MIN, RETRY_MS_MAX),
+            tries: 0,
+        };
+        let user = self.users.entry(user.clone()).or_insert_with(new);
+        user.clock = user.clock.min(clock);
+    }
+
+    /// Whether the user's other changes wait for some.
+    pub fn has(&self, user: &str) -> bool {
+        self.users.contains_key(user)
+    }
+
+    pub fn is_running(&self, user: &str) -> bool {
+        self.users.get(user).is_some_and(|user| user.is_running)
+    }
+
+    /// Of the first of all.
+    pub fn first_clock(&self) -> Option<u64> {
+        self.users.values().map(|user| user.clock).min()
+    }
+
+    pub fn wake_up_ms(&self) -> Option<u64> {
+        self.users.values().filter(|user| !user.is_running).map(|user| user.due_ms).filter(|due_ms| *due_ms > 0).min()
+    }
+
+    fn next(&mut self, now_ms: u64, is_busy: impl Fn(&str) -> bool) -> Option<Arc<str>> {
+        let is_next =
+            |(name, user): &(&Arc<str>, &mut User)| !user.is_running && user.due_ms <= now_ms && !is_busy(name);
+        let (name, user) = self.users.iter_mut().find(is_next)?;
+        user.is_running = true;
+        Some(name.clone())
+    }
+
+    fn is_made(&mut self, name: &str) {
+        self.users.remove(name);
+    }
+
+    /// How often it was tried, and the pause until the next time.
+    fn has_failed(&mut self, name: &str, now_ms: u64) -> u32 {
+        let Some(user) = self.users.get_mut(name) else { return 0 };
+        user.is_running = false;
+        user.due_ms = now_ms + user.backoff.pause_ms();
+        user.tries += 1;
+        user.tries
+    }
+}
+
+/// What a worker makes again.
+pub struct RedoJob {
+    id: u64,
+    user: Arc<str>,
+    /// Up to this one, as the journal counts them.
+    last: i64,
+}
+
+impl RedoJob {
+    pub fn user(&self) -> &str {
+        &self.user
+    }
+}
+
+impl Engine {
+    /// Takes over those that were not made before the last end.
+    pub fn resume_redos(&mut self) -> Result<(), JournalError> {
+        for (user, change) in self.journal.all_redos()? {
+            let clock = Change::decode(&change[..]).ok().and_then(|change| change.stamp).map_or(0, |stamp| stamp.clock);
+            self.redos.want(&user.into(), clock);
+        }
+        Ok(())
+    }
+
+    /// The change of flags, with its stamp, is to be made once more.
+    pub fn want_redone(&mut self, user: &Arc<str>, change: &Change) -> Result<(), JournalError> {
+        self.journal.note_redo(user, &change.encode_to_vec())?;
+        self.redos.want(user, change.stamp.as_ref().map_or(0, |stamp| stamp.clock));
+        Ok(())
+    }
+
+    /// Gives those whose time has come to idle workers.
+    pub fn dispatch_redos(&mut self) {
+        while let Some(index) = self.workers.iter().position(Worker::may_work) {
+            let (work, heals) = (&self.work, &self.heals);
+            let is_busy = |user: &str| work.is_busy(user) || heals.is_running(user);
+            let Some(user) = self.redos.next(self.now_ms, is_busy) else { return };
+            if let Err(error) = self.begin_redo(index, user) {
+                return self.fail(error);
+            }
+        }
+    }
+
+    fn begin_redo(&mut self, index: usize, user: Arc<str>) -> Result<(), JournalError> {
+        let rows = self.journal.redos(&user, JOB_CHANGES_MAX)?;
+        let Some((last, _)) = rows.last() else {
+            self.redos.is_made(&user);
+            return Ok(());
+        };
+        let last = *last;
+        let mut changes: Vec<Change> = rows.iter().filter_map(|(_, change)| Change::decode(&change[..]).ok()).collect();
+        // A client may have changed the same flags since.
+        self.reduce_flags(&user, changes.iter_mut())?;
+        let is_left = |change: &Change| change.ops.iter().any(|op| matches!(op.what, Some(What::Flags(_))));
+        changes.retain(is_left);
+        if changes.is_empty() {
+            return self.are_redone(&user, last);
+        }
+        let me = self.me.server.clone();
+        let mut elsewhere = self.elsewhere(&me, &user, changes.iter())?;
+        elsewhere.retain(|known| known.moved);
+        self.last_job += 1;
+        let frames = {
+            let first = Apply { aliases: self.lists.aliases(&user), me, ..Default::default() };
+            apply_frames(self.last_job, &user, first, elsewhere, changes.into_iter())
+        };
+        self.workers[index].task = Task::Redo(RedoJob { id: self.last_job, user, last });
+        let Some(token) = self.workers[index].token else { return Ok(()) };
+        for frame in frames {
+            self.send(token, &frame);
+        }
+        Ok(())
+    }
+
+    pub fn worker_redid(&mut self, index: usize, job: RedoJob, applied: Applied) -> Result<(), Close> {
+        if applied.job != job.id {
+            return Err(Close::Malformed(format!("it applied job {}, but has job {}", applied.job, job.id)));
+        }
+        change::check_spans(&applied.spans).map_err(|error| Close::Malformed(error.to_string()))?;
+        self.take_own_spans(index, applied.spans);
+        if !applied.error.is_empty() {
+            self.redo_failed(&job, &change::printable(&applied.error), applied.never);
+        } else if applied.more {
+            self.workers[index].task = Task::Redo(job);
+            return Ok(());
+        } else if let Err(error) = self.are_redone(&job.user, job.last) {
+            self.fail(error);
+        }
+        self.forget_partly_applied(&job.user);
+        Ok(())
+    }
+
+    fn are_redone(&mut self, user: &Arc<str>, last: i64) -> Result<(), JournalError> {
+        self.journal.forget_redos(user, last)?;
+        self.redos.is_made(user);
+        let left = self.journal.redos(user, 1)?;
+        let clock = |(_, change): &(i64, Vec<u8>)| Change::decode(&change[..]).ok()?.stamp.map(|stamp| stamp.clock);
+        if let Some(first) = left.first() {
+            self.redos.want(user, clock(first).unwrap_or(0));
+        }
+        Ok(())
+    }
+
+    pub fn redo_failed(&mut self, job: &RedoJob, error: &str, never: bool) {
+        let user = &job.user;
+        let tries = self.redos.has_failed(user, self.now_ms);
+        if never && tries >= NEVER_TRIES {
+            let error = format!("a change of flags that a peer's has undone cannot be made again: {error}");
+            log::error!("User {user}: {error}; the mailbox must be compared (doveadm dovetail failed).");
+            let at_us = self.outside.now_us();
+            self.remember_failed(&Failed { user: user.to_string(), at_us, error, ..Default::default() });
+            let forgotten = self.are_redone(user, job.last);
+            return forgotten.unwrap_or_else(|error| self.fail(error));
+        }
+        if tries == 1 {
+            log::error!(
+                "User {user}: a change of flags that a peer's has undone cannot be made again: {error} - the user's \
+                 changes wait."
+            );
+        }
+    }
+}
