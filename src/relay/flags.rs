@@ -83,15 +83,14 @@ struct Kept {
 /// One of the two in a race.
 struct Runner {
     at_ms: u64,
-    /// In which order they were given to a worker or told.
+    /// In which order they were given to a worker, those of one job together, or told.
     turn: u64,
     mailbox: Mailbox,
     updates: Vec<Update>,
     made: Stamp,
     /// A worker was given it; otherwise a client here made it.
     is_applied: bool,
-    /// Where it stands in the mailbox's log. Rather too early for an applied one, too late for ours: what is made again by
-    /// mistake would undo what was done since.
+    /// Where the last of it stands in the mailbox's log, rather too late than too early: what is made again in vain harms nothing.
     place: Option<Place>,
 }
 
@@ -134,29 +133,42 @@ impl Races {
         of_user.push_back(runner);
     }
 
-    /// A worker is given a change: a peer's, or one of ours that is made again.
-    fn is_applied(&mut self, user: &Arc<str>, made: Stamp, mailbox: Mailbox, updates: Vec<Update>, now_ms: u64) {
+    /// A worker is given a job.
+    fn begin_job(&mut self) {
         self.turn += 1;
+    }
+
+    /// A change is in it: a peer's, or one of ours that is made again, in several parts.
+    fn is_applied(&mut self, user: &Arc<str>, made: Stamp, mailbox: Mailbox, updates: Vec<Update>, now_ms: u64) {
+        if updates.is_empty() {
+            return;
+        }
         let turn = self.turn;
         self.add(user, Runner { at_ms: now_ms, turn, mailbox, updates, made, is_applied: true, place: None });
     }
 
-    /// Where it stands in its mailbox's log. (Spans of other mailboxes, committed just before it, may name it as well.) What
-    /// changes of ours that were told meanwhile, and stand before it, have of it.
+    /// Where it stands in its mailbox's log, or a part of it. (Spans of other mailboxes, committed just before it, may name it as
+    /// well.) What changes of ours that were told meanwhile, and stand before it, have of it.
     fn stands(&mut self, user: &str, applied: &SeqOf, mailbox: &[u8], place: Place) -> Vec<Undone> {
         let Some(of_user) = self.users.get_mut(user) else { return vec![] };
         let is_it = |Stamp { origin, epoch, seq, .. }: &Stamp| {
             (origin, *epoch, *seq) == (&applied.origin, applied.epoch, applied.seq)
         };
-        let Some(at) = of_user.iter().rposition(|runner| runner.is_applied && is_it(&runner.made)) else {
+        let Some(turn) = of_user.iter().rfind(|one| one.is_applied && is_it(&one.made)).map(|last| last.turn) else {
             return vec![];
         };
-        if of_user[at].place.is_some() || of_user[at].mailbox.guid != mailbox {
-            return vec![];
+        let mut found = Vec::new();
+        for at in 0..of_user.len() {
+            let one = &mut of_user[at];
+            let is_in_job = one.is_applied && one.turn == turn && is_it(&one.made);
+            if !is_in_job || one.place >= Some(place) || one.mailbox.guid != mailbox {
+                continue;
+            }
+            one.place = Some(place);
+            let ours = of_user.iter().filter(|runner| !runner.is_applied);
+            found.extend(ours.flat_map(|ours| undone(&of_user[at], ours)));
         }
-        of_user[at].place = Some(place);
-        let ours = of_user.iter().filter(|runner| !runner.is_applied);
-        ours.flat_map(|ours| undone(&of_user[at], ours)).collect()
+        found
     }
 
     /// One of ours is told. What of it those that were applied have behind it.
@@ -205,6 +217,7 @@ impl Engine {
             Some(clock) if self.flags_clocks.get(user).is_some_and(|last| *last >= clock) => self.kept(user, clock)?,
             _ => Vec::new(),
         };
+        self.races.begin_job();
         for change in changes {
             let Some(stamp) = &change.stamp else { continue };
             let made = Stamp { vector: vec![], ..stamp.clone() };
@@ -355,11 +368,8 @@ impl Engine {
     }
 
     fn make_again(&mut self, user: &Arc<str>, undone: Vec<Undone>) -> Result<(), JournalError> {
-        for undone in undone {
-            self.counts.note("flags_conflict", 1);
-            for change in undone.changes(user) {
-                self.want_redone(user, &change)?;
-            }
+        for change in undone.into_iter().flat_map(|undone| undone.changes(user)) {
+            self.want_redone(user, &change)?;
         }
         Ok(())
     }
@@ -441,6 +451,7 @@ mod tests {
         // Whichever is heard of first.
         for place_comes_first in [true, false] {
             let mut races = Races::default();
+            races.begin_job();
             races.is_applied(&jane, stamp(theirs(1)), inbox(), vec![seen(1, 4, false)], 0);
             let (mut lost, mut stands) = (vec![], vec![]);
             if place_comes_first {
@@ -456,10 +467,27 @@ mod tests {
     }
 
     #[test]
+    fn a_change_in_several_commits_stands_where_the_last_of_it_does() {
+        let jane: Arc<str> = "jane".into();
+        let mut races = Races::default();
+        races.begin_job();
+        // In two parts, as what is made again.
+        for uid in [1, 2] {
+            races.is_applied(&jane, stamp(theirs(1)), inbox(), vec![seen(uid, uid, false)], 0);
+        }
+        let told = races.is_told(&jane, ours(), inbox(), vec![seen(1, 9, true)], (2, 50), 0);
+        assert_eq!(updates_of(told), []);
+        assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 40))), []);
+        let both = [seen(1, 1, true), seen(2, 2, true)];
+        assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 60))), both);
+    }
+
+    #[test]
     fn what_was_told_before_a_change_is_applied_was_taken_out_of_that() {
         let jane: Arc<str> = "jane".into();
         let mut races = Races::default();
         races.is_told(&jane, ours(), inbox(), vec![seen(1, 4, true)], (2, 50), 0);
+        races.begin_job();
         races.is_applied(&jane, stamp(theirs(1)), inbox(), vec![seen(1, 4, false)], 0);
         assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 100))), []);
         assert_eq!(updates_of(races.stands("joe", &theirs(1), &[1; 16], (2, 100))), []);
@@ -470,6 +498,7 @@ mod tests {
     fn what_was_committed_in_another_mailbox_says_nothing() {
         let jane: Arc<str> = "jane".into();
         let mut races = Races::default();
+        races.begin_job();
         races.is_applied(&jane, stamp(theirs(1)), inbox(), vec![seen(1, 4, false)], 0);
         assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[2; 16], (2, 900))), []);
         assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 40))), []);

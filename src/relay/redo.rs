@@ -3,7 +3,7 @@
 //!
 //! Nothing else is applied to the user's mail meanwhile: what the peers made after they had heard of it would be undone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use prost::Message;
@@ -25,8 +25,10 @@ const RETRY_MS_MAX: u64 = 5_000;
 const NEVER_TRIES: u32 = 3;
 
 struct User {
-    /// Of the first one.
+    /// Not above any one's.
     clock: u64,
+    /// Those that no worker was given yet, encoded.
+    waiting: HashSet<Vec<u8>>,
     is_running: bool,
     due_ms: u64,
     backoff: Backoff,
@@ -40,9 +42,11 @@ pub struct Redos {
 }
 
 impl Redos {
-    pub fn want(&mut self, user: &Arc<str>, clock: u64) {
+    /// False if it waits already.
+    pub fn want(&mut self, user: &Arc<str>, clock: u64, change: Vec<u8>) -> bool {
         let new = || User {
             clock,
+            waiting: HashSet::new(),
             is_running: false,
             due_ms: 0,
             backoff: Backoff::new(RETRY_MS_MIN, RETRY_MS_MAX),
@@ -50,6 +54,7 @@ impl Redos {
         };
         let user = self.users.entry(user.clone()).or_insert_with(new);
         user.clock = user.clock.min(clock);
+        user.waiting.insert(change)
     }
 
     /// Whether the user's other changes wait for some.
@@ -75,11 +80,15 @@ impl Redos {
             |(name, user): &(&Arc<str>, &mut User)| !user.is_running && user.due_ms <= now_ms && !is_busy(name);
         let (name, user) = self.users.iter_mut().find(is_next)?;
         user.is_running = true;
+        user.waiting.clear();
         Some(name.clone())
     }
 
-    fn is_made(&mut self, name: &str) {
-        self.users.remove(name);
+    fn are_made(&mut self, name: &str, is_all: bool) {
+        match self.users.get_mut(name) {
+            Some(user) if !is_all => (user.is_running, user.tries) = (false, 0),
+            _ => drop(self.users.remove(name)),
+        }
     }
 
     /// How often it was tried, and the pause until the next time.
@@ -111,16 +120,20 @@ impl Engine {
     pub fn resume_redos(&mut self) -> Result<(), JournalError> {
         for (user, change) in self.journal.all_redos()? {
             let clock = Change::decode(&change[..]).ok().and_then(|change| change.stamp).map_or(0, |stamp| stamp.clock);
-            self.redos.want(&user.into(), clock);
+            self.redos.want(&user.into(), clock, change);
         }
         Ok(())
     }
 
     /// The change of flags, with its stamp, is to be made once more.
     pub fn want_redone(&mut self, user: &Arc<str>, change: &Change) -> Result<(), JournalError> {
-        self.journal.note_redo(user, &change.encode_to_vec())?;
-        self.redos.want(user, change.stamp.as_ref().map_or(0, |stamp| stamp.clock));
-        Ok(())
+        let encoded = change.encode_to_vec();
+        let clock = change.stamp.as_ref().map_or(0, |stamp| stamp.clock);
+        if !self.redos.want(user, clock, encoded.clone()) {
+            return Ok(());
+        }
+        self.counts.note("flags_conflict", 1);
+        self.journal.note_redo(user, &encoded)
     }
 
     /// Gives those whose time has come to idle workers.
@@ -138,7 +151,7 @@ impl Engine {
     fn begin_redo(&mut self, index: usize, user: Arc<str>) -> Result<(), JournalError> {
         let rows = self.journal.redos(&user, JOB_CHANGES_MAX)?;
         let Some((last, _)) = rows.last() else {
-            self.redos.is_made(&user);
+            self.redos.are_made(&user, true);
             return Ok(());
         };
         let last = *last;
@@ -186,12 +199,8 @@ impl Engine {
 
     fn are_redone(&mut self, user: &Arc<str>, last: i64) -> Result<(), JournalError> {
         self.journal.forget_redos(user, last)?;
-        self.redos.is_made(user);
-        let left = self.journal.redos(user, 1)?;
-        let clock = |(_, change): &(i64, Vec<u8>)| Change::decode(&change[..]).ok()?.stamp.map(|stamp| stamp.clock);
-        if let Some(first) = left.first() {
-            self.redos.want(user, clock(first).unwrap_or(0));
-        }
+        let is_all = self.journal.redos(user, 1)?.is_empty();
+        self.redos.are_made(user, is_all);
         Ok(())
     }
 

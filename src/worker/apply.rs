@@ -320,7 +320,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if let Some(open) = self.open.as_mut().filter(|open| is_of(open, mailbox)) {
             open.min_uid_next = open.min_uid_next.max(mailbox.uid_next);
             open.min_highest_modseq = open.min_highest_modseq.max(mailbox.highest_modseq);
-            open.complete = Some(self.current.clone());
+            // What this server makes again comes in no order.
+            open.complete = Some(&self.current).filter(|current| current.origin != self.me).cloned();
         }
         Ok(())
     }
@@ -1013,10 +1014,10 @@ mod tests {
             Ok(())
         };
         let known = Elsewhere::of(std::mem::take(&mut storage.elsewhere));
-        let again = std::mem::take(&mut storage.again);
+        let (again, me) = (std::mem::take(&mut storage.again), storage.me.clone());
         let mut apply =
             Apply::new(storage, &mut connection, "jane", resolves, known, &mut next_body, &mut on_commit).unwrap();
-        apply.again = again;
+        (apply.again, apply.me) = (again, me);
         let result = apply.run(changes);
         let (done, notes, rest) = (apply.done, apply.notes.clone(), std::mem::take(&mut apply.tell));
         let noted = apply.elsewhere.take_new();
@@ -1234,6 +1235,19 @@ mod tests {
             assert_eq!(storage.messages("INBOX"), [(2, "two".to_string())]);
         }
         assert_eq!(storage.guid("INBOX"), GUID);
+    }
+
+    #[test]
+    fn what_this_server_makes_again_comes_in_no_order() {
+        for (me, left) in [("a", vec![]), ("b", vec![(1, "one".to_string())])] {
+            let mut storage = FakeStorage::default();
+            storage.me = me.into();
+            storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "two")]);
+            for change in [expunge(7, 2, "two"), expunge(3, 1, "one")] {
+                apply(&mut storage, Script::default(), &[change]);
+            }
+            assert_eq!(storage.messages("INBOX"), left, "the changes are of a, this is {me}");
+        }
     }
 
     #[test]

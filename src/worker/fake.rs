@@ -46,6 +46,8 @@ pub struct FakeStorage {
     pub half_deleted: HashSet<String>,
     /// Changes that a worker was given before.
     pub again: Vec<u64>,
+    /// This server.
+    pub me: String,
     /// What the relay keeps.
     pub elsewhere: Vec<proto::Elsewhere>,
     /// Flags and keywords of messages that have some, in all mailboxes.
