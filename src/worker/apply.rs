@@ -649,10 +649,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 return Ok(Some(wanted));
             }
         }
-        // What is kept may also have gone with a worker that deleted its mailbox.
-        let was_expunged = !save.found
-            && self.was_expunged_from(wanted, guid)?
-            && (!save.kept || self.is_expunged_by_client(wanted)?);
+        // What is told again may also have gone with a worker that deleted its mailbox, or took the index's loss for an expunge.
+        let was_expunged =
+            self.was_expunged_from(wanted, guid)? && (!is_told_again || self.is_expunged_by_client(wanted)?);
+        if was_expunged && save.found {
+            self.tell_expunge_again(wanted, guid);
+        }
         if was_expunged && !self.has_diverged() {
             return Ok(None);
         }
@@ -716,6 +718,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     fn is_expunged_by_client(&mut self, uid: u32) -> Result<bool> {
         let done = mark::done_since(&self.storage.log_files()?, (0, 0), uid);
         Ok(done.iter().any(|delta| matches!(delta, Delta::Expunge { .. })))
+    }
+
+    /// The peer's index was made anew, perhaps since it had the expunge.
+    fn tell_expunge_again(&mut self, uid: u32, guid: &str) {
+        let range = proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.to_owned(), ..Default::default() };
+        self.tell_op(What::Expunge(proto::Expunge { messages: vec![range] }));
     }
 
     /// Whether the message that the changes' origin saved with this UID is at it here, and no copy of it.
@@ -1568,6 +1576,22 @@ mod tests {
         save.found = true;
         apply(&mut storage, Script::default(), &[found]);
         assert_eq!(storage.messages("INBOX"), named(&[(2, "two"), (3, "one")]));
+    }
+
+    #[test]
+    fn what_a_rebuilt_index_found_again_does_not_come_back_if_a_client_expunged_it() {
+        // A client expunged its message 2.
+        const LOG: &[u8] = include_bytes!("../../tests/golden/indexlog/2.4-sdbox.log");
+        let mut storage = FakeStorage::default();
+        apply(&mut storage, Script::default(), &[save(1, 2, "two"), expunge(2, 2, "two")]);
+        storage.set_logs("INBOX", &[LOG]);
+        let mut found = save(3, 2, "two");
+        let Some(What::Save(save)) = &mut found.ops[0].what else { unreachable!() };
+        save.found = true;
+        let outcome = apply(&mut storage, Script::default(), &[found]);
+        assert_eq!(storage.messages("INBOX"), []);
+        let expunged = |what: &What| matches!(what, What::Expunge(expunge) if expunge.messages[0].guid == "two");
+        assert!(outcome.told.iter().any(expunged), "{:?}", outcome.told);
     }
 
     #[test]
