@@ -5,6 +5,7 @@
 //! the count travels with the next record. Our thread never calls Dovecot and never writes to the log itself. It is
 //! started when it is first needed: while a second thread lives, each change of the uid in lmtp interrupts it.
 
+use super::INTENTS_MAX;
 use crate::wire::{frame, proto};
 use crossbeam_channel::{bounded, Receiver, Sender, TryRecvError};
 use mio::net::UnixStream;
@@ -189,10 +190,14 @@ impl Link {
     pub fn intent(&mut self, intent: proto::Intent) {
         let shared = Arc::clone(&self.shared);
         let mut output = lock(&shared.output);
+        if output.intents.len() >= INTENTS_MAX {
+            output.intents.clear();
+        }
         output.intents.push(intent.clone());
-        if output.stream.is_some() {
+        let has_room = (output.bytes as u64) < self.config.queue_size;
+        if output.stream.is_some() && has_room {
             output.push(proto::frame::Kind::Intent(intent));
-        } else if self.thread.is_none() {
+        } else if output.stream.is_none() && self.thread.is_none() {
             // The very first write. If the relay is down the thread goes on trying.
             let _ = output.connect(&self.config);
         }
@@ -328,6 +333,7 @@ impl Link {
             connect_at: Instant::now(),
             registered: false,
             failing: false,
+            is_refused: false,
             finish_by: None,
         };
         let builder = std::thread::Builder::new().name("dovetail".into()).stack_size(STACK_SIZE);
@@ -351,6 +357,8 @@ struct Pump {
     connect_at: Instant,
     registered: bool,
     failing: bool,
+    /// Nobody listens. Dovecot does so for the relay, also while that is being started: there is nobody to wait for.
+    is_refused: bool,
     finish_by: Option<Instant>,
 }
 
@@ -364,7 +372,7 @@ impl Pump {
             }
             let done = self.step();
             if let Some(finish_by) = self.finish_by {
-                if done || Instant::now() >= finish_by {
+                if done || self.is_refused || Instant::now() >= finish_by {
                     break;
                 }
             }
@@ -409,7 +417,9 @@ impl Pump {
             if Instant::now() < self.connect_at {
                 return Ok(());
             }
-            output.connect(&self.config)?;
+            let connected = output.connect(&self.config);
+            self.is_refused = connected.is_err();
+            connected?;
             self.registered = false;
         }
         if !self.registered {
@@ -582,6 +592,30 @@ mod tests {
         decoder.push(&buffer[..size]);
         assert!(matches!(decoder.next().unwrap().unwrap().kind, Some(proto::frame::Kind::Attach(_))));
         assert!(matches!(decoder.next().unwrap().unwrap().kind, Some(proto::frame::Kind::Intent(_))));
+    }
+
+    #[test]
+    fn without_a_relay_the_end_waits_for_nobody() {
+        let dir = TempDir::new("alone");
+        let mut link = link(&dir.socket(), 1 << 20);
+        link.intent(intent());
+        link.send(vec![record("lost")]);
+        let start = Instant::now();
+        link.finish();
+        assert!(start.elapsed() < link.config.finish_timeout / 2);
+        assert_eq!(link.shared.unsent.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn intents_are_bounded_while_the_relay_takes_none() {
+        let dir = TempDir::new("intents");
+        let listener = UnixListener::bind(dir.socket()).unwrap();
+        let mut link = link(&dir.socket(), 1 << 16);
+        (0..3 * INTENTS_MAX).for_each(|_| link.intent(intent()));
+        let output = lock(&link.shared.output);
+        assert!(output.intents.len() <= INTENTS_MAX);
+        assert!(output.bytes <= (1 << 16) + 1_000, "{}", output.bytes);
+        drop(listener);
     }
 
     #[test]
