@@ -259,7 +259,7 @@ impl Order {
                 held.until_ms = now_ms + SAID_MS_MAX;
                 self.deadlines.insert((held.until_ms, user.clone()));
                 for need in &held.needs {
-                    if need.log.is_private() || spans.is_unheard(need) {
+                    if need.log.is_private() {
                         spans.give_up(need);
                     } else if !spans.has(need) {
                         let mailbox = Some((need.log.mailbox_guid.clone(), need.place));
@@ -584,11 +584,12 @@ mod tests {
         let mut given = Given::default();
         assert_eq!(given.arrives(1, save(), &[span(1, 400, 500)]), Vec::<u32>::new());
         assert_eq!(given.arrives(2, save(), &[span(1, 100, 400)]), [2, 1]);
-        // Of a mailbox that was there before us.
+        // Of a mailbox that was there before us, or whose first mails nobody told of.
         assert_eq!(given.arrives(1, save(), &[span(2, 4000, 4100)]), Vec::<u32>::new());
         assert_eq!(given.arrives(2, save(), &[span(2, 4100, 4200)]), Vec::<u32>::new());
-        assert_eq!(given.later(HOLD_MS_MAX), [3, 4]);
-        assert_eq!(given.holes(), vec![]);
+        assert_eq!(given.later(HOLD_MS_MAX), Vec::<u32>::new());
+        assert_eq!(given.holes()[0], Some((2, 4000)));
+        assert_eq!(given.healed(2, 40, 4000), [3, 4]);
     }
 
     #[test]

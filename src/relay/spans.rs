@@ -135,8 +135,9 @@ impl Spans {
     /// Takes a span; its own [`Need`] is given along. The number of holes that were given up, for want of memory.
     pub fn insert(&mut self, span: &Span, need: &Need) -> u64 {
         if !self.knows(need) {
-            // Somebody else may have written to a new mailbox before.
-            let begins = span.begin <= FILE_BEGIN_MAX || !span.private_user.is_empty();
+            // Somebody else may have written to a new mailbox before, who told nobody.
+            let is_first = span.begin <= FILE_BEGIN_MAX && span.prev_log_seq == 0;
+            let begins = is_first || !span.private_user.is_empty();
             self.recall(need, if begins { need.place } else { UNHEARD }, None);
         }
         let Some(log) = self.get(&need.log) else { return 0 };
@@ -218,12 +219,6 @@ impl Spans {
     pub fn has(&self, need: &Need) -> bool {
         let log = self.young.get(&need.log).or_else(|| self.old.get(&need.log));
         log.is_none_or(|log| !log.is_lost && log.end >= need.place)
-    }
-
-    /// Whether nothing was ever known of the log.
-    pub fn is_unheard(&self, need: &Need) -> bool {
-        let log = self.young.get(&need.log).or_else(|| self.old.get(&need.log));
-        log.is_some_and(|log| log.end == UNHEARD && !log.is_lost)
     }
 
     /// Gives up what is missing before the needed place. True if something was.
@@ -343,13 +338,15 @@ mod tests {
     fn what_is_first_heard_of_a_log_may_have_something_before_it() {
         let mut spans = Spans::default();
         let second = span(2, 500, 600);
-        assert!(!insert(&mut spans, &second) && spans.is_unheard(&Need::of(&second)));
+        assert!(!insert(&mut spans, &second));
         assert!(insert(&mut spans, &span(2, 112, 500)));
-        assert!(spans.has(&Need::of(&second)) && !spans.is_unheard(&Need::of(&second)));
+        assert!(spans.has(&Need::of(&second)));
         let other = Span { user: "joe".into(), ..second };
         assert!(!insert(&mut spans, &other));
         spans.give_up(&Need::of(&other));
         assert!(spans.has(&Need::of(&other)));
+        let rotated = Span { user: "jim".into(), prev_log_seq: 1, prev_log_end: 900, ..span(2, 40, 100) };
+        assert!(!insert(&mut spans, &rotated));
     }
 
     #[test]
