@@ -17,3 +17,21 @@ pub fn guard<T>(what: &str, failure: T, f: impl FnOnce() -> T) -> T {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_ends_here_and_the_failure_is_answered() {
+        assert_eq!(guard("test", 1, || 2), 2);
+        assert_eq!(guard("test", 1, || panic!("with {}", "words")), 1);
+        assert_eq!(guard("test", 1, || std::panic::panic_any(7)), 1);
+        let mut half_done = vec![1];
+        guard("test", (), || {
+            half_done.push(2);
+            panic!("in the middle");
+        });
+        assert_eq!(half_done, [1, 2]);
+    }
+}

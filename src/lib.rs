@@ -13,11 +13,13 @@
 //! | [`peer`] | a session with a peer as a state machine: frames in, frames out | `change`, `wire` |
 //! | [`relay`] | the hub between local processes, workers and peers | all above, sockets, threads |
 //! | [`capture`] | a transaction becomes a change; the thread that sends it to the relay | all above, sockets, threads |
+//! | [`guard`] | the panic boundary | nothing |
 //! | [`worker`] | applies changes and reads bodies | all above |
 //! | `host` | the Rust half of the boundary to Dovecot; the only `unsafe` | all above, src/shim |
 
 pub mod capture;
 pub mod change;
+pub mod guard;
 #[cfg(feature = "host")]
 mod host;
 pub mod indexlog;

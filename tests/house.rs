@@ -45,6 +45,31 @@ fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
         .filter(|(_, line)| !line.trim_start().starts_with("//"))
 }
 
+/// A panic must not unwind into C.
+#[test]
+fn every_entry_from_c_is_guarded() {
+    let mut entries = 0;
+    for (name, text) in sources("src/host", "rs") {
+        let lines: Vec<&str> = text.lines().collect();
+        for (at, line) in lines.iter().enumerate().filter(|(_, line)| line.contains("extern \"C\" fn ")) {
+            // Not the types of C's functions.
+            let Some((_, entry)) =
+                line.split_once("extern \"C\" fn ").filter(|(_, rest)| !rest.starts_with('(') && !rest.ends_with("{}"))
+            else {
+                continue;
+            };
+            let body = lines[at..].iter().take_while(|line| **line != "}");
+            assert!(
+                body.into_iter().any(|line| line.contains("guard(\"")),
+                "{name}:{}: {entry} is not guarded",
+                at + 1
+            );
+            entries += 1;
+        }
+    }
+    assert!(entries > 20);
+}
+
 #[test]
 fn pure_modules_touch_nothing_outside() {
     let forbidden = [

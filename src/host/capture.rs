@@ -1,9 +1,10 @@
 //! The entries from src/shim/capture.c: C structs become records of the protocol.
 
+use super::ffi;
 use super::settings::{read, text};
 use super::worker::{read_bounded, StringList};
-use super::{ffi, guard::guard};
 use crate::capture::{mailbox_change, Capture, Commit, Done, LinkConfig, Place, Saved, Transaction};
+use crate::guard::guard;
 use crate::wire::proto;
 use crate::worker::mark::moves;
 use std::cell::RefCell;

@@ -1,7 +1,8 @@
 //! The entries from src/shim/doveadm.c: asks the relay, hands rows to C.
 
+use super::ffi;
 use super::settings::read;
-use super::{ffi, guard::guard};
+use crate::guard::guard;
 use crate::relay::client;
 use std::ffi::{c_char, c_int, c_void, CString};
 use std::time::Duration;

@@ -1,7 +1,8 @@
 //! From the `log` crate to Dovecot's log. Dovecot's functions belong to its main thread: what other threads say waits
 //! here until the main thread comes by. In a service it is woken for it.
 
-use super::{ffi, guard::guard};
+use super::ffi;
+use crate::guard::guard;
 use ::log::{Level, LevelFilter, Log, Metadata, Record};
 use crossbeam_channel::{bounded, Receiver, Sender};
 use std::ffi::{c_int, CString};

@@ -6,7 +6,6 @@
 mod capture;
 mod doveadm;
 mod ffi;
-mod guard;
 mod log;
 mod plugin;
 mod service;

@@ -1,7 +1,8 @@
 //! What Dovecot's module loader looks up (module-dir.c): C symbols linked into a Rust library are not exported, so these
 //! are Rust's.
 
-use super::{ffi, guard::guard};
+use super::ffi;
+use crate::guard::guard;
 use std::ffi::{c_char, c_void};
 
 /// A pointer to constant C data, to be exported.

@@ -9,9 +9,9 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
-use super::guard::guard;
 use super::settings::{read, text};
 use super::{ffi, thread};
+use crate::guard::guard;
 use crate::relay;
 
 /// Dovecot's exit status for a fatal error.

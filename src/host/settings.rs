@@ -1,6 +1,7 @@
 //! Reads the settings through src/shim/settings.c.
 
 use super::ffi;
+use crate::guard::guard;
 use crate::settings::Settings;
 use crate::wire::proto::UserPeers;
 use std::ffi::{c_char, c_void, CStr};
@@ -37,9 +38,11 @@ impl Settings {
 }
 
 extern "C" fn collect(context: *mut c_void, name: *const c_char, value: *const c_char) {
-    // SAFETY: `read` passes the address of its vector, which nobody else uses meanwhile.
-    let values = unsafe { &mut *context.cast::<Vec<(String, String)>>() };
-    values.push((text(name), text(value)));
+    guard("setting", (), || {
+        // SAFETY: `read` passes the address of its vector, which nobody else uses meanwhile.
+        let values = unsafe { &mut *context.cast::<Vec<(String, String)>>() };
+        values.push((text(name), text(value)));
+    });
 }
 
 /// An owned copy of a C string; bytes that are not UTF-8 are replaced. NULL is empty.

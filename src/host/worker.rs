@@ -13,8 +13,9 @@ use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use super::ffi;
 use super::settings::{read, text};
-use super::{ffi, guard::guard};
+use crate::guard::guard;
 use crate::wire::proto;
 use crate::worker::connection::Connection;
 use crate::worker::job::Jobs;
@@ -329,6 +330,11 @@ impl Worker {
             Ok(open)
         });
         match result {
+            // The next job is another process's.
+            Ok(_) if self.jobs.has_failed() => {
+                super::log::stop_process();
+                false
+            }
             Ok(open) => open,
             Err(error) => {
                 log::error!("relay connection: {error} - closing it");
@@ -385,19 +391,23 @@ fn check(ret: c_int) -> Result<bool> {
 }
 
 extern "C" fn collect_saved(first_uid: u32, last_uid: u32, context: *mut c_void) {
-    // SAFETY: commit() passes its Vec.
-    let saved = unsafe { &mut *context.cast::<Vec<u32>>() };
-    saved.extend(first_uid..=last_uid);
+    guard("saved", (), || {
+        // SAFETY: commit() passes its Vec.
+        let saved = unsafe { &mut *context.cast::<Vec<u32>>() };
+        saved.extend(first_uid..=last_uid);
+    });
 }
 
 extern "C" fn collect_listed(listed: *const DtListed, context: *mut c_void) {
-    // SAFETY: mailboxes() passes its Vec, the shim a valid struct.
-    let (all, listed) = unsafe { (&mut *context.cast::<Vec<Listed>>(), &*listed) };
-    all.push(Listed {
-        vname: text(listed.vname),
-        guid: listed.guid,
-        uid_validity: listed.uid_validity,
-        subscription_changed: listed.subscription_changed,
+    guard("listed", (), || {
+        // SAFETY: mailboxes() passes its Vec, the shim a valid struct.
+        let (all, listed) = unsafe { (&mut *context.cast::<Vec<Listed>>(), &*listed) };
+        all.push(Listed {
+            vname: text(listed.vname),
+            guid: listed.guid,
+            uid_validity: listed.uid_validity,
+            subscription_changed: listed.subscription_changed,
+        });
     });
 }
 

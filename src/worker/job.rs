@@ -31,6 +31,7 @@ pub struct Jobs {
     /// Frames of a Look, the same.
     wanted: Option<Wanted>,
     next_body: u64,
+    has_failed: bool,
 }
 
 struct Collecting {
@@ -55,7 +56,13 @@ impl Default for Jobs {
 
 impl Jobs {
     pub fn new(time: Box<dyn Time>) -> Jobs {
-        Jobs { time, collecting: None, wanted: None, next_body: 0 }
+        Jobs { time, collecting: None, wanted: None, next_body: 0, has_failed: false }
+    }
+
+    /// Dovecot failed in one. It may have left a lock where nobody looks for it: that of a maildir which was renamed while
+    /// it was taken is held for as long as this process lives.
+    pub fn has_failed(&self) -> bool {
+        self.has_failed
     }
 
     /// Does what the frame asks for. Fails only if the connection cannot be used any more.
@@ -69,12 +76,17 @@ impl Jobs {
             Kind::Apply(apply) => {
                 if let Some(whole) = self.collect(apply) {
                     let answer = self.apply(storage, connection, whole)?;
+                    self.has_failed |= !answer.error.is_empty();
                     send_applied(storage, connection, answer)?;
                 }
                 Ok(())
             }
             Kind::Look(look) => match self.collect_look(look) {
-                Some(wanted) => look::look(storage, connection, &wanted, (self.time.now_us() / 1_000_000) as i64),
+                Some(wanted) => {
+                    let now_secs = (self.time.now_us() / 1_000_000) as i64;
+                    self.has_failed |= !look::look(storage, connection, &wanted, now_secs)?;
+                    Ok(())
+                }
                 None => Ok(()),
             },
             Kind::BodyRequest(request) => {

@@ -37,13 +37,13 @@ pub struct Wanted {
     pub list_only: bool,
 }
 
-/// Looks, and answers. Fails only if the connection cannot be used any more.
+/// Looks, and answers. False if Dovecot failed; fails only if the connection cannot be used any more.
 pub fn look<S: Storage, C: Read + Write>(
     storage: &mut S,
     connection: &mut Connection<C>,
     wanted: &Wanted,
     now_secs: i64,
-) -> Link<()> {
+) -> Link<bool> {
     storage.applying(&[]);
     let mut found = Found::default();
     let outcome = find(storage, wanted, &mut found);
@@ -64,9 +64,11 @@ pub fn look<S: Storage, C: Read + Write>(
             connection.send(Kind::Looked(Looked { job, more: true, spans: vec![span], ..Default::default() }))?;
         }
     }
+    let is_done = outcome.is_ok();
     let error = outcome.err().or(found.later).unwrap_or_default().chars().take(1000).collect();
     let looked_at = if wanted.whole { now_secs } else { 0 };
-    connection.send(Kind::Looked(Looked { job, error, looked_at, ..Default::default() }))
+    connection.send(Kind::Looked(Looked { job, error, looked_at, ..Default::default() }))?;
+    Ok(is_done)
 }
 
 fn find<S: Storage>(storage: &mut S, wanted: &Wanted, found: &mut Found) -> Result<()> {
