@@ -532,6 +532,31 @@ fn of_two_names_the_later_holds_and_what_was_named_later_goes_back() {
 }
 
 #[test]
+fn a_mailbox_that_is_renamed_before_anybody_told_of_it_is_created() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut imap = a.process("imap");
+    let mut send = |name: &str, what| {
+        imap.send(Kind::Record(Record { change: Some(change("jane", named(7, &[name]), what)), ..Default::default() }));
+    };
+    send("Old", rename_to(&["New"]));
+    let (worker, first) = b.next_job();
+    worker.applied(&first);
+    send("New", rename_to(&["Newer"]));
+    let (_, second) = b.next_job();
+    let all: Vec<_> = first.changes.iter().chain(&second.changes).collect();
+    let told: Vec<_> =
+        all.iter().map(|change| (&change.mailbox.as_ref().unwrap().path[0][..], &change.ops[0].what)).collect();
+    assert!(
+        matches!(
+            told[..],
+            [("New", Some(What::Create(_))), ("Old", Some(What::Rename(_))), ("New", Some(What::Rename(_)))]
+        ),
+        "{told:?}"
+    );
+}
+
+#[test]
 fn a_renamed_directory_tells_what_is_below_with_numbers_of_its_own() {
     let house = House::new();
     let (a, b) = house.pair();
@@ -783,6 +808,31 @@ fn a_change_that_can_never_be_applied_is_set_aside_after_some_tries() {
     assert_eq!((failed.len(), failed[0].peer.as_str(), failed[0].user.as_str(), failed[0].seq), (1, "a", "jane", 1));
     assert!(failed[0].error.contains("malformed"), "{failed:?}");
     assert_eq!(b.status().counters.unwrap().failed, 1);
+}
+
+#[test]
+fn a_malformed_change_is_set_aside_after_some_tries() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut a = b.connect_as_peer("a");
+    let malformed = |seq| {
+        let stamp = Some(Stamp { origin: "a".into(), epoch: 5, seq, clock: 1, vector: vec![] });
+        Kind::Change(Change { stamp, ops: vec![], ..save("jane", 1) })
+    };
+    for _ in 0..2 {
+        a.send(malformed(1));
+        assert!(matches!(a.next(), Kind::Refused(refused) if refused.seq == 1));
+    }
+    a.send(malformed(1));
+    a.next_ack(1);
+    a.send_change("jane", 2);
+    let (worker, apply) = b.next_job();
+    worker.applied(&apply);
+    a.next_ack(2);
+    let failed = b.failed();
+    assert_eq!((failed.len(), failed[0].peer.as_str(), failed[0].user.as_str(), failed[0].seq), (1, "a", "jane", 1));
+    assert_eq!(failed[0].mailbox_guid, [1; 16]);
+    assert!(failed[0].error.contains("malformed"), "{failed:?}");
 }
 
 #[test]

@@ -19,7 +19,8 @@ use crate::journal::{Failed, Journal, JournalError, KnownLog, Lock, Options, Sta
 use crate::peer::Loaded;
 use crate::time::Time;
 use crate::wire::frame;
-use crate::wire::proto::{frame::Kind, Change, Frame, Span, Stamp};
+use crate::wire::proto::op::What;
+use crate::wire::proto::{frame::Kind, Change, Frame, Mailbox, MailboxCreate, Op, Span, Stamp};
 
 /// Bytes that one look into the journal brings.
 const LOAD_BYTES: usize = 1 << 20;
@@ -136,10 +137,31 @@ impl Engine {
                 if !spans.is_empty() {
                     self.look_again_if_anew(&user, &change);
                 }
+                if let Some(creation) = self.untold_creation(&user, &change)? {
+                    self.ship_change(&user, creation)?;
+                }
                 self.ship_change(&user, change)
             }
             _ => Ok(()),
         }
+    }
+
+    /// Of a mailbox that is renamed before anybody told of it: Dovecot says that a CREATE failed when another process has just
+    /// come upon the new mailbox.
+    fn untold_creation(&self, user: &str, change: &Change) -> Result<Option<Change>, JournalError> {
+        let Some(mailbox) = change.mailbox.as_ref().filter(|mailbox| !mailbox.guid.is_empty()) else { return Ok(None) };
+        let new_path = change.ops.iter().find_map(|op| match &op.what {
+            Some(What::Rename(rename)) => Some(rename.new_path.clone()),
+            _ => None,
+        });
+        let Some(path) = new_path else { return Ok(None) };
+        let known = self.journal.log(user, self.lists.canonical(user, &mailbox.guid), "")?;
+        if known.is_some_and(|log| !log.path.is_empty()) {
+            return Ok(None);
+        }
+        let what = Some(What::Create(MailboxCreate::default()));
+        let mailbox = Some(Mailbox { path, ..mailbox.clone() });
+        Ok(Some(Change { mailbox, ops: vec![Op { what }], spans: vec![], ..change.clone() }))
     }
 
     /// That the log is known up to the span's end.

@@ -411,12 +411,21 @@ impl Engine {
             Verdict::Apply => {}
         }
         let user: Arc<str> = change.user.as_str().into();
-        let checked = change::check_change(&change).map_err(|error| error.to_string()).and_then(|()| {
-            match self.clock.observe(clock, self.outside.now_us()) {
-                true => Ok(()),
-                false => Err("its clock is years ahead of this server's".to_owned()),
+        if let Err(error) = change::check_change(&change) {
+            self.peers[index].inbox.finish(bytes);
+            match self.is_poison(index, epoch, seq) {
+                true => self.set_aside_malformed(
+                    Received { peer: index, epoch, seq, bytes, change, waits_since_ms: None },
+                    &error.to_string(),
+                ),
+                false => self.refuse(index, epoch, seq, &user, &error.to_string()),
             }
-        });
+            return Ok(());
+        }
+        let checked = match self.clock.observe(clock, self.outside.now_us()) {
+            true => Ok(()),
+            false => Err("its clock is years ahead of this server's".to_owned()),
+        };
         let checked = checked.and_then(|()| match self.take_origin(&change) {
             true => Ok(()),
             false => Err("it is passed on from more servers than can be known".to_owned()),

@@ -568,15 +568,9 @@ impl Engine {
             self.poison.remove(&change);
             return self.refuse_rest(job, error);
         }
-        if self.poison.len() >= POISON_MAX {
-            self.poison.clear();
-        }
-        let tries = self.poison.entry(change).or_default();
-        *tries += 1;
-        if *tries < POISON_TRIES {
+        if !self.is_poison(job.peer, item.epoch, item.seq) {
             return self.refuse_rest(job, error);
         }
-        self.poison.remove(&change);
         self.set_aside(&job, error);
         let done = job.items.remove(job.done);
         if let Some(change) = &done.of_list {
@@ -587,6 +581,30 @@ impl Engine {
         if job.done < job.items.len() {
             self.refuse_rest(job, "a change before it was set aside");
         }
+    }
+
+    /// Counts a try of a change that can never be applied. True: it was the last.
+    pub fn is_poison(&mut self, peer: usize, epoch: u64, seq: u64) -> bool {
+        if self.poison.len() >= POISON_MAX {
+            self.poison.clear();
+        }
+        let tries = self.poison.entry((peer, epoch, seq)).or_default();
+        *tries += 1;
+        let is_last = *tries >= POISON_TRIES;
+        if is_last {
+            self.poison.remove(&(peer, epoch, seq));
+        }
+        is_last
+    }
+
+    /// A peer's change that no worker is given: a newer version's, or a bug's.
+    pub fn set_aside_malformed(&mut self, received: Received, error: &str) {
+        let item = Item::of(&received, false, None);
+        let user: Arc<str> = received.change.user.chars().take(USER_BYTES_MAX).collect::<String>().into();
+        let origin = item.made.origin.as_str().into();
+        let job = Job { id: 0, user, peer: received.peer, origin, items: vec![item], done: 0 };
+        self.set_aside(&job, &format!("malformed change: {error}"));
+        self.is_over(&job.user, job.peer, &job.items[0]);
     }
 
     fn set_aside(&mut self, job: &Job, error: &str) {

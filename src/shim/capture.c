@@ -563,6 +563,8 @@ static void capture_mailbox_rename(struct mailbox *src, struct mailbox *dest)
 		capture_box_ref_now(dest, dest->vname, &new_ref);
 		capture_box_names(src, src->vname, &ref);
 		memcpy(ref.guid, new_ref.guid, sizeof(ref.guid));
+		ref.uid_validity = new_ref.uid_validity;
+		ref.uid_next = new_ref.uid_next;
 		dt_rs_mailbox_op(DT_MAILBOX_RENAME, &ref, new_ref.name, guid_128_is_empty(ref.guid));
 	} T_END;
 	capture_flush(NULL);
