@@ -6,6 +6,11 @@ use crate::cluster::imap::Appended;
 use crate::cluster::{Cluster, Format, Setup};
 use crate::scene::{mail_of_size, stories, Scene};
 
+/// Dovecot stores CRLF as LF (mail_save_crlf).
+fn stored_size(text: &[u8]) -> usize {
+    text.len() - text.windows(2).filter(|pair| pair == b"\r\n").count()
+}
+
 stories! {
     fn bodies_around_the_sizes_where_they_travel_differently(t) {
         let sizes = [1_000, 32 * 1024 - 1, 32 * 1024, 32 * 1024 + 1, 64 * 1024 - 1, 64 * 1024, 64 * 1024 + 1];
@@ -24,9 +29,9 @@ stories! {
         // IMAP and LMTP do not take them; doveadm does.
         t.here().doveadm_bytes(&["save", "-u", &t.user], b"");
         t.here().doveadm_bytes(&["save", "-u", &t.user], b"x");
-        let count = t.here().bodies(&t.user).len();
-        assert!(count >= 1, "doveadm saved neither");
-        assert_eq!(t.settled().messages("INBOX").len(), count);
+        assert_eq!(t.settled().messages("INBOX").len(), 2);
+        let stored: Vec<usize> = t.there().bodies(&t.user).iter().map(|body| body.size).collect();
+        assert_eq!(stored, [0, 1]);
     }
 
     fn a_body_of_a_megabyte(t) {
@@ -87,6 +92,15 @@ stories! {
             t.here().imap(&t.user).try_append_all("INBOX", &[Appended { flags: "", date: "", mail: text }]);
         let expected = if answer.is_ok() { 2 } else { 1 };
         assert_eq!(t.settled().messages("INBOX").len(), expected);
+        assert_eq!(t.there().bodies(&t.user)[0].size, stored_size(text));
+    }
+
+    fn a_large_body_of_any_bytes_and_line_ends(t) {
+        let mut text = b"Subject: large\r\n\nmixed\r\n".to_vec();
+        text.extend((0..200_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8));
+        t.here().doveadm_bytes(&["save", "-u", &t.user], &text);
+        assert_eq!(t.settled().messages("INBOX").len(), 1);
+        assert_eq!(t.there().bodies(&t.user)[0].size, stored_size(&text));
     }
 }
 

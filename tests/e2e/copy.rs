@@ -33,6 +33,17 @@ stories! {
         assert_eq!(t.settled().messages("Archive").len(), 1);
     }
 
+    fn doveadm_copies_and_moves(t) {
+        drop(given_three_mails(t));
+        let of_inbox = |verb: &str, uid: &str| {
+            t.here().doveadm(&[verb, "-u", &t.user, "Archive", "mailbox", "INBOX", "uid", uid]);
+        };
+        of_inbox("copy", "2");
+        of_inbox("move", "1");
+        let snapshot = t.settled();
+        assert_eq!((snapshot.messages("INBOX").len(), snapshot.messages("Archive").len()), (2, 2));
+    }
+
     fn copy_inside_a_mailbox(t) {
         given_three_mails(t).ok("COPY 2 INBOX");
         assert_eq!(t.settled().messages("INBOX").len(), 4);

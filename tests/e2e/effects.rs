@@ -23,7 +23,7 @@ pipe :copy "effect" ["imapsieve"];
 "#;
 
 const EXTRA_23: &str = "
-mail_plugins = $mail_plugins quota lazy_expunge last_login welcome
+mail_plugins = $mail_plugins quota lazy_expunge last_login welcome mail_log push_notification
 protocol lmtp {
   mail_plugins = $mail_plugins sieve
 }
@@ -44,6 +44,8 @@ plugin {
   imapsieve_mailbox1_name = Spam
   imapsieve_mailbox1_causes = APPEND COPY
   imapsieve_mailbox1_before = file:{DIR}/home/spam.sieve
+  push_notification_driver = dlog
+  mail_log_events = save copy expunge
   lazy_expunge = Expunged
   last_login_dict = file:{DIR}/home/last-login
   welcome_script = welcome welcome
@@ -74,6 +76,11 @@ mail_plugins {
   lazy_expunge = yes
   last_login = yes
   welcome = yes
+  mail_log = yes
+  push_notification = yes
+}
+mail_log_events = save copy expunge
+push_notification dlog {
 }
 protocol lmtp {
   mail_plugins {
@@ -153,6 +160,13 @@ fn setup(name: &str) -> Setup {
         .file("home/spam.sieve", SPAM_SIEVE)
 }
 
+/// Lines of the log about notifications and about what was done to mails.
+fn notifications(server: &Server) -> Vec<String> {
+    let is_notification =
+        |line: &&str| line.contains("push_notification") || line.contains(": save: ") || line.contains("mail_log");
+    server.log().lines().filter(is_notification).map(str::to_owned).collect()
+}
+
 /// What was run on a server, sorted.
 fn effects(server: &Server) -> Vec<String> {
     let text = fs::read_to_string(server.outside("/home/effects")).unwrap_or_default();
@@ -215,7 +229,9 @@ fn what_a_change_sets_off_happens_once_and_on_its_own_server() {
     let snapshot = t.settled();
     assert_eq!((snapshot.messages("INBOX").len(), snapshot.messages("Expunged").len()), (1, 1));
     assert_eq!(effects(a), expected);
+    assert!(!notifications(a).is_empty(), "A notified nobody:\n{}", a.log());
     if !single {
+        assert_eq!(notifications(peer), Vec::<String>::new(), "the peer notified somebody");
         assert_eq!(effects(peer), Vec::<String>::new(), "the peer ran something");
     }
 }

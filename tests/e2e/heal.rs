@@ -68,6 +68,17 @@ fn what_was_done_without_the_plugin_is_found_at_the_relays_start() {
 }
 
 #[test]
+fn what_came_into_a_new_mailbox_before_anybody_told_of_it_is_found() {
+    in_all_formats("untold-first", |t| {
+        untold(t.a(), &["mailbox", "create", "-u", &t.user, "Fresh"]);
+        untold_mail(t.a(), &t.user, "Fresh", "untold");
+        t.a().imap(&t.user).append("Fresh", &mail("told"));
+        let snapshot = t.settled();
+        assert_eq!(snapshot.messages("Fresh").len(), 2);
+    });
+}
+
+#[test]
 fn a_move_that_nobody_told_of_loses_no_mail() {
     in_all_formats("move", |t| {
         t.a().imap(&t.user).ok("CREATE Archive");

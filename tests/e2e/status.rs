@@ -1,10 +1,10 @@
 //! `doveadm dovetail status`, and that applied changes are not sent back.
 
-use crate::cluster::{Cluster, Format, Server};
+use crate::cluster::{wait_until, Cluster, Format, Server};
 use crate::scene::{mail, Scene, SOON};
 
 fn wait_for_acknowledgement(server: &Server) {
-    crate::cluster::wait_until(SOON, &format!("{}'s peers have acknowledged everything", server.name()), || {
+    wait_until(SOON, &format!("{}'s peers have acknowledged everything", server.name()), || {
         server.status().iter().all(|peer| peer["pending"] == "0")
     });
 }
@@ -22,6 +22,11 @@ fn status_has_a_row_for_each_peer_in_every_output_format() {
 
     let status = |format| t.here().doveadm(&["-f", format, "dovetail", "status"]);
     let (flow, table, json) = (status("flow"), status("table"), status("json"));
+    for column in ["peer", "state", "pending", "behind_secs", "dropped", "failed", "last_error"] {
+        assert!(rows[0].contains_key(column), "{rows:?}");
+        assert!(flow.contains(&format!("{column}=")) && table.contains(column), "{flow}{table}");
+        assert!(json.contains(&format!("\"{column}\":")), "{json}");
+    }
     assert!(flow.contains("peer=b ") && flow.contains("state=connected"), "{flow}");
     assert!(table.lines().count() == 2 && table.contains("connected"), "{table}");
     assert!(
@@ -31,8 +36,38 @@ fn status_has_a_row_for_each_peer_in_every_output_format() {
 }
 
 #[test]
-fn applied_changes_are_not_sent_back() {
-    let t = Scene::on(Cluster::pair(Format::Sdbox, Format::Sdbox), "story-echo");
+fn status_says_how_far_a_peer_is_behind() {
+    let t = Scene::on(Cluster::pair(Format::Sdbox, Format::Sdbox), "story-behind");
+    t.expects_in_log("dovetail");
+    t.a().deliver(&t.user, &mail("one"));
+    t.settled();
+    t.b().stop();
+    t.a().deliver(&t.user, &mail("two"));
+    wait_until(SOON, "B is behind", || {
+        t.a().status()[0]["behind_secs"].parse::<u64>().is_ok_and(|secs| (1..60).contains(&secs))
+    });
+    t.b().start();
+    t.settled();
+    wait_until(SOON, "B is not behind", || t.a().status()[0]["behind_secs"] == "0");
+}
+
+#[test]
+fn applied_changes_are_not_sent_back_sdbox() {
+    applied_changes_are_not_sent_back(Format::Sdbox);
+}
+
+#[test]
+fn applied_changes_are_not_sent_back_mdbox() {
+    applied_changes_are_not_sent_back(Format::Mdbox);
+}
+
+#[test]
+fn applied_changes_are_not_sent_back_maildir() {
+    applied_changes_are_not_sent_back(Format::Maildir);
+}
+
+fn applied_changes_are_not_sent_back(format: Format) {
+    let t = Scene::on(Cluster::pair(format, format), "story-echo");
     // Given how many changes one delivery on B is.
     let made_on_b = || t.b().counters().changes;
     t.b().deliver("story-echo-probe", &mail("first"));

@@ -119,6 +119,9 @@ fn a_malformed_setting_is_named_and_mail_goes_on() {
     deliver_and_time(t.a(), &t.user, 3);
     assert_eq!(t.a().imap(&t.user).select("INBOX").uids().len(), 3);
     t.a().wait_for_log("dovetail_peers");
+    let status = t.a().try_doveadm(&["dovetail", "status"]);
+    let why = String::from_utf8_lossy(&status.stderr).into_owned();
+    assert!(!status.status.success() && why.contains("dovetail_peers") && why.contains("nonsense"), "{why}");
 }
 
 #[test]
@@ -127,7 +130,13 @@ fn an_unknown_setting_is_named_and_mail_goes_on() {
         Setup::new("a", Format::Sdbox).peers("b=127.0.0.1:1").extra("plugin {\n  dovetail_colour = green\n}\n", "");
     let cluster = Cluster::start(vec![setup]);
     if cluster.a().version() == Version::V24 {
-        // Dovecot 2.4 itself refuses to start with unknown settings, whoever's they are.
+        // Dovecot 2.4 itself refuses to start with unknown settings, whoever's they are, and says which.
+        let conf = format!("{}/unknown.conf", cluster.a().dir());
+        let text = format!("!include {}\ndovetail_colour = green\n", cluster.a().conf());
+        std::fs::write(cluster.a().outside("/unknown.conf"), text).expect("write");
+        let asked = cluster.a().command("doveconf").args(["-c", &conf]).output().expect("doveconf");
+        let why = String::from_utf8_lossy(&asked.stderr).into_owned();
+        assert!(!asked.status.success() && why.contains("dovetail_colour"), "{why}");
         return;
     }
     let t = Scene::on(cluster, "story-unknown");
@@ -166,6 +175,9 @@ fn without_a_relay_mail_goes_on_and_one_line_says_why() {
     let log = t.a().log();
     let lines = log.lines().filter(|line| line.contains("no-relay-here")).count();
     assert!(lines <= 2, "one line for one session, not one for each mail:\n{log}");
+    let start = Instant::now();
+    (0..5).for_each(|n| t.a().lda(&t.user, &mail(&format!("by lda {n}"))));
+    assert!(start.elapsed() < NO_DELAY, "five programs that deliver took {:?}", start.elapsed());
 }
 
 #[test]
@@ -241,6 +253,55 @@ fn a_user_whose_mail_cannot_be_written_waits_with_the_reason_and_others_go_on() 
     assert_eq!(t.converged_within(Duration::from_secs(90), &t.user).messages("INBOX").len(), 4);
     wait_until(SOON, "nothing is pending", || t.a().status()[0]["pending"] == "0");
     assert_eq!(t.b().status()[0]["failed"], "0");
+}
+
+/// Of one mailbox only.
+#[test]
+fn a_mailbox_that_cannot_be_written_holds_up_its_user_only_and_resumes() {
+    let t = pair("story-one-mailbox");
+    t.expects_in_log("story-one-mailbox");
+    t.a().imap(&t.user).append("INBOX", &mail("first"));
+    t.a().imap(&t.user).ok("CREATE Work");
+    t.settled();
+    let folder = t.b().outside(&format!("/home/{}/sdbox/mailboxes/Work", t.user));
+    let chown = |owner: &str| {
+        let done = std::process::Command::new("chown").args(["-R", owner]).arg(&folder).status();
+        assert!(done.expect("chown").success());
+    };
+    let mode = |mode: &str| {
+        let done = std::process::Command::new("chmod").args(["-R", mode]).arg(&folder).status();
+        assert!(done.expect("chmod").success());
+    };
+    chown("root");
+    mode("go=");
+    t.a().imap(&t.user).append("Work", &mail("waits"));
+    wait_until(SOON, "A's status says who waits and why", || {
+        let error = &t.a().status()[0]["last_error"];
+        error.contains(&t.user) && error.contains("mailbox Work") && error.contains("ermission denied")
+    });
+    let other = "story-another-goes-on";
+    t.a().deliver(other, &mail("for another"));
+    wait_until(SOON, "the mail for another is on B", || t.b().has_inbox(other));
+    chown("mail");
+    assert_eq!(t.converged_within(Duration::from_secs(90), &t.user).messages("Work").len(), 1);
+    wait_until(SOON, "nothing is pending", || t.a().status()[0]["pending"] == "0");
+}
+
+#[test]
+fn a_corrupted_index_on_the_peer_loses_no_mail() {
+    // A dbox's index is all that it knows of its mails.
+    let t = Scene::on(Cluster::pair(Format::Maildir, Format::Maildir), "story-corrupt");
+    // Dovecot's, about its index.
+    t.expects_in_log("dovecot.index");
+    (0..3).for_each(|n| t.a().deliver(&t.user, &mail(&format!("mail {n}"))));
+    t.settled();
+    let log = t.b().outside(&format!("/home/{}/Maildir/dovecot.index.log", t.user));
+    std::fs::write(&log, b"this is no index\n".repeat(20)).expect("write");
+    (3..6).for_each(|n| t.a().deliver(&t.user, &mail(&format!("mail {n}"))));
+    wait_until(Duration::from_secs(60), "both servers have all mails", || {
+        t.servers().iter().all(|server| server.imap(&t.user).select("INBOX").uids().len() == 6)
+    });
+    wait_until(SOON, "nothing is pending", || t.a().status()[0]["pending"] == "0");
 }
 
 const SMALL_QUOTA_23: &str = "

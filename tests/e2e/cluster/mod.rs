@@ -141,6 +141,8 @@ pub struct Cluster {
     servers: Vec<Server>,
     /// To the relays whose setup wants one.
     pub lines: Vec<Line>,
+    /// Whether save dates are compared.
+    has_save_dates: bool,
     // Dropped after the servers: removes what they leave.
     janitor: Arc<janitor::Janitor>,
 }
@@ -181,11 +183,18 @@ impl Cluster {
         for server in &servers {
             server.start();
         }
-        Cluster { servers, lines, janitor }
+        // Maildir has them in its cache only, which may go with a killed process.
+        let has_save_dates = servers.iter().all(|server| server.format() != Format::Maildir);
+        Cluster { servers, lines, has_save_dates, janitor }
     }
 
     pub fn pair(format_a: Format, format_b: Format) -> Cluster {
         Cluster::start(vec![Setup::new("a", format_a), Setup::new("b", format_b)])
+    }
+
+    /// Compares save dates in every format: nothing is killed.
+    pub fn with_save_dates(self) -> Cluster {
+        Cluster { has_save_dates: true, ..self }
     }
 
     pub fn servers(&self) -> &[Server] {
@@ -216,7 +225,6 @@ impl Cluster {
 
     fn converge(&self, deadline: Duration, user: &str, is_busy: bool) -> Snapshot {
         let (first, others) = self.servers.split_first().expect("a cluster has servers");
-        let with_save_dates = self.servers.iter().all(|s| s.format() != Format::Maildir);
         let mut difference = String::new();
         let mut result = None;
         let converged = holds_within_slowly(deadline, || {
@@ -231,7 +239,7 @@ impl Cluster {
                 difference = format!("  changes are pending on {}\n", server.name());
                 return false;
             }
-            let take = |server| Snapshot::try_take(server, user, with_save_dates);
+            let take = |server| Snapshot::try_take(server, user, self.has_save_dates);
             let wanted = match take(first) {
                 Ok(wanted) => wanted,
                 Err(error) => {
