@@ -765,13 +765,14 @@ int dt_worker_save(const struct dt_worker_save *save, const void *data, size_t s
 
 static int dt_worker_copy_mail(const struct dt_worker_save *save, struct mail *mail)
 {
-	struct mail_save_context *ctx;
+	struct mail_save_context *ctx, *copy_ctx;
 	struct mail_keywords *keywords;
 	struct dt_stray_signing signing;
+	uint32_t save_date = save->save_date;
 	time_t now = ioloop_time;
 	int ret;
 
-	ctx = dt_worker_save_alloc(save, &keywords);
+	copy_ctx = ctx = dt_worker_save_alloc(save, &keywords);
 	/* Copies without reading the body take their save date from here, not from the context. */
 	if (save->save_date != 0)
 		ioloop_time = save->save_date;
@@ -779,6 +780,13 @@ static int dt_worker_copy_mail(const struct dt_worker_save *save, struct mail *m
 	ret = mailbox_copy(&ctx, mail) < 0 ? -1 : 1;
 	dt_worker_unsign(&signing);
 	ioloop_time = now;
+	/* The transaction keeps the context. As when it is captured: maildir keeps the date in its cache only, where Dovecot
+	   puts it only if others are there. */
+	if (ret > 0 && save_date != 0 && strcmp(w.box->storage->name, "mdbox") != 0 &&
+	    copy_ctx->dest_mail != NULL && copy_ctx->dest_mail->seq != 0) {
+		index_mail_cache_add(INDEX_MAIL(copy_ctx->dest_mail), MAIL_CACHE_SAVE_DATE, &save_date,
+				     sizeof(save_date));
+	}
 	if (ret < 0) {
 		/* It may have been expunged just now. */
 		ret = mailbox_get_last_mail_error(w.box) == MAIL_ERROR_EXPUNGED ? 0 :

@@ -1,7 +1,11 @@
 //! COPY and MOVE, inside a mailbox and between mailboxes.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use crate::cluster::imap::{Appended, Imap};
-use crate::scene::{mail, stories, Scene};
+use crate::cluster::server::signal;
+use crate::cluster::{wait_until, Cluster, Format};
+use crate::scene::{mail, stories, Scene, SOON};
 
 /// Three mails in INBOX, the second with flags, and a mailbox `Archive`; INBOX selected.
 fn given_three_mails(t: &Scene) -> Imap {
@@ -83,4 +87,36 @@ stories! {
         let uids: Vec<u32> = t.settled().mailboxes["INBOX"].messages.keys().copied().collect();
         assert_eq!(uids, [4, 5, 6]);
     }
+}
+
+/// When the peer copies it is another second.
+fn a_copy_keeps_its_save_date(format: Format) {
+    let cluster = Cluster::pair(format, format).with_save_dates();
+    let t = Scene::on(cluster, &format!("story-save-date-{format:?}").to_lowercase());
+    let mut imap = given_three_mails(&t);
+    t.settled();
+    let second = || SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
+    let workers = t.b().pids("dovetail-worker");
+    workers.iter().for_each(|pid| signal(*pid, "STOP"));
+    imap.ok("COPY 1:2 Archive");
+    imap.ok("MOVE 3 Archive");
+    let copied = second();
+    wait_until(SOON, "the next second but one", || second() > copied + 1);
+    workers.iter().for_each(|pid| signal(*pid, "CONT"));
+    assert_eq!(t.settled().messages("Archive").len(), 3);
+}
+
+#[test]
+fn a_copy_keeps_its_save_date_sdbox() {
+    a_copy_keeps_its_save_date(Format::Sdbox);
+}
+
+#[test]
+fn a_copy_keeps_its_save_date_mdbox() {
+    a_copy_keeps_its_save_date(Format::Mdbox);
+}
+
+#[test]
+fn a_copy_keeps_its_save_date_maildir() {
+    a_copy_keeps_its_save_date(Format::Maildir);
 }

@@ -132,7 +132,7 @@ fn shared_pair(a: Format, b: Format) -> Arc<Cluster> {
             // To check a story itself: it must hold on a plain Dovecot that is its own peer.
             setups = vec![setup("a", a).without_plugin()];
         }
-        Arc::new(Cluster::start(setups).with_save_dates())
+        Arc::new(Cluster::start(setups))
     })
     .clone()
 }
