@@ -13,7 +13,7 @@
 //! | [`peer`] | a session with a peer as a state machine: frames in, frames out | `change`, `wire` |
 //! | [`relay`] | the hub between local processes, workers and peers | all above, sockets, threads |
 //! | [`capture`] | a transaction becomes a change; the thread that sends it to the relay | all above, sockets, threads |
-//! | [`guard`] | the panic boundary | nothing |
+//! | [`guard`] | the panic boundary | nothing outside |
 //! | [`worker`] | applies changes and reads bodies | all above |
 //! | `host` | the Rust half of the boundary to Dovecot; the only `unsafe` | all above, src/shim |
 

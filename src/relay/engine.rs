@@ -591,7 +591,7 @@ impl Engine {
             .chain(self.heals.wake_up_ms())
             .chain(self.lists.wake_up_ms())
             .chain(self.work.wake_up_ms())
-            .chain(self.redos.wake_up_ms())
+            .chain(self.redos.wake_up_ms(self.now_ms))
             .chain(self.unnamed.front().map(|(due_ms, ..)| *due_ms))
             .chain(self.stop_by_ms)
             .min();

@@ -10,7 +10,7 @@ use prost::Message;
 
 use super::backoff::Backoff;
 use super::engine::{Close, Engine};
-use super::workers::{apply_frames, Task, Worker};
+use super::workers::{apply_frames, Task, Worker, POISON_TRIES, RETRY_MS_MAX, RETRY_MS_MIN};
 use crate::change;
 use crate::journal::{Failed, JournalError};
 use crate::wire::proto::op::What;
@@ -18,11 +18,6 @@ use crate::wire::proto::{Applied, Apply, Change};
 
 /// Changes in one job.
 const JOB_CHANGES_MAX: usize = 64;
-/// Pauses after one that failed.
-const RETRY_MS_MIN: u64 = 50;
-const RETRY_MS_MAX: u64 = 5_000;
-/// Tries of what can never be applied.
-const NEVER_TRIES: u32 = 3;
 
 struct User {
     /// Not above any one's.
@@ -71,8 +66,10 @@ impl Redos {
         self.users.values().map(|user| user.clock).min()
     }
 
-    pub fn wake_up_ms(&self) -> Option<u64> {
-        self.users.values().filter(|user| !user.is_running).map(|user| user.due_ms).filter(|due_ms| *due_ms > 0).min()
+    /// When a pause is over. Whose is over already waits for a worker, or for the user's job or look to end.
+    pub fn wake_up_ms(&self, now_ms: u64) -> Option<u64> {
+        let waiting = self.users.values().filter(|user| !user.is_running);
+        waiting.map(|user| user.due_ms).filter(|due_ms| *due_ms > now_ms).min()
     }
 
     fn next(&mut self, now_ms: u64, is_busy: impl Fn(&str) -> bool) -> Option<Arc<str>> {
@@ -207,7 +204,7 @@ impl Engine {
     pub fn redo_failed(&mut self, job: &RedoJob, error: &str, never: bool) {
         let user = &job.user;
         let tries = self.redos.has_failed(user, self.now_ms);
-        if never && tries >= NEVER_TRIES {
+        if never && tries >= POISON_TRIES {
             let error = format!("a change of flags that a peer's has undone cannot be made again: {error}");
             log::error!("User {user}: {error}; the mailbox must be compared (doveadm dovetail failed).");
             let at_us = self.outside.now_us();
@@ -221,5 +218,30 @@ impl Engine {
                  changes wait."
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_failed_is_tried_again_after_a_pause_and_nobody_spins_for_it() {
+        let jane: Arc<str> = "jane".into();
+        let mut redos = Redos::default();
+        assert!(redos.want(&jane, 7, vec![1]));
+        assert!(!redos.want(&jane, 9, vec![1]), "it waits already");
+        assert_eq!((redos.first_clock(), redos.wake_up_ms(0)), (Some(7), None));
+        assert_eq!(redos.next(0, |_| true), None, "he is busy otherwise");
+        assert_eq!(redos.next(0, |_| false), Some(jane.clone()));
+        assert!(redos.is_running("jane") && redos.next(0, |_| false).is_none());
+        assert_eq!(redos.has_failed("jane", 100), 1);
+        assert_eq!((redos.next(100, |_| false), redos.wake_up_ms(100)), (None, Some(100 + RETRY_MS_MIN)));
+        assert_eq!(redos.wake_up_ms(100 + RETRY_MS_MIN), None, "a job's end wakes up, too");
+        assert_eq!(redos.next(100 + RETRY_MS_MIN, |_| false), Some(jane.clone()));
+        redos.are_made("jane", false);
+        assert!(redos.has("jane"), "more came meanwhile");
+        redos.are_made("jane", true);
+        assert!(!redos.has("jane"));
     }
 }

@@ -26,13 +26,13 @@ use crate::wire::proto::{self, Applied, Apply, Change, Frame, Refused, SeqOf, Sp
 /// Encoded changes in one frame of a job; a single change may have more.
 const APPLY_BYTES_MAX: usize = 60_000;
 /// Tries of a change that can never be applied, and such changes that are remembered.
-const POISON_TRIES: u32 = 3;
+pub const POISON_TRIES: u32 = 3;
 const POISON_MAX: usize = 1_000;
 /// Users whose last refusal is remembered, so that its reason is logged once.
 const REFUSALS_MAX: usize = 1_000;
-/// Pauses between attempts to connect.
-const RETRY_MS_MIN: u64 = 50;
-const RETRY_MS_MAX: u64 = 5_000;
+/// Pauses between attempts to connect, and to make again what failed.
+pub const RETRY_MS_MIN: u64 = 50;
+pub const RETRY_MS_MAX: u64 = 5_000;
 /// A connection that lasted this long was a good one: the pauses begin again.
 const GOOD_CONNECTION_MS: u64 = 2_000;
 

