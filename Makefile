@@ -65,7 +65,7 @@ chaos: stage ## Random schedules of writing and killing: seeds 1 to 12 (SEEDS=20
 .PHONY: sim
 sim: ## A whole cluster simulated: SEEDS=10000 FIRST=1 runs of random schedules (SEED=17: that one, with its story)
 	DOVETAIL_SIM_SEED=$(SEED) DOVETAIL_SIM_SEEDS=$(SEEDS) DOVETAIL_SIM_FIRST=$(FIRST) DOVETAIL_SIM_SERVERS=$(SERVERS) DOVETAIL_SIM_CLASHES=$(CLASHES) \
-	$(CARGO) test $(CARGO_FLAGS) --locked --release --no-default-features --test sim every_seed -- --nocapture
+	$(CARGO) test $(CARGO_FLAGS) --locked --profile sim --no-default-features --test sim every_seed -- --nocapture
 
 .PHONY: bench
 bench: stage ## Lag, throughput and cost beside no replication and Dovecot 2.3's own (QUICK=1; docs/PERFORMANCE.md has more)

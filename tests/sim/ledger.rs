@@ -107,14 +107,19 @@ impl Ledger {
             };
             let found: Vec<_> = mailbox.messages.values().filter(|message| message.guid == *guid).collect();
             let count = found.len();
+            // What was saved into a mailbox that has become one with this may be in it, too.
+            let is_gone = |guid: &Guid| mailboxes.values().all(|mailbox| mailbox.guid != *guid);
+            let joined =
+                self.mails.iter().filter(|((user, into, other), _)| user == of && other == guid && is_gone(into));
+            let saved = mail.saved + joined.map(|(_, mail)| mail.saved).sum::<usize>();
             let least = match (mail.expunged, mail.saved_on.len()) {
                 // Copies that two servers made at once may have got one UID: then they are one.
-                (0, _) => 1,
+                (0, _) => mail.saved.min(1),
                 (_, 2..) => 0,
                 (expunged, _) => usize::from(mail.saved > expunged),
             };
-            let most = mail.saved - mail.expunged.min(1);
-            match (mail.saved, count) {
+            let most = saved - mail.expunged.min(saved).min(1);
+            match (saved, count) {
                 (1, 0) if least == 1 => return Err(format!("mail {guid} is missing in {name}")),
                 (1, 1) if most == 0 => return Err(format!("mail {guid} in {name} was expunged and is there")),
                 _ if (least..=most).contains(&count) => {}
