@@ -474,7 +474,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// With the transaction: what it completes, and that UIDs are not the same any more.
     fn write_marks(&mut self) -> Result<()> {
         let Some(open) = &mut self.open else { return Ok(()) };
-        let completed = open.complete.take().map(|change| open.marks.set(&change));
+        // A claim is looked at again whenever it comes; what comes behind it may be applied already, and stays so.
+        let completed = open.complete.take().filter(|change| !open.marks.has(change));
+        let completed = completed.map(|change| open.marks.set(&change));
         let diverged = std::mem::take(&mut open.diverges).then(|| open.marks.diverge());
         let ours = (completed.is_none() && diverged.is_none()).then(|| open.marks.ours());
         for (offset, bytes) in completed.into_iter().chain(diverged).chain(ours) {
@@ -1369,6 +1371,19 @@ mod tests {
             proto::Nack { guid: "two".into(), uid: 8, stands: 6, next: 16, raised: 1, is_new: false, of: "a".into() };
         assert_eq!(outcome.told, [What::Nack(cannot)]);
         assert_eq!(storage.messages("INBOX"), named(&[(6, "two"), (15, "one")]));
+    }
+
+    #[test]
+    fn a_claim_that_comes_again_and_moves_a_message_now_does_not_make_the_saves_behind_it_new() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "ours"), (6, "other")]);
+        let changes = [nack(1, "ours", 5, 9, 10), save(2, 6, "theirs")];
+        apply(&mut storage, Script::default(), &changes);
+        assert_eq!(storage.messages("INBOX"), named(&[(5, "ours"), (6, "other"), (7, "theirs")]));
+        // The relay was killed before it heard of that; now it is this server that raises UIDs.
+        storage.elsewhere.clear();
+        apply_as(true, &mut storage, Script::default(), &changes);
+        assert_eq!(storage.messages("INBOX"), named(&[(6, "other"), (7, "theirs"), (10, "ours")]));
     }
 
     #[test]

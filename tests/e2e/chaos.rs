@@ -53,7 +53,7 @@ fn a_dozen_seeds_converge() {
     assert!(failed.is_empty(), "{} of {} seeds failed: {}", failed.len(), seeds.count(), commands.join("; "));
 }
 
-/// Says at a panic what was played. With DOVETAIL_CHAOS_KEEP, copies the servers' folders there.
+/// Says at a panic what was played.
 struct Story<'a>(&'a Plan, &'a Scene);
 
 impl Drop for Story<'_> {
@@ -69,11 +69,6 @@ impl Drop for Story<'_> {
                     let of = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
                     eprintln!("  {service} {pid} waits in {}, {}", of("wchan"), of("syscall").trim());
                 }
-            }
-            if let Some(keep) = std::env::var_os("DOVETAIL_CHAOS_KEEP") {
-                let keep = std::path::Path::new(&keep).join(format!("{}-{}", plan.seed, server.name()));
-                let _ = std::process::Command::new("cp").arg("-a").arg(server.outside("")).arg(&keep).status();
-                eprintln!("{} is kept in {}", server.name(), keep.display());
             }
         }
         eprintln!("---- {plan}again: make chaos SEED={}", plan.seed);

@@ -1,6 +1,8 @@
 //! Where a story is played: two servers, a user of its own, and a look at the logs afterwards.
 
 use std::ops::Deref;
+use std::path::Path;
+use std::process::Command;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -87,6 +89,7 @@ impl Deref for Scene {
     }
 }
 
+/// Complains, or tells of the servers if the test failed. With DOVETAIL_TEST_KEEP, their folders are copied there.
 impl Drop for Scene {
     fn drop(&mut self) {
         if std::thread::panicking() {
@@ -105,6 +108,11 @@ impl Drop for Scene {
                 }
                 let counters = server.try_status().and_then(|status| status.counters).unwrap_or_default();
                 eprintln!("---- what {} noticed: {:?}", server.name(), counters.notes);
+                if let Some(keep) = std::env::var_os("DOVETAIL_TEST_KEEP") {
+                    let keep = Path::new(&keep).join(format!("{}-{}", self.user, server.name()));
+                    let _ = Command::new("cp").arg("-a").arg(server.outside("")).arg(&keep).status();
+                    eprintln!("---- {} is kept in {}", server.name(), keep.display());
+                }
             }
             return;
         }
