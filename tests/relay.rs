@@ -329,6 +329,11 @@ fn what_the_journal_has_no_room_for_is_dropped_for_the_slow_peer_and_said() {
     until("all were taken", || a.status().counters.unwrap().changes == 200);
     let dropped = a.peer("b").dropped;
     assert!(dropped > 50 && a.peer("b").pending + dropped == 200, "{:?}", a.peer("b"));
+    let needs_a_person =
+        format!("{dropped} changes did not fit into the journal: compare it (doveadm dovetail failed)");
+    assert_eq!(a.peer("b").last_error, needs_a_person);
+    let failed = a.failed();
+    assert_eq!((failed.len(), failed[0].peer.as_str(), failed[0].user.as_str()), (1, "b", "jane"));
 
     let mut b = Wire::accept(&listener);
     b.greet("b");

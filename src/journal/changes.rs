@@ -35,6 +35,8 @@ pub struct Trimmed {
     pub changes: u64,
     /// Of these, those that the peer does not get from another server.
     pub missing: u64,
+    /// Whose they were.
+    pub users: Vec<String>,
     /// The last number that was dropped.
     pub up_to: u64,
 }
@@ -278,16 +280,18 @@ impl Journal {
         };
         let bit = bits & bits.wrapping_neg();
         let Some(peer) = self.peers.get(bit.trailing_zeros() as usize).cloned() else { return Ok(None) };
-        let missing = self.run(|db| {
-            db.query_row(
-                "SELECT count(*) FROM changes WHERE seq <= ?1 AND peers & ?2 != 0 AND given & ?2 = 0",
-                (to_sql(up_to), bit),
-                |row| row.get(0).map(from_sql),
-            )
+        let by_user = self.run(|db| {
+            let mut query = db.prepare(
+                "SELECT user, count(*) FROM changes WHERE seq <= ?1 AND peers & ?2 != 0 AND given & ?2 = 0 GROUP BY user",
+            )?;
+            let rows = query.query_map((to_sql(up_to), bit), |row| Ok((row.get(0)?, from_sql(row.get(1)?))))?;
+            rows.collect::<rusqlite::Result<Vec<(String, u64)>>>()
         })?;
+        let missing = by_user.iter().map(|(_, count)| count).sum();
         let changes = self.acknowledge_up_to(&peer, up_to)?;
         self.run(|db| db.execute("UPDATE peers SET dropped = dropped + ? WHERE name = ?", (to_sql(missing), &peer)))?;
-        Ok(Some((peer, Trimmed { changes, missing, up_to })))
+        let users = by_user.into_iter().map(|(user, _)| user).collect();
+        Ok(Some((peer, Trimmed { changes, missing, users, up_to })))
     }
 
     /// The slowest peer's bit, and up to where its changes fill what is too much and a tenth of the rest.

@@ -204,13 +204,20 @@ fn what_does_not_fit_is_dropped_for_the_slow_peer_alone() {
     journal.acknowledge_up_to("b", 99).unwrap();
     assert_eq!(journal.trim(20_000, 0).unwrap(), None);
     let (peer, trimmed) = journal.trim(5_000, 0).unwrap().unwrap();
-    assert_eq!((peer.as_str(), trimmed), ("c", Trimmed { changes: 55, missing: 55, up_to: 55 }));
+    assert_eq!(
+        (peer.as_str(), trimmed),
+        ("c", Trimmed { changes: 55, missing: 55, users: vec!["jane".into()], up_to: 55 })
+    );
     assert_eq!(journal.trim(5_000, 0).unwrap(), None);
     assert_eq!((journal.dropped("c").unwrap(), journal.dropped("b").unwrap()), (55, 0));
     assert_eq!(seqs(&journal, "b", None), [100]);
 
     let (peer, trimmed) = journal.trim(5_000, 60_001).unwrap().unwrap();
-    assert_eq!((peer.as_str(), trimmed), ("c", Trimmed { changes: 5, missing: 5, up_to: 60 }), "older than may be");
+    assert_eq!(
+        (peer.as_str(), trimmed),
+        ("c", Trimmed { changes: 5, missing: 5, users: vec!["jane".into()], up_to: 60 }),
+        "older than may be"
+    );
 }
 
 #[test]

@@ -344,6 +344,16 @@ impl Engine {
                     trimmed.missing
                 );
             }
+            for user in trimmed.users {
+                self.remember_failed(&Failed {
+                    peer: name.clone(),
+                    user,
+                    at_us: self.outside.now_us(),
+                    error: "changes did not fit into the journal (dovetail_journal_size, dovetail_journal_days)"
+                        .to_owned(),
+                    ..Default::default()
+                });
+            }
             let Some(index) = self.peers.iter().position(|peer| peer.name == name) else { continue };
             self.peers[index].outbox.note_dropped(trimmed.missing);
             self.peers[index].outbox.restart();

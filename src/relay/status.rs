@@ -51,7 +51,12 @@ impl Engine {
         let stats = peer.outbox.stats();
         let refusal = peer.outbox.refusal().map(|(user, error)| format!("user {user}: {error}"));
         let waiting = self.waiting_of(index).unwrap_or_default();
+        let is_missing = match stats.dropped {
+            0 => String::new(),
+            count => format!("{count} changes did not fit into the journal: compare it (doveadm dovetail failed)"),
+        };
         let errors = [
+            is_missing,
             peer.last_error.clone(),
             refusal.unwrap_or_default(),
             waiting,
