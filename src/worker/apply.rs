@@ -1477,6 +1477,16 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_that_a_killed_worker_left_goes_with_a_message_that_a_client_expunged_since() {
+        for changes in [[claim(1, "one", 6, &[1])], [nack(1, "one", 1, 5, 6)]] {
+            let mut storage = FakeStorage::default();
+            storage.add("INBOX", GUID, 9, &[(2, "other"), (3, "stray one")]);
+            apply_as(true, &mut storage, Script::default(), &changes);
+            assert_eq!(storage.messages("INBOX"), named(&[(2, "other")]));
+        }
+    }
+
+    #[test]
     fn a_save_that_comes_late_is_not_lost() {
         let mut storage = FakeStorage::default();
         apply(&mut storage, Script::default(), &[save(1, 2, "two")]);

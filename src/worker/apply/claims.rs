@@ -94,6 +94,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         }
         let there = There { uid: claim.uid, next: 0, raised: claim.raised };
         let Some(stands) = self.claimed(claim)? else {
+            self.drop_stray(&claim.guid)?;
             self.note_elsewhere(claim.uid, &claim.guid, self.or_gone(&claim.of), false);
             self.reserve(there);
             return Ok(());
@@ -173,6 +174,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let was_applied = self.is_applied();
         let there = There { uid: nack.uid, next: nack.next, raised: nack.raised };
         let Some(mut stands) = self.refused(nack)? else {
+            self.drop_stray(&nack.guid)?;
             self.note_elsewhere(nack.stands, &nack.guid, self.or_gone(&nack.of), false);
             return self.answer_without(&nack.guid, there);
         };
@@ -249,12 +251,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let begin = mark::end(&self.storage.log_files()?);
         // Whatever others do to it is in what is copied, or behind this place.
         self.storage.sync()?;
-        if let Some(stray) = self.storage.stray(guid)? {
-            // A copy, as a worker that was killed left it.
-            self.storage.expunge(stray, stray)?;
-            self.pending = Pending::Changes;
-            self.flush()?;
-        }
+        self.drop_stray(guid)?;
         if !self.storage.duplicate(from, to)? {
             return Ok(None);
         }
@@ -279,11 +276,22 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         if self.redo_since(begin, from, uid)? {
             return Ok(Some(uid));
         }
-        // Their process may not find out any more which message it was.
+        // Their process may not find out any more which message it was. By the UID that the peers know it by: of the other
+        // they never hear, and what has this GUID there may be one that was moved out of the mailbox and back since.
         let messages =
-            vec![proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.to_owned(), ..Default::default() }];
+            vec![proto::MessageRange { first_uid: from, last_uid: from, guid: guid.to_owned(), ..Default::default() }];
         self.tell_op(What::Expunge(proto::Expunge { messages }));
         Ok(None)
+    }
+
+    /// A copy, as a worker that was killed while the message moved left it. A client that expunged the message meant this one too.
+    fn drop_stray(&mut self, guid: &str) -> Outcome<()> {
+        if let Some(stray) = self.storage.stray(guid)? {
+            self.storage.expunge(stray, stray)?;
+            self.pending = Pending::Changes;
+            self.flush()?;
+        }
+        Ok(())
     }
 
     /// The message is at another UID, too: it goes from this one.
