@@ -435,6 +435,73 @@ fn after_a_start_every_user_is_looked_at_from_where_the_logs_were_known() {
 }
 
 #[test]
+fn a_log_that_is_read_from_its_beginning_may_hold_what_was_told_before_the_relay_was_killed() {
+    let house = House::new();
+    let a = house.server("a", &[("b", "127.0.0.1:9".into())]);
+    let mut imap = a.process("imap");
+    imap.save_with_span("jane", 1, (100, 200));
+    let work = Mailbox { guid: vec![7; 16], path: vec!["Work".into()], ..Default::default() };
+    let created = change("jane", work.clone(), What::Create(MailboxCreate::default()));
+    let saved = Change { mailbox: Some(work), ..save("jane", 1) };
+    for change in [created, saved] {
+        imap.send(Kind::Record(Record { change: Some(change), ..Default::default() }));
+    }
+    until("all were taken", || a.status().counters.unwrap().changes == 3);
+    drop((imap, a));
+
+    let a = house.server("a", &[("b", "127.0.0.1:9".into())]);
+    let (_, look) = a.next_look();
+    let mut known: Vec<_> = look.mailboxes.iter().map(|at| (at.path.concat(), at.log_seq, at.was_told)).collect();
+    known.sort();
+    assert_eq!(known, [("INBOX".to_string(), 2, false), ("Work".to_string(), 0, true)]);
+}
+
+#[test]
+fn what_a_killed_worker_put_into_a_maildir_is_not_told_back() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let with_guid = |guid: &str, uid| {
+        let mut change = save("jane", uid);
+        let Some(What::Save(save)) = &mut change.ops[0].what else { panic!() };
+        save.guid = guid.into();
+        change
+    };
+    let saves = |apply: &Apply| -> Vec<String> {
+        let ops = apply.changes.iter().flat_map(|change| &change.ops);
+        let guid = |op: &dovetail::wire::proto::Op| match &op.what {
+            Some(What::Save(save)) => Some(save.guid.clone()),
+            _ => None,
+        };
+        ops.filter_map(guid).collect()
+    };
+    let one = with_guid("one", 1);
+    a.process("lmtp").send(Kind::Record(Record { change: Some(one.clone()), ..Default::default() }));
+    let (worker, _) = b.next_job();
+    drop(worker);
+    let (worker, look) = b.next_look();
+    worker.found(look.job, vec![one.clone(), with_guid("two", 2)], None);
+    let mut told = Vec::new();
+    while told.is_empty() {
+        let (worker, apply) = a.next_job();
+        told.extend(saves(&apply));
+        worker.applied(&apply);
+    }
+    assert_eq!(told, ["two"], "only what nobody else did");
+    let (worker, apply) = b.next_job();
+    assert_eq!(saves(&apply), ["one"]);
+    worker.applied(&apply);
+    until("it is applied", || a.peer("b").pending == 0);
+
+    // From now on it is as any other.
+    let mut imap = b.process("imap");
+    imap.save_with_span("jane", 8, (400, 500));
+    let (worker, look) = b.next_look();
+    worker.found(look.job, vec![one], Some(((2, 0), (2, 400))));
+    let (_, told) = a.next_job();
+    assert_eq!(saves(&told)[0], "one");
+}
+
+#[test]
 fn what_a_killed_worker_did_to_the_list_of_mailboxes_is_not_told_back() {
     let house = House::new();
     let (a, b) = house.pair();

@@ -27,6 +27,7 @@ use super::redo::Redos;
 use super::spans::Spans;
 use super::status::Counts;
 use super::subscribers::Subscribers;
+use super::torn::Torn;
 use super::work::Work;
 use super::workers::Worker;
 use super::{Config, Connection as Kind};
@@ -140,6 +141,7 @@ pub struct Engine {
     /// Why changes of users could not be applied last, logged once.
     pub last_refusals: HashMap<Arc<str>, String>,
     pub subscribers: Subscribers,
+    pub torn: Torn,
     /// Last reason for which there was no worker, logged once.
     pub last_worker_error: String,
     pub outside: Box<dyn Outside>,
@@ -209,6 +211,7 @@ impl Engine {
             poison: HashMap::new(),
             last_refusals: HashMap::new(),
             subscribers: Subscribers::default(),
+            torn: Torn::default(),
             last_worker_error: String::new(),
             outside,
             committed: Duration::ZERO,

@@ -91,15 +91,18 @@ impl Engine {
         let mut since = 0;
         let mut mailboxes = Vec::new();
         // Of another index, the one that is there is made anew.
-        let known_as = |log: KnownLog| {
+        let known_as = |log: KnownLog| -> Result<LookAt, JournalError> {
             let index_id = if look.anew.contains(&log.mailbox) { u32::MAX } else { log.index_id };
-            LookAt { index_id, was_told: self.is_after_boot, ..look_at(log) }
+            // Where its log is read from the beginning, it may yet hold what was told.
+            let named = if log.log_seq == 0 { self.journal.named_mailbox(&user, &log.mailbox)? } else { None };
+            let was_told = self.is_after_boot || named.is_some_and(|mailbox| mailbox.own_seq != 0);
+            Ok(LookAt { index_id, was_told, ..look_at(log) })
         };
         if look.whole {
             for log in self.journal.logs(&user)? {
                 match (log.mailbox.is_empty(), log.private_user.is_empty()) {
                     (true, _) => since = log.end as i64,
-                    (false, true) => mailboxes.push(known_as(log)),
+                    (false, true) => mailboxes.push(known_as(log)?),
                     (false, false) => {}
                 }
             }
@@ -108,7 +111,7 @@ impl Engine {
                 let known = self.journal.log(&user, guid, "")?;
                 let known = known.unwrap_or(KnownLog { mailbox: guid.clone(), ..Default::default() });
                 let (until_seq, until) = until.unwrap_or_default();
-                mailboxes.push(LookAt { until_seq, until, ..known_as(known) });
+                mailboxes.push(LookAt { until_seq, until, ..known_as(known)? });
             }
         }
         if look.subscriptions {
@@ -180,7 +183,13 @@ impl Engine {
         }
         self.take_user_peers(user, looked.peers);
         let change = change.filter(|change| !self.is_known_of_list(change));
-        if let Some(found) = change {
+        if let Some(mut found) = change {
+            self.torn
+                .take_from(user, &mut found, |a, b| self.lists.canonical(user, a) == self.lists.canonical(user, b));
+            if found.ops.is_empty() {
+                // Its UIDs are not free.
+                found.ops.push(proto::Op { what: Some(change::nothing()) });
+            }
             if found.ops.iter().any(|op| matches!(&op.what, Some(What::Rebuilt(rebuilt)) if rebuilt.uid_next > 1)) {
                 let mailbox = found.mailbox.as_ref().map(|mailbox| &mailbox.guid[..]).unwrap_or_default();
                 self.heals.note_rebuilt(user, mailbox, self.now_ms);

@@ -32,6 +32,7 @@ mod status;
 #[doc(hidden)]
 pub mod stepped;
 mod subscribers;
+mod torn;
 mod users;
 mod work;
 mod workers;

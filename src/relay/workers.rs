@@ -17,6 +17,7 @@ use super::engine::{Close, Engine, Role};
 use super::looks::LookJob;
 use super::order::{Arrival, Release};
 use super::redo::RedoJob;
+use super::torn;
 use super::work::Received;
 use crate::change::{self, ELSEWHERE_MAX, USER_BYTES_MAX};
 use crate::journal::{Elsewhere, Failed, JournalError};
@@ -47,6 +48,8 @@ struct Item {
     /// GUID and path of its mailbox.
     mailbox: Vec<u8>,
     path: Vec<String>,
+    /// GUIDs of the messages that it saves.
+    saves: Vec<String>,
     /// Who has not heard of it must not delete the mailbox.
     keeps: bool,
     /// What it does to the list of mailboxes.
@@ -66,8 +69,8 @@ impl Item {
         let (mailbox, path) = change.mailbox.as_ref().map(|m| (m.guid.clone(), m.path.clone())).unwrap_or_default();
         let flags = if keeps_flags { change::flags_of(change).map(Box::new) } else { None };
         let (made, given) = (received.made(), change.given.clone());
-        let keeps = change::keeps_mailbox(change);
-        Item { epoch, seq, made, bytes, mailbox, path, keeps, of_list, flags, to_pass_on, given }
+        let (saves, keeps) = (torn::saved(change), change::keeps_mailbox(change));
+        Item { epoch, seq, made, bytes, mailbox, path, saves, keeps, of_list, flags, to_pass_on, given }
     }
 }
 
@@ -231,9 +234,13 @@ impl Engine {
         self.workers[index].token = None;
         self.workers[index].is_wanted = !self.workers[index].only_reads;
         match std::mem::take(&mut self.workers[index].task) {
-            Task::Apply(job) => {
+            Task::Apply(mut job) => {
                 let user = job.user.clone();
                 let reason = why.reason();
+                for item in &mut job.items[job.done..] {
+                    let sent = (job.peer, item.epoch, item.seq);
+                    self.torn.note(&user, sent, &item.mailbox, std::mem::take(&mut item.saves));
+                }
                 self.refuse_rest(job, &format!("the worker that applied it went away ({reason})"));
                 self.forget_partly_applied(&user);
                 self.work.finish(&user);
@@ -280,6 +287,7 @@ impl Engine {
         for again in again {
             self.peers[peer].inbox.finish(again.bytes);
             self.peers[peer].inbox.apply(again.epoch, again.seq);
+            self.torn.is_over((peer, again.epoch, again.seq));
             self.forget_coming(&again.change);
             self.acknowledge(peer, again.epoch, again.seq);
         }
@@ -513,6 +521,7 @@ impl Engine {
     /// A change is applied, or is set aside for ever.
     fn is_over(&mut self, user: &str, via: usize, item: &Item) {
         self.peers[via].inbox.apply(item.epoch, item.seq);
+        self.torn.is_over((via, item.epoch, item.seq));
         let SeqOf { origin, epoch, seq } = &item.made;
         if let Some(origin) = self.peers.iter_mut().find(|peer| peer.name == *origin) {
             origin.inbox.apply(*epoch, *seq);
