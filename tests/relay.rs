@@ -457,6 +457,31 @@ fn a_log_that_is_read_from_its_beginning_may_hold_what_was_told_before_the_relay
 }
 
 #[test]
+fn a_name_is_told_again_to_who_finds_the_mailbox_under_an_older_one() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let at = |name: &str| Mailbox { guid: vec![7; 16], path: vec![name.into()], ..Default::default() };
+    let create = || Record {
+        change: Some(change("jane", at("Work"), What::Create(MailboxCreate::default()))),
+        ..Default::default()
+    };
+    let (mut on_a, mut on_b) = (a.process("imap"), b.process("imap"));
+    on_a.send(Kind::Record(create()));
+    let (worker, apply) = b.next_job();
+    worker.applied(&apply);
+    let renamed = What::Rename(MailboxRename { new_path: at("Play").path, back: vec![] });
+    on_b.send(Kind::Record(Record { change: Some(change("jane", at("Work"), renamed.clone())), ..Default::default() }));
+    let (worker, apply) = a.next_job();
+    worker.applied(&apply);
+
+    on_a.send(Kind::Record(create()));
+    let (worker, apply) = b.next_job();
+    worker.applied(&apply);
+    let (_, told) = a.next_job();
+    assert_eq!(told.changes[0].ops[0].what, Some(renamed));
+}
+
+#[test]
 fn what_a_killed_worker_put_into_a_maildir_is_not_told_back() {
     let house = House::new();
     let (a, b) = house.pair();

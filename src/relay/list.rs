@@ -367,10 +367,18 @@ impl Engine {
                 }
                 // A directory.
                 _ if guid.is_empty() => {}
-                // Of one that is known its creator says only how it is, not that it was named again.
-                Some(What::Create(_)) if self.journal.named_mailbox(user, &guid)?.is_none() => {
-                    self.journal.set_path(user, &guid, &mailbox.path, Some(&at))?;
-                }
+                Some(What::Create(_)) => match self.journal.named_mailbox(user, &guid)? {
+                    None => self.journal.set_path(user, &guid, &mailbox.path, Some(&at))?,
+                    // Of one that is known its creator says only how it is, not that it was named again. One who has found it,
+                    // as it did not know what its killed worker did, takes its old name for a later one: ours is told again.
+                    Some(known)
+                        if !is_ours && guid == mailbox.guid && known.named < at && known.path != mailbox.path =>
+                    {
+                        let rename = MailboxRename { new_path: known.path, back: vec![] };
+                        self.lists.to_tell.push((user.clone(), renamed(user, mailbox.clone(), rename)));
+                    }
+                    Some(_) => {}
+                },
                 Some(What::Delete(delete)) if !delete.keeps => {
                     self.journal.forget_mailbox(user, &guid)?;
                     self.lists.gone.push((user.clone(), guid.clone()));
@@ -424,14 +432,8 @@ impl Engine {
             }
         }
         for (from, new_path) in tell {
-            let rename = What::Rename(MailboxRename { new_path, back: vec![] });
-            let told = Change {
-                user: user.to_string(),
-                mailbox: Some(from),
-                ops: vec![Op { what: Some(rename) }],
-                ..Default::default()
-            };
-            self.lists.to_tell.push((user.clone(), told));
+            let rename = MailboxRename { new_path, back: vec![] };
+            self.lists.to_tell.push((user.clone(), renamed(user, from, rename)));
         }
         Ok(())
     }
@@ -442,6 +444,11 @@ impl Engine {
             self.ship_all(vec![Release { user, change: Some(change), spans: vec![] }]);
         }
     }
+}
+
+fn renamed(user: &str, mailbox: Mailbox, rename: MailboxRename) -> Change {
+    let ops = vec![Op { what: Some(What::Rename(rename)) }];
+    Change { user: user.to_owned(), mailbox: Some(mailbox), ops, ..Default::default() }
 }
 
 #[cfg(test)]
