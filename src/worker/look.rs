@@ -19,6 +19,8 @@ use crate::wire::proto::{self, frame::Kind, op::What, Doubt, LookAt, Looked, Mai
 
 /// Bytes of a log's end that tell it from another; see `Span.tail`.
 const TAIL_BYTES: usize = 64;
+/// For so long after it was made, an empty mailbox is told again by each look at all that the user has.
+const YOUNG_SECS: i64 = 3_600;
 /// Ranges in one operation.
 const RANGES_MAX: usize = 512;
 /// Changes of flags in one mailbox that name the message by its GUID, too: worth opening some files, but not all.
@@ -46,7 +48,7 @@ pub fn look<S: Storage, C: Read + Write>(
 ) -> Link<bool> {
     storage.applying(&[]);
     let mut found = Found::default();
-    let outcome = find(storage, wanted, &mut found);
+    let outcome = find(storage, wanted, now_secs, &mut found);
     let peers = storage.user_peers().ok();
     storage.close_user();
     let job = wanted.job;
@@ -71,7 +73,7 @@ pub fn look<S: Storage, C: Read + Write>(
     Ok(is_done)
 }
 
-fn find<S: Storage>(storage: &mut S, wanted: &Wanted, found: &mut Found) -> Result<()> {
+fn find<S: Storage>(storage: &mut S, wanted: &Wanted, now_secs: i64, found: &mut Found) -> Result<()> {
     if !storage.open_user(&wanted.user)? {
         found.doubt(&LookAt::default(), "the user has mailboxes in the journal, but does not exist here (any more)");
         return Ok(());
@@ -82,7 +84,8 @@ fn find<S: Storage>(storage: &mut S, wanted: &Wanted, found: &mut Found) -> Resu
         false => wanted.mailboxes.clone(),
     };
     for target in targets.iter().filter(|_| !wanted.list_only) {
-        find_in_log(storage, target, found)?;
+        let young_from = if wanted.whole { now_secs - YOUNG_SECS } else { i64::MAX };
+        find_in_log(storage, target, young_from, found)?;
         storage.close();
     }
     Ok(())
@@ -131,6 +134,11 @@ impl Found {
                 && span.private_user.is_empty()
                 && (span.log_seq, span.end) <= (known.log_seq, known.end)
         })
+    }
+
+    fn creates(&self, guid: &Guid) -> bool {
+        let is_it = |(mailbox, what): &(Mailbox, What)| matches!(what, What::Create(_)) && mailbox.guid[..] == guid[..];
+        self.of_list.iter().any(is_it)
     }
 
     fn doubt(&mut self, target: &LookAt, reason: &str) {
@@ -301,7 +309,8 @@ fn find_in_entry(listed: &Listed, path: &[String], known: Option<&LookAt>, found
 
 // ---- One mailbox ----------------------------------------------------------------------------------------------------
 
-fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) -> Result<()> {
+/// `young_from`: a higher UIDVALIDITY is that of a mailbox that was made just now.
+fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, found: &mut Found) -> Result<()> {
     let named = Mailbox { guid: target.guid.clone(), path: target.path.clone(), ..Default::default() };
     let vname = match (target.path.is_empty(), Guid::try_from(target.guid.as_slice())) {
         (true, Ok(guid)) => storage.find_guid(&guid)?,
@@ -343,6 +352,12 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, found: &mut Found) 
         _ => Mailbox { uid_next: uid_next(&read.deltas), ..named },
     };
     let mailbox = Mailbox { uid_validity: status.uid_validity, ..mailbox };
+    if status.uid_next == 1 && i64::from(status.uid_validity) > young_from && !found.creates(&status.guid) {
+        // Who was killed while it made the mailbox may have told a UIDVALIDITY, or a GUID, that another process has given anew
+        // since (maildir: what is in no dovecot-uidlist yet). There may never be a message that would bring it to the peers.
+        let made = Mailbox { guid: status.guid.to_vec(), ..mailbox.clone() };
+        found.of_list.push((made, What::Create(proto::MailboxCreate::default())));
+    }
     let diverged = Marks::parse(&storage.mark()?).has_diverged();
     let moves: Option<Vec<(u32, u32)>> = diverged.then(|| files.iter().flat_map(|file| moves(file)).collect());
     let mut deltas = read.deltas;
@@ -750,11 +765,30 @@ mod tests {
         known_before(log, |delta| matches!(delta, Delta::Expunge { first_uid, .. } if *first_uid == uid))
     }
 
+    /// Seconds since 1970.
+    const NOW: i64 = 10_000;
+
     fn look_at(storage: &mut FakeStorage, mailboxes: Vec<LookAt>, whole: bool) -> Vec<Looked> {
         let wanted = Wanted { job: 1, user: "jane".into(), mailboxes, whole, ..Default::default() };
         let mut found = Found::default();
-        find(storage, &wanted, &mut found).unwrap();
+        find(storage, &wanted, NOW, &mut found).unwrap();
         found.answers("jane").collect()
+    }
+
+    #[test]
+    fn an_empty_mailbox_that_was_made_just_now_is_told_again() {
+        let made = |uid_validity, messages: &[(u32, &str)], whole| {
+            let mut storage = FakeStorage::default();
+            storage.add("INBOX", GUID, uid_validity, messages);
+            storage.set_logs("INBOX", &[SDBOX]);
+            let answers = look_at(&mut storage, vec![known_up_to(SDBOX, SDBOX.len() as u64)], whole);
+            let changes = answers.into_iter().filter_map(|looked| looked.change);
+            changes.map(|change| change.mailbox.unwrap().uid_validity).collect::<Vec<_>>()
+        };
+        assert_eq!(made(9_000, &[], true), [9_000]);
+        assert_eq!(made(9_000, &[(1, "one")], true), []);
+        assert_eq!(made(9_000, &[], false), []);
+        assert_eq!(made(5_000, &[], true), []);
     }
 
     /// In words.
@@ -830,12 +864,12 @@ mod tests {
             ..Default::default()
         };
         let mut found = Found::default();
-        find(&mut storage, &wanted, &mut found).unwrap();
+        find(&mut storage, &wanted, NOW, &mut found).unwrap();
         assert_eq!(found.later.as_deref(), Some("mailbox Old is half deleted"));
         assert!(found.missing.is_empty() && found.of_list.iter().all(|(_, what)| !matches!(what, What::Delete(_))));
         storage.half_deleted.clear();
         let mut found = Found::default();
-        find(&mut storage, &wanted, &mut found).unwrap();
+        find(&mut storage, &wanted, NOW, &mut found).unwrap();
         assert!(found.later.is_none() && found.of_list.iter().any(|(_, what)| matches!(what, What::Delete(_))));
     }
 
@@ -1077,7 +1111,7 @@ mod tests {
         let wanted =
             Wanted { user: "jane".into(), mailboxes: known, whole: true, since: i64::MAX, ..Default::default() };
         let mut found = Found::default();
-        find(&mut storage, &wanted, &mut found).unwrap();
+        find(&mut storage, &wanted, NOW, &mut found).unwrap();
         assert!(found.of_list.is_empty(), "not asked for");
     }
 }
