@@ -262,7 +262,9 @@ fn fill(db: &Connection, options: &Options) -> rusqlite::Result<()> {
     }
     db.pragma_update(None, "application_id", APPLICATION_ID)?;
     db.pragma_update(None, "user_version", FORMAT)?;
-    db.execute_batch("COMMIT")
+    db.execute_batch("COMMIT")?;
+    // Now, not when it is opened: a process that is killed in the middle leaves what `check` may not roll back.
+    db.pragma_update(None, "journal_mode", "WAL")
 }
 
 /// Looks at a file that is there, without writing to it.
