@@ -44,7 +44,10 @@ pub struct Trimmed {
 impl Journal {
     /// The number that the next change gets. The disk knows of it.
     pub fn next_seq(&mut self) -> Result<u64, JournalError> {
-        self.reserve()?;
+        if self.seq >= self.reserved {
+            // Nobody expects so many in one transaction; better torn than a number given twice.
+            self.commit()?;
+        }
         Ok(self.seq + 1)
     }
 
@@ -183,8 +186,10 @@ impl Journal {
     }
 
     /// A peer knows of numbers up to `seq` that were given away and forgotten. Takes out the changes of this start, which
-    /// got some of them again; the next number is behind.
+    /// got some of them again; the next number is behind. They are gone only when it is committed that they are stored again.
     pub fn skip_numbers(&mut self, seq: u64) -> Result<Vec<Stored>, JournalError> {
+        self.commit()?;
+        self.reserve(self.seq.max(seq))?;
         self.write()?;
         let start = to_sql(self.seq_at_start);
         let again = self.run(|db| {
@@ -198,7 +203,6 @@ impl Journal {
         self.bytes = self.bytes.saturating_sub(again.iter().map(|stored| stored.frame.len() as u64).sum());
         self.seq = self.seq.max(seq);
         self.put("seq", to_sql(self.seq))?;
-        self.reserve()?;
         Ok(again)
     }
 

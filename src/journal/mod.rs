@@ -114,6 +114,7 @@ impl Journal {
                 // Only here nobody commits meanwhile: it takes one wait for the disk every few thousand commits.
                 self.run(|db| db.query_row("PRAGMA wal_checkpoint(RESTART)", [], |_| Ok(())))?;
             }
+            self.reserve(self.seq)?;
         }
         Ok(())
     }

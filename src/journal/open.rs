@@ -13,6 +13,8 @@ const APPLICATION_ID: i32 = 0x4476_746c;
 pub const FILE_NAME: &str = "journal.sqlite";
 /// Numbers that are given away between two looks of the disk at how many.
 const RESERVE: u64 = 1 << 20;
+/// More than one transaction takes.
+const RESERVE_LEFT_MIN: u64 = 1 << 16;
 /// Peers have bits in a signed 64-bit number.
 const PEERS_MAX: usize = 62;
 
@@ -142,7 +144,6 @@ impl Journal {
         self.seq_at_start = self.seq;
         self.put("clean", 0)?;
         self.put("boot", options.boot)?;
-        self.reserve()?;
         self.begin_peers(options.peers)?;
         self.bytes = from_sql(
             self.run(|db| db.query_row("SELECT coalesce(sum(length(frame)), 0) FROM changes", [], |row| row.get(0)))?,
@@ -196,17 +197,20 @@ impl Journal {
         self.commit()
     }
 
-    /// Before a number above `reserved` is given away, the disk must know.
-    pub(super) fn reserve(&mut self) -> Result<(), JournalError> {
-        if self.seq < self.reserved {
+    /// Before a number above `reserved` is given away, the disk must know. That is told between two transactions: what is
+    /// written together must not be torn by it.
+    pub(super) fn reserve(&mut self, seq: u64) -> Result<(), JournalError> {
+        if seq + RESERVE_LEFT_MIN < self.reserved {
             return Ok(());
         }
-        self.commit()?;
-        self.reserved = self.seq + RESERVE;
-        self.run(|db| db.pragma_update(None, "synchronous", "FULL"))?;
-        self.put("reserved", to_sql(self.reserved))?;
-        self.commit()?;
-        self.run(|db| db.pragma_update(None, "synchronous", "NORMAL"))
+        let reserved = seq + RESERVE;
+        self.run(|db| {
+            db.pragma_update(None, "synchronous", "FULL")?;
+            db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('reserved', ?)", [to_sql(reserved)])?;
+            db.pragma_update(None, "synchronous", "NORMAL")
+        })?;
+        self.reserved = reserved;
+        Ok(())
     }
 
     fn number(&self, key: &str) -> Result<u64, JournalError> {
