@@ -255,7 +255,7 @@ pub fn nothing() -> What {
 pub fn keeps_mailbox(change: &Change) -> bool {
     let keeps = |op: &Op| match &op.what {
         Some(What::Save(_) | What::Rename(_)) => true,
-        Some(What::Create(create)) => !create.directory,
+        Some(What::Create(create)) => !create.directory && !create.again,
         _ => false,
     };
     change.ops.iter().any(keeps)

@@ -367,6 +367,8 @@ impl Engine {
                 }
                 // A directory.
                 _ if guid.is_empty() => {}
+                // Says only how it is.
+                Some(What::Create(create)) if create.again => {}
                 Some(What::Create(_)) => match self.journal.named_mailbox(user, &guid)? {
                     None => self.journal.set_path(user, &guid, &mailbox.path, Some(&at))?,
                     // Of one that is known its creator says only how it is, not that it was named again. One who has found it,

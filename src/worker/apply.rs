@@ -1074,6 +1074,21 @@ mod tests {
     }
 
     #[test]
+    fn a_mailbox_that_is_told_again_is_not_made_where_it_is_gone() {
+        let again = |uid_validity| {
+            let create = What::Create(proto::MailboxCreate { again: true, ..Default::default() });
+            of((4, "Work"), uid_validity, change(1, create))
+        };
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[]);
+        apply(&mut storage, Script::default(), &[again(7)]);
+        assert_eq!(storage.existence("Work").unwrap(), Existence::None);
+        storage.add("Work", [4; 16], 5, &[]);
+        apply(&mut storage, Script::default(), &[again(7)]);
+        assert_eq!(storage.uid_validity("Work"), 7);
+    }
+
+    #[test]
     fn of_two_mailboxes_of_one_name_with_mail_both_sides_keep_the_same() {
         // Whoever hears of the other, and whichever of its mails or its creation comes first.
         for creates_first in [true, false] {

@@ -356,7 +356,7 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
         // Who was killed while it made the mailbox may have told a UIDVALIDITY, or a GUID, that another process has given anew
         // since (maildir: what is in no dovecot-uidlist yet). There may never be a message that would bring it to the peers.
         let made = Mailbox { guid: status.guid.to_vec(), ..mailbox.clone() };
-        found.of_list.push((made, What::Create(proto::MailboxCreate::default())));
+        found.of_list.push((made, What::Create(proto::MailboxCreate { again: true, ..Default::default() })));
     }
     let diverged = Marks::parse(&storage.mark()?).has_diverged();
     let moves: Option<Vec<(u32, u32)>> = diverged.then(|| files.iter().flat_map(|file| moves(file)).collect());

@@ -230,6 +230,9 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         mailbox: &proto::Mailbox,
         create: &proto::MailboxCreate,
     ) -> Outcome<()> {
+        if create.again && self.is_gone_meanwhile(mailbox)? {
+            return Ok(());
+        }
         if !create.directory {
             self.creates_with_mail = create.had_mail;
             let outcome = self.enter(mailbox, Reason::Create);
@@ -248,6 +251,17 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             self.storage.create(&vname, true, &Update::default())?;
         }
         Ok(())
+    }
+
+    /// Neither the mailbox nor another one of its name is here, or it was deleted here.
+    fn is_gone_meanwhile(&mut self, mailbox: &proto::Mailbox) -> Outcome<bool> {
+        self.leave()?;
+        let guid = guid_of(mailbox)?;
+        if self.find_guid(&guid)?.is_some() {
+            return Ok(false);
+        }
+        let vname = name::vname(&mailbox.path, &self.namespace)?;
+        Ok(self.storage.existence(&vname)? != Existence::Mailbox || self.storage.was_deleted(&guid)?)
     }
 
     pub(super) fn rename(
