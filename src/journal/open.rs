@@ -89,7 +89,7 @@ pub struct Start {
     pub epoch: u64,
     /// It was made just now.
     pub is_new: bool,
-    /// The machine was started since: its last commits may be lost.
+    /// The machine was started since, and not all was looked at after that: its last commits may be lost.
     pub is_after_boot: bool,
 }
 
@@ -144,12 +144,21 @@ impl Journal {
         self.seq_at_start = self.seq;
         self.put("clean", 0)?;
         self.put("boot", options.boot)?;
+        if boot.is_some() && is_after_boot {
+            self.put("unlooked", 1)?;
+        }
         self.begin_peers(options.peers)?;
         self.bytes = from_sql(
             self.run(|db| db.query_row("SELECT coalesce(sum(length(frame)), 0) FROM changes", [], |row| row.get(0)))?,
         );
         self.commit()?;
-        Ok((epoch, is_after_boot))
+        let unlooked: Option<i64> = self.meta("unlooked")?;
+        Ok((epoch, is_after_boot || unlooked == Some(1)))
+    }
+
+    /// All that a power failure may have taken has been looked for, and journaled: until then every start is one after the boot.
+    pub fn is_looked_at(&mut self) -> Result<(), JournalError> {
+        self.put("unlooked", 0)
     }
 
     /// Gives each peer its bit; those that are not configured any more are forgotten.

@@ -145,8 +145,14 @@ fn the_numbers_that_a_power_failure_skipped_stay_skipped_at_the_start_after_next
     assert!(skipped_to > 1);
     // Ended before it gave one away, but peers know which one is next.
     drop(journal);
-    let (journal, _) = folder.try_open("another boot").unwrap();
+    let (mut journal, start) = folder.try_open("another boot").unwrap();
     assert_eq!(journal.seq(), skipped_to);
+    assert!(start.is_after_boot, "it was killed before it had looked at all");
+    journal.is_looked_at().unwrap();
+    journal.commit().unwrap();
+    drop(journal);
+    let (_, start) = folder.try_open("another boot").unwrap();
+    assert!(!start.is_after_boot);
 }
 
 #[test]

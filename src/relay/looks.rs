@@ -55,7 +55,12 @@ impl Engine {
                 users.iter().for_each(|user| self.heals.want_all(&user.as_str().into()));
                 self.swept = users.last().cloned();
             }
-            Err(error) => self.fail(error),
+            Err(error) => return self.fail(error),
+        }
+        if self.swept.is_none() && std::mem::take(&mut self.is_after_boot) {
+            if let Err(error) = self.journal.is_looked_at() {
+                self.fail(error);
+            }
         }
     }
 
