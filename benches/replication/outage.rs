@@ -32,6 +32,16 @@ pub fn measure(variant: Variant, cluster: &Running, plan: &Plan, report: &mut Re
     let ratio = took.as_secs_f64() / local.as_secs_f64();
     report.add("  its time over the delivery's", "", variant, Value::exact(ratio));
 
+    cluster.b().stop();
+    let changes_before = changes(cluster.a());
+    flag(cluster.a(), &users);
+    cluster.b().start();
+    let start = Instant::now();
+    let caught_up = holds_within(DEADLINE, || cluster.a().has_nothing_pending());
+    let rate = (changes(cluster.a()) - changes_before) as f64 / start.elapsed().as_secs_f64();
+    let value = Value::exact(if caught_up { rate } else { 0.0 });
+    report.add("catch-up with flags, one message each", "changes/s", variant, value);
+
     let many: Vec<String> = (0..plan.sweep_users).map(|n| format!("sweep-{n}")).collect();
     deliver(cluster.a(), &many, many.len());
     assert!(holds_within(DEADLINE, || cluster.a().has_nothing_pending()), "b never had the swept users' mails");
@@ -44,6 +54,27 @@ pub fn measure(variant: Variant, cluster: &Running, plan: &Plan, report: &mut Re
     report.add(&format!("a restarted relay has looked at {} users", many.len()), "s", variant, value);
     let rss: u64 = cluster.a().pids("dovetail").iter().map(|pid| memory_kb(*pid).1).sum();
     report.add("  its RSS then", "MB", variant, Value::exact(rss as f64 / 1024.0));
+}
+
+/// How many changes the server's processes have told of.
+fn changes(server: &Server) -> u64 {
+    server.try_status().and_then(|status| status.counters).map_or(0, |counters| counters.changes)
+}
+
+/// Flags each message of the users' INBOXes by a command of its own, by four clients.
+fn flag(server: &Server, users: &[String]) {
+    std::thread::scope(|scope| {
+        for client in 0..CLIENTS {
+            scope.spawn(move || {
+                for user in users.iter().skip(client).step_by(CLIENTS) {
+                    let mut imap = server.imap(user).select("INBOX");
+                    for number in 1..=stored(server, user) {
+                        imap.ok(&format!("STORE {number} +FLAGS.SILENT (\\Flagged)"));
+                    }
+                }
+            });
+        }
+    });
 }
 
 /// `count` mails to the users in turn, by four clients; how long it took.
