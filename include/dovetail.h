@@ -221,6 +221,10 @@ struct dt_status_row {
    What needs a comparison or a person, of all peers and of this server.
    */
   uint64_t failed;
+  /*
+   Changes of two servers that did not go together, by kind, of all peers, since the relay was started.
+   */
+  const char *conflicts;
 };
 
 /*

@@ -4,6 +4,7 @@ use super::ffi;
 use super::settings::read;
 use crate::guard::guard;
 use crate::relay::client;
+use crate::wire::proto::NamedCount;
 use std::ffi::{c_char, c_int, c_void, CString};
 use std::time::Duration;
 
@@ -22,7 +23,8 @@ extern "C" fn dt_rs_status(
     });
     match result {
         Ok(status) => {
-            let failed = status.counters.as_ref().map_or(0, |counters| counters.failed);
+            let counters = status.counters.unwrap_or_default();
+            let conflicts = c_string(&conflicts(&counters.notes));
             for peer in &status.peers {
                 let (name, state, last_error) =
                     (c_string(&peer.peer), c_string(&peer.state), c_string(&peer.last_error));
@@ -33,7 +35,8 @@ extern "C" fn dt_rs_status(
                     pending: peer.pending,
                     behind_secs: peer.behind_secs,
                     dropped: peer.dropped,
-                    failed,
+                    failed: counters.failed,
+                    conflicts: conflicts.as_ptr(),
                 };
                 row(context, &raw const values);
             }
@@ -82,6 +85,13 @@ extern "C" fn dt_rs_failed(
     }
 }
 
+/// Such as `flags:2,uid:7`; docs/PROTOCOL.md has the rules.
+fn conflicts(notes: &[NamedCount]) -> String {
+    let kinds =
+        notes.iter().filter_map(|note| Some(format!("{}:{}", note.name.strip_suffix("_conflict")?, note.count)));
+    kinds.collect::<Vec<_>>().join(",")
+}
+
 fn c_string(text: &str) -> CString {
     CString::new(text.replace('\0', " ")).unwrap_or_default()
 }
@@ -97,5 +107,18 @@ fn copy_out(message: &str, buffer: *mut c_char, size: usize) {
             std::ptr::copy_nonoverlapping(bytes.as_ptr().cast(), buffer, length);
             *buffer.add(length) = 0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn conflicts_are_counted_by_kind() {
+        let note = |name: &str, count| NamedCount { name: name.into(), count };
+        let notes = [note("flags_conflict", 2), note("uid_conflict", 7), note("uid_moved", 9)];
+        assert_eq!(conflicts(&notes), "flags:2,uid:7");
+        assert_eq!(conflicts(&[]), "");
     }
 }

@@ -139,6 +139,8 @@ pub struct DtStatusRow {
     pub dropped: u64,
     /// What needs a comparison or a person, of all peers and of this server.
     pub failed: u64,
+    /// Changes of two servers that did not go together, by kind, of all peers, since the relay was started.
+    pub conflicts: *const c_char,
 }
 
 /// A row of `doveadm dovetail failed`.

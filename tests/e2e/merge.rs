@@ -100,6 +100,14 @@ fn both_accept_mail_while_they_are_cut(format_a: Format, format_b: Format, user:
     let flagged = snapshot.messages("INBOX").iter().filter(|m| m.flags.contains(&"\\Flagged".to_owned())).count();
     assert_eq!(flagged, 2);
     wait_until(SOON, "nothing is pending", || t.servers().iter().all(Server::has_nothing_pending));
+    assert!(counts_conflicts(&t, "uid"));
+}
+
+/// Whether `doveadm dovetail status` of some server has conflicts of this kind.
+fn counts_conflicts(t: &Scene, kind: &str) -> bool {
+    let counts = t.servers().iter().map(|server| server.status()[0]["conflicts"].clone());
+    let mut kinds = counts.flat_map(|counts| counts.split(',').map(str::to_owned).collect::<Vec<_>>());
+    kinds.any(|counted| counted.starts_with(&format!("{kind}:")))
 }
 
 #[test]
@@ -150,6 +158,7 @@ fn of_one_flag_the_later_change_holds(format_a: Format, format_b: Format, user: 
         ]
     );
     wait_until(SOON, "nothing is pending", || t.servers().iter().all(Server::has_nothing_pending));
+    assert!(counts_conflicts(&t, "flags"));
 }
 
 #[test]

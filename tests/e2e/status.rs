@@ -22,7 +22,7 @@ fn status_has_a_row_for_each_peer_in_every_output_format() {
 
     let status = |format| t.here().doveadm(&["-f", format, "dovetail", "status"]);
     let (flow, table, json) = (status("flow"), status("table"), status("json"));
-    for column in ["peer", "state", "pending", "behind_secs", "dropped", "failed", "last_error"] {
+    for column in ["peer", "state", "pending", "behind_secs", "dropped", "failed", "conflicts", "last_error"] {
         assert!(rows[0].contains_key(column), "{rows:?}");
         assert!(flow.contains(&format!("{column}=")) && table.contains(column), "{flow}{table}");
         assert!(json.contains(&format!("\"{column}\":")), "{json}");
