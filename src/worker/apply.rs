@@ -661,7 +661,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             return Ok(None);
         }
         match self.given_another(wanted, guid)? {
-            Standing::At(_) => {
+            Standing::At(stands) => {
+                if stands < wanted {
+                    // A message that is elsewhere is above.
+                    let next = self.here(None).next;
+                    self.renumber(guid, stands, next)?;
+                }
                 self.tell_if_elsewhere(guid, wanted)?;
                 return Ok(None);
             }
@@ -687,7 +692,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if wanted == 0 {
             return Ok(self.storage.find_messages(guid)?.pop().map_or(Standing::Unknown, Standing::At));
         }
-        if !self.has_diverged() {
+        // Files that a killed worker left in a maildir get UIDs in any order, before anybody knows.
+        if !self.has_diverged() && !self.storage.is_torn_when_killed() {
             return Ok(Standing::Unknown);
         }
         // One that was moved from this UID is another one.
@@ -704,9 +710,10 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         // Where files are put into their places first, the next sync of whomever finds them.
         let by_any = self.storage.is_torn_when_killed();
         let Some(open) = &self.open else { return Ok(Standing::Unknown) };
-        for uid in open.marks.saved_since(&logs, &self.current.origin, by_any) {
-            // It had to go above.
-            if uid < wanted || self.saved.contains(&uid) || self.is_of_another(uid, guid) {
+        for (uid, is_ours) in open.marks.saved_since(&logs, &self.current.origin, by_any) {
+            // Where it was placed, it had to go above.
+            let is_below = uid < wanted && is_ours;
+            if is_below || self.saved.contains(&uid) || self.is_of_another(uid, guid) {
                 continue;
             }
             match self.standing_here(uid, guid)? {
@@ -1499,6 +1506,17 @@ mod tests {
             apply_as(true, &mut storage, Script::default(), &changes);
             assert_eq!(storage.messages("INBOX"), named(&[(2, "other")]));
         }
+    }
+
+    #[test]
+    fn files_that_a_killed_worker_left_are_not_saved_again_whatever_uids_they_got() {
+        // In this log somebody else appends 1, 2 and 3.
+        let log: &[u8] = include_bytes!("../../tests/golden/indexlog/2.4-sdbox.log");
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "two"), (2, "one")]);
+        storage.set_logs("INBOX", &[log]);
+        apply(&mut storage, Script::default(), &[save(1, 1, "one"), save(2, 2, "two")]);
+        assert_eq!(storage.messages("INBOX"), named(&[(2, "one"), (3, "two")]));
     }
 
     #[test]

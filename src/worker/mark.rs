@@ -103,13 +103,13 @@ impl Marks {
 
     /// The UIDs that our commits gave since the one that says which change of this origin was applied last: among them is what a
     /// worker that was killed had saved of the next one. None of them if that place is not in the logs any more. `by_any`: or
-    /// other commits, which found what it had saved.
-    pub fn saved_since(&self, logs: &[Vec<u8>], origin: &str, by_any: bool) -> Vec<u32> {
+    /// other commits, which found what it had saved. With each UID, whether it was ours that gave it.
+    pub fn saved_since(&self, logs: &[Vec<u8>], origin: &str, by_any: bool) -> Vec<(u32, bool)> {
         let commits = logs.iter().flat_map(|log| commits(log));
         self.saved_in(commits.filter(|commit| by_any || is_ours(commit)), hash(origin))
     }
 
-    fn saved_in(&self, commits: impl Iterator<Item = Commit>, origin: u32) -> Vec<u32> {
+    fn saved_in(&self, commits: impl Iterator<Item = Commit>, origin: u32) -> Vec<(u32, bool)> {
         let mut is_behind = !self.entries.iter().flatten().any(|entry| entry.origin == origin);
         let mut saved = Vec::new();
         for commit in commits {
@@ -119,7 +119,7 @@ impl Marks {
                 is_behind = true;
             }
             if is_behind {
-                saved.extend(appends_of(&commit).map(|append| append.uid));
+                saved.extend(appends_of(&commit).map(|append| (append.uid, is_ours(&commit))));
             }
         }
         saved
@@ -321,14 +321,17 @@ mod tests {
         let torn = [commit(1, None), commit(2, ours()), commit(3, ours())];
         assert_eq!(
             marks.saved_in(torn.iter().filter(|commit| is_ours(commit)).cloned(), hash("a")),
-            [2, 3],
+            [(2, true), (3, true)],
             "its first change"
         );
         let mut written =
             vec![commit(4, Some(marks.set(&change("b", 1, 1)))), commit(5, Some(marks.set(&change("a", 1, 1))))];
         let behind = [commit(6, ours()), commit(7, None)];
         written.extend(torn.into_iter().chain(behind.clone()));
-        assert_eq!(marks.saved_in(written.into_iter().filter(is_ours), hash("a")), [5, 2, 3, 6]);
+        let by_us = |uids: [u32; 4]| uids.map(|uid| (uid, true));
+        assert_eq!(marks.saved_in(written.clone().into_iter().filter(is_ours), hash("a")), by_us([5, 2, 3, 6]));
+        let by_any = [(5, true), (1, false), (2, true), (3, true), (6, true), (7, false)];
+        assert_eq!(marks.saved_in(written.into_iter(), hash("a")), by_any);
         assert_eq!(
             marks.saved_in(behind.into_iter().filter(is_ours), hash("a")),
             [],
@@ -340,7 +343,7 @@ mod tests {
         assert_eq!(at, HEADER_BYTES);
         assert_eq!(
             marks.saved_in([commit(8, ours()), commit(9, Some(both))].into_iter(), hash("b")),
-            [9],
+            [(9, true)],
             "in one write"
         );
     }

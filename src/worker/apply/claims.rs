@@ -247,7 +247,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     }
 
     /// Gives the message another UID: the one that it got; None if it was expunged meanwhile.
-    fn renumber(&mut self, guid: &str, from: u32, to: u32) -> Outcome<Option<u32>> {
+    pub(super) fn renumber(&mut self, guid: &str, from: u32, to: u32) -> Outcome<Option<u32>> {
         let begin = mark::end(&self.storage.log_files()?);
         // Whatever others do to it is in what is copied, or behind this place.
         self.storage.sync()?;
