@@ -799,7 +799,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 continue;
             }
             if range.guid.is_empty() {
-                found.extend(self.find_hashed(range)?.map(|uid| (uid, uid)));
+                let uid = self.find_hashed(range)?.map(|uid| (uid, uid));
+                // It may be named by several UIDs that it had.
+                found.extend(uid.filter(|uid| !found.contains(uid)));
                 continue;
             }
             if self.is_gone(range.first_uid, &range.guid) && !self.is_at(range.first_uid, &range.guid)? {

@@ -565,6 +565,17 @@ fn is_end_of_move(delta: &Delta, moves: &[(u32, u32)]) -> bool {
     }
 }
 
+/// The UIDs that the message with this UID had before it was moved, the last one first.
+fn moved_from(moves: &[(u32, u32)], uid: u32) -> Vec<u32> {
+    let mut uids = Vec::new();
+    for (from, to) in moves.iter().rev() {
+        if *to == *uids.last().unwrap_or(&uid) {
+            uids.push(*from);
+        }
+    }
+    uids
+}
+
 /// The deltas as operations: what brings and changes messages, and what takes them. `moves`: UIDs alone do not name them, and
 /// these messages were given others.
 fn operations<S: Storage>(
@@ -603,7 +614,18 @@ fn operations<S: Storage>(
                 if (guid.is_none() || !was_told) && (first_uid..=last_uid).all(|uid| gone.contains(&uid)) => {}
             Delta::Expunge { first_uid, last_uid, guid } => {
                 let guid_128 = guid.map(|guid| guid.to_vec()).unwrap_or_default();
-                let messages = vec![MessageRange { first_uid, last_uid, guid_128, ..Default::default() }];
+                let of = |first_uid, last_uid| MessageRange {
+                    first_uid,
+                    last_uid,
+                    guid_128: guid_128.clone(),
+                    ..Default::default()
+                };
+                let mut messages = vec![of(first_uid, last_uid)];
+                if guid.is_some() {
+                    // That it was moved here may not have been told: a peer knows it by the UID from which it came.
+                    messages
+                        .extend(moved_from(moves.unwrap_or_default(), first_uid).into_iter().map(|uid| of(uid, uid)));
+                }
                 expunges.push(What::Expunge(proto::Expunge { messages }));
             }
             // No client does it. The rest travels with the mailbox.
@@ -773,6 +795,14 @@ mod tests {
         let mut found = Found::default();
         find(storage, &wanted, NOW, &mut found).unwrap();
         found.answers("jane").collect()
+    }
+
+    #[test]
+    fn a_message_that_was_moved_is_known_by_each_uid_that_it_had() {
+        let moves = [(5, 7), (6, 8), (7, 9), (9, 12)];
+        assert_eq!(moved_from(&moves, 12), [9, 7, 5]);
+        assert_eq!(moved_from(&moves, 8), [6]);
+        assert_eq!(moved_from(&moves, 5), [0; 0]);
     }
 
     #[test]
