@@ -486,12 +486,11 @@ impl Outbox {
         self.line.is_empty() && self.on_the_way.is_empty()
     }
 
-    /// Last reason for which a waiting user's changes were refused.
+    /// The user whose changes wait longest after a refusal, and the last reason; also while they are tried again.
     pub fn refusal(&self) -> Option<(&str, &str)> {
-        let refused =
-            |(_, user): &'_ (u64, Arc<str>)| self.streams.get(user).is_some_and(|stream| !stream.error.is_empty());
-        let (_, user) = self.waiting.iter().find(|waiting| refused(waiting))?;
-        self.streams.get(user).map(|stream| (&**user, stream.error.as_str()))
+        let refused = self.streams.iter().filter(|(_, stream)| !stream.error.is_empty());
+        let (user, stream) = refused.min_by_key(|(_, stream)| stream.queue.front().map(|first| first.seq))?;
+        Some((user, &stream.error))
     }
 
     /// Whether the peer lacks something, here or in the journal.
@@ -600,11 +599,30 @@ mod tests {
         assert_eq!(given.sent(999), [6], "joe goes on");
         assert_eq!(given.outbox.wake_up_ms(), Some(1000));
         assert_eq!(given.sent(1000), [2, 3, 5], "jane again from there, in order");
+        assert_eq!(given.outbox.refusal(), Some(("jane", "disk full")), "the try may take its time");
         assert_eq!(given.outbox.refuse(2, "disk full", 1000), None, "no news");
         assert_eq!(given.sent(2999), Vec::<u64>::new());
         assert_eq!(given.sent(3000), [2, 3, 5], "the pause doubled");
         given.outbox.ack(2);
+        assert_eq!(given.outbox.refusal(), None);
         assert_eq!(given.outbox.refuse(3, "disk full", 3000), Some(1000), "the pause began again");
+    }
+
+    #[test]
+    fn of_users_who_are_refused_the_one_who_waits_longest_is_named() {
+        let mut given = Given::outbox();
+        for user in ["joe", "jane", "jim"] {
+            given.append(user);
+        }
+        given.sent(0);
+        for (seq, error) in [(3, "no mailbox"), (2, "disk full")] {
+            given.outbox.refuse(seq, error, 0);
+        }
+        assert_eq!(given.outbox.refusal(), Some(("jane", "disk full")));
+        given.sent(1000);
+        assert_eq!(given.outbox.refusal(), Some(("jane", "disk full")));
+        given.outbox.ack(2);
+        assert_eq!(given.outbox.refusal(), Some(("jim", "no mailbox")));
     }
 
     #[test]
