@@ -43,6 +43,21 @@ pub enum Failure {
     Link(std::io::Error),
 }
 
+impl Failure {
+    /// Says in which mailbox it was.
+    fn in_mailbox(self, change: &proto::Change) -> Failure {
+        match self {
+            Failure::User(reason) => Failure::User(in_mailbox(change, &reason)),
+            other => other,
+        }
+    }
+}
+
+fn in_mailbox(change: &proto::Change, reason: &str) -> String {
+    let mailbox = change.mailbox.as_ref().map(|mailbox| printable(&mailbox.path.join("/")));
+    format!("mailbox {}: {reason}", mailbox.unwrap_or_default())
+}
+
 impl From<String> for Failure {
     fn from(reason: String) -> Self {
         Failure::User(reason)
@@ -243,7 +258,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// Applies the changes. If one fails, those before it are applied nevertheless; `done` tells.
     pub fn run(&mut self, changes: &[proto::Change]) -> Outcome<()> {
         let failure = match self.run_batched(changes) {
-            Err(failure @ (Failure::User(_) | Failure::Never(_))) if self.done < self.complete => failure,
+            Err(failure @ (Failure::User(_) | Failure::Never(_)))
+                if self.done < self.complete && (self.complete as usize) < changes.len() =>
+            {
+                failure
+            }
             result => return result,
         };
         // They shared a transaction with what failed. Without it they must not fail for ever.
@@ -263,19 +282,14 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     fn run_batched(&mut self, changes: &[proto::Change]) -> Outcome<()> {
         for change in changes {
             self.change(change).map_err(|failure| match failure {
-                Failure::User(reason) => {
-                    let mailbox = change.mailbox.as_ref().map(|mailbox| printable(&mailbox.path.join("/")));
-                    let text = format!("mailbox {}: {reason}", mailbox.unwrap_or_default());
-                    match NEVER.iter().any(|never| reason.starts_with(never)) {
-                        true => Failure::Never(text),
-                        false => Failure::User(text),
-                    }
+                Failure::User(reason) if NEVER.iter().any(|never| reason.starts_with(never)) => {
+                    Failure::Never(in_mailbox(change, &reason))
                 }
-                other => other,
+                other => other.in_mailbox(change),
             })?;
             self.complete += 1;
             if self.seqs.len() >= CHANGES_MAX {
-                self.flush()?;
+                self.flush().map_err(|failure| failure.in_mailbox(change))?;
             }
             if let Pending::Nothing = self.pending {
                 self.raise_uid_next()?;
@@ -283,7 +297,10 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 self.seqs.clear();
             }
         }
-        self.leave()?;
+        self.leave().map_err(|failure| match changes.last() {
+            Some(last) => failure.in_mailbox(last),
+            None => failure,
+        })?;
         self.done = self.complete;
         Ok(())
     }
@@ -1676,6 +1693,16 @@ mod tests {
         assert_eq!(outcome.done, 2);
         assert!(outcome.error.unwrap().contains("GUID"));
         assert_eq!(storage.messages("INBOX"), []);
+    }
+
+    /// It may have waited long for a lock.
+    #[test]
+    fn a_commit_that_fails_is_not_tried_twice_in_a_job_and_its_mailbox_is_named() {
+        let mut storage = FakeStorage::default();
+        storage.commit_error = Some("Commit: timeout".into());
+        let outcome = apply(&mut storage, Script::default(), &[save(1, 1, "one"), save(2, 2, "two")]);
+        assert_eq!((outcome.done, outcome.error.as_deref()), (0, Some("mailbox INBOX: Commit: timeout")));
+        assert_eq!(storage.commits_failed, 1);
     }
 
     #[test]

@@ -54,6 +54,9 @@ pub struct FakeStorage {
     pub flags: BTreeMap<u32, (u32, Vec<String>)>,
     /// Another process saves it to the open mailbox just before that is synced.
     pub arriving: Option<(u32, String)>,
+    /// Why nothing can be committed; and the commits that failed.
+    pub commit_error: Option<String>,
+    pub commits_failed: u32,
 }
 
 fn is_stray(guid: &str) -> bool {
@@ -221,7 +224,12 @@ impl Storage for FakeStorage {
     }
     fn commit(&mut self) -> Result<Vec<u32>> {
         let mut saved = Vec::new();
-        for step in std::mem::take(&mut self.steps) {
+        let steps = std::mem::take(&mut self.steps);
+        if let Some(error) = &self.commit_error {
+            self.commits_failed += 1;
+            return Err(error.clone());
+        }
+        for step in steps {
             let mailbox = self.mailbox();
             match step {
                 Step::Save(uid, guid) => {
