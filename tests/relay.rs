@@ -1031,3 +1031,31 @@ fn a_change_of_flags_that_an_earlier_one_of_a_peer_undid_is_made_again_before_al
     let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
     assert!(b.try_next_job(Duration::from_millis(50)).is_none(), "it is made");
 }
+
+/// Dovecot has made its index anew, with another GUID, and the worker was the first to see it.
+#[test]
+fn a_mailbox_that_gets_its_guid_back_is_listed_as_one_to_be_compared_and_looked_at() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    b.process("lmtp").save_with_span("jane", 1, (100, 200));
+    let (worker, apply) = a.next_job();
+    worker.applied(&apply);
+    until("b's log is known", || b.peer("a").pending == 0);
+
+    a.process("lmtp").save("jane", 2);
+    let (mut worker, apply) = b.next_job();
+    let span = |guid: u8| Span { user: "jane".into(), mailbox_guid: vec![guid; 16], index_id: 7, ..Default::default() };
+    let spans = vec![
+        Span { log_seq: 2, begin: 112, end: 200, ..span(9) },
+        Span { old_mailbox_guid: vec![9; 16], untold: true, ..span(1) },
+        Span { log_seq: 2, begin: 200, end: 300, ..span(1) },
+    ];
+    worker.send(Kind::Applied(Applied { job: apply.job, more: true, spans, ..Default::default() }));
+    worker.applied(&apply);
+    let (worker, look) = b.next_look();
+    assert_eq!((look.mailboxes[0].guid.clone(), look.mailboxes[0].index_id), (vec![1; 16], u32::MAX), "all of it anew");
+    worker.found(look.job, vec![], Some(((2, 100), (2, 300))));
+    let failed = b.failed();
+    assert_eq!((failed.len(), failed[0].user.as_str(), failed[0].mailbox_guid.clone()), (1, "jane", vec![1; 16]));
+    assert!(failed[0].error.starts_with("mailbox INBOX: its index was made anew"), "{}", failed[0].error);
+}

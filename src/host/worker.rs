@@ -170,6 +170,8 @@ struct DovecotStorage {
 struct Spans {
     applying: Vec<proto::SeqOf>,
     spans: Vec<proto::Span>,
+    /// The mailbox that gets another GUID is none that becomes another one.
+    made_anew: bool,
 }
 
 /// Locks a user against other workers: one byte of this file each, by an open file description lock, which the kernel
@@ -214,7 +216,7 @@ struct Worker {
 
 thread_local! {
     static WORKER: RefCell<Option<Worker>> = const { RefCell::new(None) };
-    static SPANS: RefCell<Spans> = const { RefCell::new(Spans { applying: Vec::new(), spans: Vec::new() }) };
+    static SPANS: RefCell<Spans> = const { RefCell::new(Spans { applying: Vec::new(), spans: Vec::new(), made_anew: false }) };
 }
 
 // ---- Called by the shim ---------------------------------------------------------------------------------------------
@@ -300,7 +302,7 @@ unsafe extern "C" fn dt_rs_worker_span(span: *const ffi::DtSpan) {
         // SAFETY: as above.
         let record = unsafe { span.written(text(span.user).into()) }.to_span();
         SPANS.with_borrow_mut(|spans| {
-            let untold = span.touched != 0;
+            let untold = span.touched != 0 || (spans.made_anew && span.old_mailbox_guid != [0; 16]);
             // What was found in the mailbox is not what we apply.
             let applied = if untold { Vec::new() } else { spans.applying.clone() };
             spans.spans.push(proto::Span { applied, untold, ..record });
@@ -620,8 +622,14 @@ impl Storage for DovecotStorage {
 
     fn update(&mut self, update: &Update) -> Result<()> {
         self.need_mailbox()?;
+        let guid = &update.guid;
+        // If it had this GUID before, it lost it with its index.
+        let made_anew = *guid != [0; 16] && self.find_guid(guid)?.is_none() && !self.was_deleted(guid)?;
+        SPANS.with_borrow_mut(|spans| spans.made_anew = made_anew);
         // SAFETY: a mailbox is open.
-        check(unsafe { dt_worker_update(&update.into()) }).map(drop)
+        let updated = check(unsafe { dt_worker_update(&update.into()) });
+        SPANS.with_borrow_mut(|spans| spans.made_anew = false);
+        updated.map(drop)
     }
 
     fn uids(&mut self) -> Result<Vec<u32>> {

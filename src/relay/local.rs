@@ -9,8 +9,8 @@ use super::engine::{Close, Engine, Role};
 use super::order::{Arrival, Hole, Release};
 use super::spans::Need;
 use crate::change::{self, ChangeError, GUID_BYTES};
-use crate::journal::JournalError;
-use crate::wire::proto::{frame::Kind, op::What, Change, FailedEntry, FailedList, Frame, Record, Span};
+use crate::journal::{JournalError, KnownLog};
+use crate::wire::proto::{frame::Kind, op::What, Change, Doubt, FailedEntry, FailedList, Frame, Record, Span};
 
 /// Answers that may wait for a process that does not read them.
 const OUT_BYTES_MAX: usize = 1 << 20;
@@ -235,9 +235,29 @@ impl Engine {
 
     fn take_new_guid(&mut self, span: &Span) -> Result<(), JournalError> {
         let user: Arc<str> = span.user.as_str().into();
-        self.forget_log(&user, &span.mailbox_guid)?;
-        self.journal.rename_mailbox(&user, &span.old_mailbox_guid, &span.mailbox_guid)?;
+        match self.made_anew(&user, span)? {
+            Some(known) => {
+                let reason = "its index was made anew, perhaps without all messages and flags".to_owned();
+                self.take_doubt(&user, Doubt { guid: known.mailbox, path: known.path, reason });
+                self.journal.forget_mailbox(&user, &span.old_mailbox_guid)?;
+                self.spans.lose(&Need::of(span));
+                self.heals.want_anew(&user, &span.mailbox_guid);
+            }
+            None => {
+                self.forget_log(&user, &span.mailbox_guid)?;
+                self.journal.rename_mailbox(&user, &span.old_mailbox_guid, &span.mailbox_guid)?;
+            }
+        }
         self.note_alias(&user, &span.old_mailbox_guid, &span.mailbox_guid)
+    }
+
+    /// What was known of the mailbox's log, if it gets back the GUID that it had before Dovecot made its index anew. A look that
+    /// gives it back says so itself.
+    fn made_anew(&self, user: &str, span: &Span) -> Result<Option<KnownLog>, JournalError> {
+        if !span.untold || self.heals.is_running(user) {
+            return Ok(None);
+        }
+        Ok(self.journal.log(user, &span.mailbox_guid, "")?.filter(|known| known.log_seq != 0))
     }
 
     /// Nobody tells what was written there.

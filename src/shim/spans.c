@@ -140,6 +140,7 @@ dt_spans_mailbox_update(struct mailbox *box,
 		    memcmp(span.old_mailbox_guid, sbox->guid, GUID_128_SIZE) != 0) {
 			span.user = dt_spans_owner(box);
 			span.mailbox = box;
+			span.index_id = box->index->indexid;
 			memcpy(span.mailbox_guid, sbox->guid, GUID_128_SIZE);
 			dt_spans_report(&span);
 		}

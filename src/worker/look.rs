@@ -178,6 +178,8 @@ fn find_in_list<S: Storage>(
             // Dovecot keeps the GUID of a dbox in its index, and gives it another one when it makes that anew.
             if !storage.was_deleted(&guid)? && give_guid(storage, &anew.vname, guid)? {
                 replaced.push(std::mem::replace(&mut anew.guid, guid));
+                // What stood in the index alone is gone; Dovecot may look for the messages' files only when told to resync it.
+                found.doubt(known, "its index was made anew, perhaps without all messages and flags");
                 continue;
             }
         }
@@ -874,9 +876,11 @@ mod tests {
         let mut storage = storage(&[SDBOX_REBUILT]);
         let vname = "INBOX";
         let old = LookAt { guid: vec![9; 16], ..known_up_to(SDBOX, SDBOX.len() as u64) };
-        let words = told(&look_at(&mut storage, vec![old, inbox()], true));
+        let answers = look_at(&mut storage, vec![old, inbox()], true);
+        let words = told(&answers);
         assert_eq!(storage.guid(vname), [9; 16]);
         assert!(words.contains(&"save 1".to_string()) && words.last().unwrap().starts_with("rebuilt 1"), "{words:?}");
+        assert_eq!(doubts(&answers), ["its index was made anew, perhaps without all messages and flags"]);
     }
 
     #[test]

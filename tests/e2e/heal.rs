@@ -156,6 +156,7 @@ fn a_resync_changes_nothing_on_the_peer() {
 fn an_index_that_was_deleted_is_made_anew() {
     in_all_formats("index", |t| {
         t.expects_in_log("dovecot.index");
+        t.expects_in_log("its index was made anew");
         let folder = match t.a().format() {
             Format::Sdbox => "sdbox/mailboxes/INBOX/dbox-Mails",
             Format::Mdbox => "mdbox/mailboxes/INBOX/dbox-Mails",

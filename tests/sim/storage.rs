@@ -222,6 +222,7 @@ impl Storage for ModelStorage {
         self.moment()?;
         let user = self.user.clone().unwrap_or_default();
         let update = *update;
+        let made_anew = self.find_guid(&update.guid)?.is_none() && !self.was_deleted(&update.guid)?;
         let written = self.mailbox(|mailbox| {
             let mut written = Vec::new();
             if update.guid != Guid::default() && update.guid != mailbox.guid {
@@ -237,6 +238,9 @@ impl Storage for ModelStorage {
             written
         })?;
         self.note(written);
+        // As in host/worker.rs.
+        let renamed = self.spans.iter_mut().filter(|span| !span.old_mailbox_guid.is_empty());
+        renamed.filter(|span| span.mailbox_guid == update.guid).for_each(|span| span.untold = made_anew);
         Ok(())
     }
     fn uids(&mut self) -> Result<Vec<u32>> {
