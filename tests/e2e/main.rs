@@ -19,5 +19,6 @@ mod mailboxes;
 mod merge;
 mod mesh;
 mod plain;
+mod receiver;
 mod status;
 mod trouble;

@@ -29,6 +29,11 @@ pub struct Server<'a> {
 /// The file of the users who are not like all others.
 pub const USERS: &str = "users";
 
+/// One of them, with further fields of the userdb.
+pub fn user_line(dir: &str, user: &str, fields: &str) -> String {
+    format!("{user}:x:8:8::{dir}/home/{user}::{fields}\n")
+}
+
 /// Name under which the example configuration lies beside the generated one.
 pub const EXAMPLE: &str = "dovecot-plugin.conf.example";
 
@@ -80,10 +85,14 @@ impl Server<'_> {
             Format::Mdbox => "mdbox:~/mdbox",
             Format::Maildir => "maildir:~/Maildir",
         };
-        let users = match self.setup.has_users() {
-            true => format!("userdb {{\n  driver = passwd-file\n  args = username_format=%u {dir}/{USERS}\n}}\n"),
-            false => String::new(),
-        };
+        let mut users = String::new();
+        if self.setup.has_users() {
+            users += &format!("userdb {{\n  driver = passwd-file\n  args = username_format=%u {dir}/{USERS}\n}}\n");
+        }
+        if !self.setup.has_no_other_users {
+            let args = format!("uid=mail gid=mail home={dir}/home/%u allow_all_users=yes");
+            users += &format!("userdb {{\n  driver = static\n  args = {args}\n}}\n");
+        }
         format!(
             "\
 base_dir = {dir}/run
@@ -106,11 +115,7 @@ passdb {{
   driver = static
   args = password=pass
 }}
-{users}userdb {{
-  driver = static
-  args = uid=mail gid=mail home={dir}/home/%u allow_all_users=yes
-}}
-service imap-login {{
+{users}service imap-login {{
   inet_listener imap {{
     port = {imap}
   }}
@@ -144,10 +149,14 @@ service lmtp {{
             Format::Mdbox => ("mdbox", "mdbox"),
             Format::Maildir => ("maildir", "Maildir"),
         };
-        let users = match self.setup.has_users() {
-            true => format!("userdb passwd-file {{\n  passwd_file_path = {dir}/{USERS}\n}}\n"),
-            false => String::new(),
-        };
+        let mut users = String::new();
+        if self.setup.has_users() {
+            users += &format!("userdb passwd-file {{\n  passwd_file_path = {dir}/{USERS}\n}}\n");
+        }
+        if !self.setup.has_no_other_users {
+            let fields = format!("    uid = mail\n    gid = mail\n    home = {dir}/home/%{{user}}\n");
+            users += &format!("userdb static {{\n  fields {{\n{fields}  }}\n}}\n");
+        }
         format!(
             "\
 dovecot_config_version = 2.4.1
@@ -174,14 +183,7 @@ namespace inbox {{
 passdb static {{
   password = pass
 }}
-{users}userdb static {{
-  fields {{
-    uid = mail
-    gid = mail
-    home = {dir}/home/%{{user}}
-  }}
-}}
-service imap-login {{
+{users}service imap-login {{
   inet_listener imap {{
     port = {imap}
   }}

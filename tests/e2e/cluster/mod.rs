@@ -68,6 +68,8 @@ pub struct Setup {
     pub only_with: Option<Vec<String>>,
     /// Others reach its relay over a line that can be cut.
     pub line: bool,
+    /// Who is not in the file of users does not exist.
+    pub has_no_other_users: bool,
 }
 
 impl Setup {
@@ -82,6 +84,7 @@ impl Setup {
             peers: None,
             only_with: None,
             line: false,
+            has_no_other_users: false,
         }
     }
 
@@ -117,11 +120,20 @@ impl Setup {
     }
 
     /// This user's peers, as the userdb gives them.
-    pub fn user_with_peers(mut self, user: &str, peers: &str) -> Setup {
-        let line = format!("{user}:x:8:8::{{DIR}}/home/{user}::userdb_dovetail_peers={peers}\n");
+    pub fn user_with_peers(self, user: &str, peers: &str) -> Setup {
+        self.user(&config::user_line("{DIR}", user, &format!("userdb_dovetail_peers={peers}")))
+    }
+
+    /// Nobody else exists but whom [`Server::add_user`] adds.
+    pub fn only_user(mut self, user: &str) -> Setup {
+        self.has_no_other_users = true;
+        self.user(&config::user_line("{DIR}", user, ""))
+    }
+
+    fn user(mut self, line: &str) -> Setup {
         match self.files.iter_mut().find(|(path, _)| path == config::USERS) {
-            Some((_, text)) => *text += &line,
-            None => self.files.push((config::USERS.into(), line)),
+            Some((_, text)) => *text += line,
+            None => self.files.push((config::USERS.into(), line.to_owned())),
         }
         self
     }

@@ -276,6 +276,13 @@ impl Server {
         self.outside(&format!("/home/{user}/{index}")).exists()
     }
 
+    /// A user whom it did not know: see [`Setup::only_user`].
+    pub fn add_user(&self, user: &str) {
+        let line = config::user_line(&self.dir, user, "");
+        let file = fs::OpenOptions::new().append(true).open(self.outside(&format!("/{}", config::USERS)));
+        file.and_then(|mut file| file.write_all(line.as_bytes())).expect("the file of its users");
+    }
+
     // ---- Programs ---------------------------------------------------------------------------------------------------
 
     /// A program of this server's root, in its namespace, while its Dovecot runs.

@@ -1,0 +1,325 @@
+//! Trouble on the receiving side: its user waits with the reason in the status, others go on, and it resumes by itself.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
+use crate::scene::{mail, Scene, SOON};
+
+/// For what has been refused some times: the pauses between the tries grow.
+const DEADLINE: Duration = Duration::from_secs(90);
+
+/// The reason for which something waits at A for B.
+fn reason(t: &Scene) -> String {
+    t.a().status()[0]["last_error"].clone()
+}
+
+fn wait_for_reason(t: &Scene, parts: &[&str]) {
+    wait_until(DEADLINE, &format!("A's status says {parts:?}"), || {
+        let reason = reason(t);
+        parts.iter().all(|part| reason.contains(part))
+    });
+}
+
+fn another_goes_on(t: &Scene, other: &str) {
+    t.a().deliver(other, &mail("for another"));
+    wait_until(SOON, "the mail for another is on B", || t.b().has_inbox(other));
+    wait_until(SOON, "B shows it", || t.b().imap(other).select("INBOX").uids().len() == 1);
+}
+
+/// Everything is on both servers, each message once.
+fn all_arrives(t: &Scene, inbox: usize) {
+    let snapshot = t.converged_within(DEADLINE, &t.user);
+    let guids: BTreeSet<&str> = snapshot.messages("INBOX").iter().map(|message| message.guid.as_str()).collect();
+    assert_eq!((snapshot.messages("INBOX").len(), guids.len()), (inbox, inbox));
+    wait_until(SOON, "nothing is pending and no reason is left", || {
+        let peer = &t.a().status()[0];
+        peer["pending"] == "0" && peer["last_error"].is_empty()
+    });
+    for server in t.servers() {
+        assert_eq!(server.status()[0]["failed"], "0", "on {}", server.name());
+    }
+}
+
+#[test]
+fn a_user_whom_the_peer_does_not_know_waits_with_the_reason_and_arrives_when_he_is_added() {
+    let other = "story-unknown-there-other";
+    let b = Setup::new("b", Format::Sdbox).only_user(other);
+    let t = Scene::on(Cluster::start(vec![Setup::new("a", Format::Sdbox), b]), "story-unknown-there");
+    t.expects_in_log("unknown here");
+    (1..=3).for_each(|n| t.a().deliver(&t.user, &mail(&format!("mail {n}"))));
+    let mut imap = t.a().imap(&t.user);
+    imap.ok("CREATE Work");
+    imap.append("Work", &mail("in Work"));
+    let mut imap = imap.select("INBOX");
+    imap.ok("STORE 1 +FLAGS (\\Seen kept)");
+    imap.ok("STORE 2 +FLAGS (\\Deleted)");
+    imap.ok("EXPUNGE");
+    wait_for_reason(&t, &[&t.user, "unknown"]);
+    another_goes_on(&t, other);
+    wait_for_reason(&t, &[&t.user, "unknown"]);
+
+    t.b().add_user(&t.user);
+    all_arrives(&t, 2);
+    assert_eq!(t.settled().messages("Work").len(), 1);
+    // And the other way.
+    t.b().deliver(&t.user, &mail("from b"));
+    all_arrives(&t, 3);
+}
+
+/// A file that another process has locked; not any more when this is dropped.
+struct Locked(#[expect(dead_code, reason = "the lock goes with it")] File);
+
+impl Locked {
+    fn hold(path: &Path) -> Locked {
+        let file = File::options().read(true).write(true).open(path).expect("a file to lock");
+        let lock = libc::flock {
+            l_type: libc::F_WRLCK as i16,
+            l_whence: libc::SEEK_SET as i16,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        wait_until(SOON, "the file can be locked", || {
+            // SAFETY: both are alive. A lock of the open file: other tests of this process may open and close it.
+            unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) == 0 }
+        });
+        Locked(file)
+    }
+}
+
+/// A lock that is a file.
+struct DotLocked(PathBuf);
+
+impl DotLocked {
+    fn hold(path: PathBuf) -> DotLocked {
+        let hostname = fs::read_to_string("/proc/sys/kernel/hostname").expect("the host's name");
+        // Dovecot respects it as long as this process lives.
+        let holder = format!("{}:{}", std::process::id(), hostname.trim_end());
+        wait_until(SOON, "the lock is nobody's", || {
+            File::create_new(&path).is_ok_and(|mut file| file.write_all(holder.as_bytes()).is_ok())
+        });
+        DotLocked(path)
+    }
+}
+
+impl Drop for DotLocked {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn in_home(server: &Server, user: &str, path: &str) -> PathBuf {
+    server.outside(&format!("/home/{user}/{path}"))
+}
+
+fn a_lock_that_another_process_holds<L>(format: Format, user: &str, hold: impl Fn(&Scene) -> L) {
+    let t = Scene::on(Cluster::pair(format, format), user);
+    t.expects_in_log(user);
+    t.a().deliver(user, &mail("first"));
+    t.settled();
+    let lock = hold(&t);
+    t.a().deliver(user, &mail("second"));
+    t.a().imap(user).select("INBOX").ok("STORE 1 +FLAGS (\\Seen)");
+    another_goes_on(&t, &format!("{user}-other"));
+    wait_for_reason(&t, &[user, "mailbox INBOX", "Timeout"]);
+    drop(lock);
+    all_arrives(&t, 2);
+}
+
+#[test]
+fn a_mailbox_that_is_locked_on_the_peer_holds_up_its_user_only_and_resumes_sdbox() {
+    a_lock_that_another_process_holds(Format::Sdbox, "story-locked-sdbox", |t| {
+        Locked::hold(&in_home(t.b(), &t.user, "sdbox/mailboxes/INBOX/dbox-Mails/dovecot.index.log"))
+    });
+}
+
+/// A try may take long: here as long as the worker waits for the lock.
+#[test]
+fn the_reason_stays_in_the_status_while_what_was_refused_is_tried_again() {
+    let t = Scene::on(Cluster::pair(Format::Sdbox, Format::Sdbox), "story-tried-again");
+    t.expects_in_log(&t.user);
+    t.a().deliver(&t.user, &mail("first"));
+    t.settled();
+    let lock = Locked::hold(&in_home(t.b(), &t.user, "sdbox/mailboxes/INBOX/dbox-Mails/dovecot.index.log"));
+    t.a().deliver(&t.user, &mail("second"));
+    wait_for_reason(&t, &[&t.user, "Timeout"]);
+    let tries = t.b().counters().refused;
+    wait_until(DEADLINE, "it was tried once more", || {
+        let reason = reason(&t);
+        assert!(reason.contains(&t.user), "the reason is not in the status: {reason:?}");
+        t.b().counters().refused > tries
+    });
+    drop(lock);
+    all_arrives(&t, 2);
+}
+
+#[test]
+fn a_mailbox_that_is_locked_on_the_peer_holds_up_its_user_only_and_resumes_mdbox() {
+    a_lock_that_another_process_holds(Format::Mdbox, "story-locked-mdbox", |t| {
+        Locked::hold(&in_home(t.b(), &t.user, "mdbox/mailboxes/INBOX/dbox-Mails/dovecot.index.log"))
+    });
+}
+
+#[test]
+fn a_map_that_is_locked_on_the_peer_holds_up_its_user_only_and_resumes() {
+    a_lock_that_another_process_holds(Format::Mdbox, "story-locked-map", |t| {
+        Locked::hold(&in_home(t.b(), &t.user, "mdbox/storage/dovecot.map.index.log"))
+    });
+}
+
+#[test]
+fn a_mailbox_that_is_locked_on_the_peer_holds_up_its_user_only_and_resumes_maildir() {
+    a_lock_that_another_process_holds(Format::Maildir, "story-locked-maildir", |t| {
+        DotLocked::hold(in_home(t.b(), &t.user, "Maildir/dovecot-uidlist.lock"))
+    });
+}
+
+/// The status has one row for each peer, with one reason.
+#[test]
+fn of_two_users_who_wait_the_status_names_who_waits_longer_and_then_the_other() {
+    let (unknown, unwritable) = ("story-two-wait-unknown", "story-two-wait-unwritable");
+    let b = Setup::new("b", Format::Sdbox).only_user(unwritable);
+    let t = Scene::on(Cluster::start(vec![Setup::new("a", Format::Sdbox), b]), unknown);
+    t.expects_in_log("story-two-wait");
+    t.a().deliver(unwritable, &mail("first"));
+    t.converged(unwritable);
+    t.a().deliver(unknown, &mail("waits longer"));
+    wait_for_reason(&t, &[unknown, "unknown here"]);
+    let home = in_home(t.b(), unwritable, "");
+    std::os::unix::fs::chown(&home, Some(0), None).expect("chown");
+    t.a().deliver(unwritable, &mail("waits"));
+    t.b().wait_for_log(&format!("User {unwritable}: change"));
+    wait_for_reason(&t, &[unknown, "unknown here"]);
+
+    t.b().add_user(unknown);
+    wait_for_reason(&t, &[unwritable, "mailbox INBOX"]);
+    std::os::unix::fs::chown(&home, Some(8), None).expect("chown");
+    t.converged_within(DEADLINE, unwritable);
+    all_arrives(&t, 1);
+}
+
+/// `struct mail_transaction_log_header`.
+const LOG_HEADER: usize = 40;
+
+fn is_open(path: &Path) -> bool {
+    let processes = fs::read_dir("/proc").expect("/proc").flatten();
+    let files = processes.flat_map(|process| fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten());
+    files.flat_map(|file| fs::read_link(file.path())).any(|file| file == path)
+}
+
+/// All of it but the first bytes of the log, when no process has it open.
+fn overwrite_index(folder: &Path, name: &str, kept: usize) {
+    for (name, kept) in [(format!("{name}.log"), kept), (name.to_owned(), 0)] {
+        let path = folder.join(name);
+        wait_until(DEADLINE, &format!("nobody has {} open", path.display()), || !is_open(&path));
+        // Without much in the log there is no other file yet.
+        let Ok(mut bytes) = fs::read(&path) else { continue };
+        let garbage = b"this is no index\n".iter().cycle();
+        bytes.iter_mut().zip(garbage).skip(kept).for_each(|(byte, garbage)| *byte = *garbage);
+        fs::write(&path, bytes).expect("write");
+    }
+}
+
+/// Of the messages in the INBOX; none while Dovecot cannot open it.
+fn guids(server: &Server, user: &str) -> Vec<String> {
+    let guids = |snapshot: Snapshot| snapshot.messages("INBOX").iter().map(|message| message.guid.clone()).collect();
+    Snapshot::try_take(server, user, false).map(guids).unwrap_or_default()
+}
+
+/// A dbox's index is all that it knows of its mails: Dovecot makes a new one, without them or without their flags.
+fn an_index_that_is_overwritten(format: Format, user: &str, kept: usize) {
+    let t = Scene::on(Cluster::pair(format, format), user);
+    for text in [user, "dovetail"] {
+        t.expects_in_log(text);
+    }
+    (1..=3).for_each(|n| t.a().deliver(user, &mail(&format!("mail {n}"))));
+    t.settled();
+    let folder = match format {
+        Format::Sdbox => "sdbox/mailboxes/INBOX/dbox-Mails",
+        _ => "mdbox/mailboxes/INBOX/dbox-Mails",
+    };
+    overwrite_index(&in_home(t.b(), user, folder), "dovecot.index", kept);
+
+    (4..=5).for_each(|n| t.a().deliver(user, &mail(&format!("mail {n}"))));
+    wait_until(DEADLINE, "B's list of what failed has the mailbox", || {
+        let failed = t.b().doveadm(&["-f", "tab", "dovetail", "failed"]);
+        failed.lines().any(|line| line.contains(user) && line.contains("mailbox INBOX: its index was made anew"))
+    });
+    // It goes on, both ways, and comes to an end.
+    t.a().deliver(user, &mail("mail 6"));
+    t.b().deliver(user, &mail("mail 7"));
+    wait_until(DEADLINE, "new mails are on both servers", || {
+        let [a, b] = [t.a(), t.b()].map(|server| guids(server, user));
+        a.len() == 7 && [3, 4, 5, 6].iter().all(|at| b.contains(&a[*at])) && b.iter().all(|guid| a.contains(guid))
+    });
+    wait_until(DEADLINE, "nothing is left to do", || t.servers().iter().all(Server::has_nothing_pending));
+    for server in t.servers() {
+        let guids = guids(server, user);
+        assert_eq!(guids.iter().collect::<BTreeSet<_>>().len(), guids.len(), "a mail is on {} twice", server.name());
+    }
+    assert_eq!((guids(t.a(), user).len(), t.b().status()[0]["failed"].as_str()), (7, "1"));
+
+    if format != Format::Sdbox {
+        // Messages that a rebuild of an mdbox finds again get other UIDs.
+        return;
+    }
+    t.b().doveadm(&["force-resync", "-u", user, "INBOX"]);
+    wait_until(DEADLINE, "all mails are on both servers, each once", || {
+        let [mut a, mut b] = [t.a(), t.b()].map(|server| guids(server, user));
+        a.sort();
+        b.sort();
+        a.len() == 7 && a == b
+    });
+}
+
+#[test]
+fn an_index_that_is_overwritten_on_the_peer_is_no_silent_loss_sdbox() {
+    an_index_that_is_overwritten(Format::Sdbox, "story-overwritten-sdbox", 0);
+}
+
+#[test]
+fn an_index_that_is_overwritten_on_the_peer_is_no_silent_loss_mdbox() {
+    an_index_that_is_overwritten(Format::Mdbox, "story-overwritten-mdbox", 0);
+}
+
+#[test]
+fn a_log_that_is_overwritten_behind_its_header_on_the_peer_is_no_silent_loss_sdbox() {
+    an_index_that_is_overwritten(Format::Sdbox, "story-header-sdbox", LOG_HEADER);
+}
+
+#[test]
+fn a_log_that_is_overwritten_behind_its_header_on_the_peer_is_no_silent_loss_mdbox() {
+    an_index_that_is_overwritten(Format::Mdbox, "story-header-mdbox", LOG_HEADER);
+}
+
+fn a_map_that_is_overwritten(user: &str, kept: usize) {
+    let t = Scene::on(Cluster::pair(Format::Mdbox, Format::Mdbox), user);
+    for text in [user, "dovetail"] {
+        t.expects_in_log(text);
+    }
+    (1..=3).for_each(|n| t.a().deliver(user, &mail(&format!("mail {n}"))));
+    t.a().imap(user).select("INBOX").ok("STORE 1 +FLAGS (\\Seen kept)");
+    t.settled();
+    overwrite_index(&in_home(t.b(), user, "mdbox/storage"), "dovecot.map.index", kept);
+    (4..=5).for_each(|n| t.a().deliver(user, &mail(&format!("mail {n}"))));
+    t.a().imap(user).select("INBOX").ok("STORE 2 +FLAGS (\\Seen)");
+    all_arrives(&t, 5);
+    t.b().deliver(user, &mail("mail 6"));
+    all_arrives(&t, 6);
+}
+
+/// Dovecot makes a map anew from the mails' files, and with it the indexes.
+#[test]
+fn a_map_that_is_overwritten_on_the_peer_loses_no_mail() {
+    a_map_that_is_overwritten("story-map", 0);
+}
+
+#[test]
+fn a_maps_log_that_is_overwritten_behind_its_header_on_the_peer_loses_no_mail() {
+    a_map_that_is_overwritten("story-map-header", LOG_HEADER);
+}
