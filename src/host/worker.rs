@@ -2,6 +2,7 @@
 //!
 //! Everything here runs on the main thread, called from the ioloop.
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::ffi::{c_char, c_int, c_void, CString};
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -129,7 +130,8 @@ extern "C" {
     fn dt_worker_inbox_guid(guid_r: *mut u8);
     fn dt_worker_temp_file() -> c_int;
     fn dt_worker_existence(vname: *const c_char, existence_r: *mut c_int) -> c_int;
-    fn dt_worker_find_guid(guid: *const u8, vname_r: *mut *const c_char) -> c_int;
+    fn dt_worker_guid_of(vname: *const c_char, guid_r: *mut u8) -> c_int;
+    fn dt_worker_list_guids(each: extern "C" fn(*const DtListed, *mut c_void), context: *mut c_void) -> c_int;
     fn dt_worker_create(vname: *const c_char, directory: bool, update: *const DtMailboxUpdate) -> c_int;
     fn dt_worker_rename(from: *const c_char, to: *const c_char) -> c_int;
     fn dt_worker_delete(vname: *const c_char) -> c_int;
@@ -162,6 +164,8 @@ extern "C" {
 struct DovecotStorage {
     locked_user: Option<String>,
     user_open: bool,
+    /// Names of the user's mailboxes, as they were when they were last listed.
+    names: HashMap<Guid, String>,
     mailbox_open: bool,
     body_open: bool,
 }
@@ -260,7 +264,13 @@ extern "C" fn dt_rs_worker_connected(fd: c_int) {
         let worker = Worker {
             connection: Connection::new(stream),
             jobs: Jobs::default(),
-            storage: DovecotStorage { locked_user: None, user_open: false, mailbox_open: false, body_open: false },
+            storage: DovecotStorage {
+                locked_user: None,
+                user_open: false,
+                names: HashMap::new(),
+                mailbox_open: false,
+                body_open: false,
+            },
         };
         WORKER.with_borrow_mut(|slot| *slot = Some(worker));
         if let Err(error) = ready {
@@ -413,6 +423,9 @@ extern "C" fn collect_listed(listed: *const DtListed, context: *mut c_void) {
     });
 }
 
+/// So often the mailboxes are listed when one vanishes each time.
+const LISTINGS_MAX: u32 = 3;
+
 /// Logs are rotated long before they are that long.
 const LOG_BYTES_MAX: u64 = 256 << 20;
 
@@ -450,6 +463,20 @@ impl DovecotStorage {
             true => Ok(()),
             false => Err("no mailbox is open".into()),
         }
+    }
+
+    fn list_guids(&mut self) -> Result<()> {
+        // A mailbox that is renamed meanwhile may be met under neither name.
+        for _ in 0..LISTINGS_MAX {
+            let mut listed: Vec<Listed> = Vec::new();
+            // SAFETY: a user is open; the callback gets the Vec only during the call.
+            let all = check(unsafe { dt_worker_list_guids(collect_listed, (&raw mut listed).cast()) })?;
+            self.names = listed.into_iter().map(|listed| (listed.guid, listed.vname)).collect();
+            if all {
+                return Ok(());
+            }
+        }
+        Ok(())
     }
 }
 
@@ -494,6 +521,7 @@ impl Storage for DovecotStorage {
         self.body_open = false;
         self.mailbox_open = false;
         self.user_open = false;
+        self.names.clear();
         // SAFETY: closes what there is.
         unsafe { dt_worker_user_close() }
     }
@@ -541,9 +569,16 @@ impl Storage for DovecotStorage {
 
     fn find_guid(&mut self, guid: &Guid) -> Result<Option<String>> {
         self.need_user()?;
-        let mut vname = std::ptr::null();
-        // SAFETY: a user is open; the name is valid until the next call.
-        unsafe { Ok(check(dt_worker_find_guid(guid.as_ptr(), &mut vname))?.then(|| text(vname))) }
+        if let Some(vname) = self.names.get(guid) {
+            let (c_vname, mut has) = (c_string(vname)?, [0; 16]);
+            // SAFETY: a user is open; there is room for a GUID.
+            if check(unsafe { dt_worker_guid_of(c_vname.as_ptr(), has.as_mut_ptr()) })? && has == *guid {
+                return Ok(Some(vname.clone()));
+            }
+        }
+        // It may have been created, or have got this name, since.
+        self.list_guids()?;
+        Ok(self.names.get(guid).cloned())
     }
 
     fn create(&mut self, vname: &str, directory: bool, update: &Update) -> Result<bool> {

@@ -82,6 +82,7 @@ int dt_worker_list(int64_t since, void (*each)(const struct dt_listed *listed, v
 	const struct mailbox_info *info;
 	int ret = 1;
 
+	dt_worker_refresh();
 	iter = mailbox_list_iter_init(ns->list, "*",
 				      MAILBOX_LIST_ITER_NO_AUTO_BOXES | MAILBOX_LIST_ITER_SKIP_ALIASES);
 	while ((info = mailbox_list_iter_next(iter)) != NULL) T_BEGIN {

@@ -117,6 +117,13 @@ const char *dt_worker_keep(const char *text)
 	return str_c(w.result);
 }
 
+void dt_worker_refresh(void)
+{
+	/* mailbox_list_index_refresh() reads the index only once in what the ioloop holds for one moment, and a job may be
+	   long. */
+	io_loop_time_refresh();
+}
+
 static struct mailbox *dt_worker_alloc(const char *vname, enum mailbox_flags flags)
 {
 	struct mail_namespace *ns;
@@ -288,36 +295,93 @@ int dt_worker_existence(const char *vname, enum dt_existence *existence_r)
 	return 1;
 }
 
-int dt_worker_find_guid(const unsigned char guid[16], const char **vname_r)
+/* 1 = it is there, 0 = it isn't (any more) */
+static int worker_box_guid(struct mailbox *box, guid_128_t guid_r)
 {
 	struct mailbox_metadata metadata;
-	struct mail_namespace *ns;
-	struct mailbox *box;
-	guid_128_t guid128;
-	int ret = 0;
 
-	memcpy(guid128, guid, sizeof(guid128));
-	for (ns = w.user->namespaces; ns != NULL && ret == 0; ns = ns->next) {
-		if (ns->type != MAIL_NAMESPACE_TYPE_PRIVATE ||
-		    ns->alias_for != NULL)
-			continue;
-		T_BEGIN {
-			box = mailbox_alloc_guid(ns->list, guid128,
-						 MAILBOX_FLAG_IGNORE_ACLS);
-			if (mailbox_get_metadata(box, MAILBOX_METADATA_GUID,
-						 &metadata) == 0) {
-				(void)dt_worker_keep(mailbox_get_vname(box));
-				ret = 1;
-			} else if (!dt_worker_box_notfound(box)) {
-				ret = dt_worker_set_box_error(box,
-					"Looking up the mailbox by GUID");
-			}
-			mailbox_free(&box);
-		} T_END;
+	if (mailbox_get_metadata(box, MAILBOX_METADATA_GUID, &metadata) < 0) {
+		return dt_worker_box_notfound(box) ? 0 :
+			dt_worker_set_box_error(box, "Looking up the mailbox's GUID");
 	}
-	if (ret > 0)
-		*vname_r = str_c(w.result);
+	memcpy(guid_r, metadata.guid, sizeof(metadata.guid));
+	return 1;
+}
+
+int dt_worker_guid_of(const char *vname, unsigned char guid_r[16])
+{
+	struct mailbox *box;
+	int ret;
+
+	T_BEGIN {
+		box = dt_worker_alloc(vname, 0);
+		ret = worker_box_guid(box, guid_r);
+		mailbox_free(&box);
+	} T_END;
 	return ret;
+}
+
+static int worker_list_guid(struct mailbox_list *list, const char *vname,
+			    void (*each)(const struct dt_listed *listed, void *context), void *context)
+{
+	struct mailbox *box = mailbox_alloc(list, vname, MAILBOX_FLAG_IGNORE_ACLS);
+	struct dt_listed listed;
+	int ret;
+
+	i_zero(&listed);
+	listed.vname = vname;
+	if ((ret = worker_box_guid(box, listed.guid)) > 0)
+		each(&listed, context);
+	mailbox_free(&box);
+	return ret;
+}
+
+/* Like mailbox_guid_cache_refresh(), for which a mailbox that is being renamed or deleted is an error. */
+static int worker_list_guids_of(struct mail_namespace *ns,
+				void (*each)(const struct dt_listed *listed, void *context), void *context)
+{
+	struct mailbox_list_iterate_context *iter;
+	const struct mailbox_info *info;
+	enum mailbox_existence existence;
+	struct mailbox *box;
+	int ret, result = 1;
+
+	iter = mailbox_list_iter_init(ns->list, "*", MAILBOX_LIST_ITER_NO_AUTO_BOXES | MAILBOX_LIST_ITER_SKIP_ALIASES);
+	while ((info = mailbox_list_iter_next(iter)) != NULL) T_BEGIN {
+		if ((info->flags & (MAILBOX_NOSELECT | MAILBOX_NONEXISTENT)) == 0) {
+			ret = worker_list_guid(ns->list, info->vname, each, context);
+			result = I_MIN(result, ret);
+		}
+	} T_END;
+	if (mailbox_list_iter_deinit(&iter) < 0)
+		result = dt_worker_set_error("Listing mailboxes: %s", mailbox_list_get_last_error(ns->list, NULL));
+
+	if (ns->prefix_len > 1 && !mail_namespace_prefix_is_inbox(ns)) T_BEGIN {
+		const char *vname = t_strndup(ns->prefix, ns->prefix_len - 1);
+
+		box = mailbox_alloc(ns->list, vname, MAILBOX_FLAG_IGNORE_ACLS);
+		if (mailbox_exists(box, FALSE, &existence) == 0 && existence == MAILBOX_EXISTENCE_SELECT) {
+			ret = worker_list_guid(ns->list, vname, each, context);
+			result = I_MIN(result, ret);
+		}
+		mailbox_free(&box);
+	} T_END;
+	return result;
+}
+
+int dt_worker_list_guids(void (*each)(const struct dt_listed *listed, void *context), void *context)
+{
+	struct mail_namespace *ns;
+	int ret, result = 1;
+
+	dt_worker_refresh();
+	for (ns = w.user->namespaces; ns != NULL; ns = ns->next) {
+		if (ns->type == MAIL_NAMESPACE_TYPE_PRIVATE && ns->alias_for == NULL) {
+			ret = worker_list_guids_of(ns, each, context);
+			result = I_MIN(result, ret);
+		}
+	}
+	return result;
 }
 
 static void

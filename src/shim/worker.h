@@ -32,6 +32,8 @@ bool dt_worker_connection_init(int fd);
 
 /* -- For look.c */
 
+/* What other processes do to the list of mailboxes is seen from now on. */
+void dt_worker_refresh(void);
 /* Both return -1. */
 int dt_worker_set_error(const char *fmt, ...) ATTR_FORMAT(1, 2);
 int dt_worker_set_box_error(struct mailbox *box, const char *what);
@@ -69,8 +71,11 @@ void dt_worker_inbox_guid(unsigned char guid_r[16]);
 int dt_worker_temp_file(void);
 
 int dt_worker_existence(const char *vname, enum dt_existence *existence_r);
-/* 1 = found, and its name is in *vname_r until the next call, 0 = not found */
-int dt_worker_find_guid(const unsigned char guid[16], const char **vname_r);
+/* 1 = found, 0 = there is no such mailbox */
+int dt_worker_guid_of(const char *vname, unsigned char guid_r[16]);
+/* The mailboxes of all private namespaces, with nothing but their names and GUIDs. 1 = all listed, 0 = one was renamed
+   or deleted meanwhile */
+int dt_worker_list_guids(void (*each)(const struct dt_listed *listed, void *context), void *context);
 /* 1 = created, 0 = exists already */
 int dt_worker_create(const char *vname, bool directory,
 		     const struct dt_mailbox_update *update);

@@ -3,6 +3,12 @@
 use crate::cluster::imap::Imap;
 use crate::scene::{mail, stories, Scene};
 
+/// Dovecot says that it exists if another process lists the mailboxes while it is made.
+fn create(imap: &mut Imap, mailbox: &str) {
+    let answer = imap.command(&format!("CREATE {mailbox}"));
+    assert!(answer.is_ok() || answer.result.contains("[ALREADYEXISTS]"), "{mailbox}: {}", answer.result);
+}
+
 /// A user with a mail in INBOX, logged in.
 fn given_a_user(t: &Scene) -> Imap {
     t.here().deliver(&t.user, &mail("welcome"));
@@ -133,6 +139,31 @@ stories! {
         assert_eq!(snapshot.messages("Uno").len(), 1);
         assert_eq!(snapshot.subscriptions, ["Uno"]);
         assert!(!snapshot.names.contains(&"Two".to_owned()));
+    }
+
+    fn a_worker_meets_mailboxes_that_are_just_renamed_and_deleted(t) {
+        let mut imap = given_a_user(t);
+        imap.ok("CREATE Moving");
+        imap.append("Moving", &mail("moved"));
+        t.settled();
+        std::thread::scope(|scope| {
+            // For each of these, a worker there goes through all mailboxes.
+            scope.spawn(move || {
+                for n in 0..20 {
+                    create(&mut imap, &format!("Made{n}"));
+                }
+            });
+            let mut imap = t.there().imap(&t.user);
+            for _ in 0..15 {
+                imap.ok("RENAME Moving Moved");
+                create(&mut imap, "Short");
+                imap.ok("DELETE Short");
+                imap.ok("RENAME Moved Moving");
+            }
+        });
+        let snapshot = t.settled();
+        assert_eq!(snapshot.messages("Moving").len(), 1);
+        assert_eq!(snapshot.names.len(), 22, "{:?}", snapshot.names);
     }
 
     fn doveadm_makes_renames_subscribes_and_deletes(t) {
