@@ -21,6 +21,9 @@
 
 #include <unistd.h>
 
+/* Each fails only if another process does something at the same moment. */
+#define DT_CREATE_TRIES 5
+
 /* A mailbox in which a message is looked up by its GUID is read for that from its beginning to its end. */
 
 struct dt_worker_mailbox {
@@ -395,29 +398,40 @@ dt_worker_convert_update(const struct dt_mailbox_update *src,
 	dest_r->min_highest_modseq = src->min_highest_modseq;
 }
 
+static int worker_create(const char *vname, bool directory, const struct mailbox_update *update, bool *vanished_r)
+{
+	struct mailbox *box = dt_worker_alloc(vname, 0);
+	enum mail_error error;
+	int ret = 1;
+
+	*vanished_r = FALSE;
+	/* The name was allowed where it was created. */
+	mailbox_skip_create_name_restrictions(box, TRUE);
+	if (mailbox_create(box, directory ? NULL : update, directory) < 0) {
+		error = mailbox_get_last_mail_error(box);
+		*vanished_r = error == MAIL_ERROR_NOTFOUND;
+		ret = error == MAIL_ERROR_EXISTS ? 0 : dt_worker_set_box_error(box, "mailbox_create()");
+	}
+	mailbox_free(&box);
+	return ret;
+}
+
 int dt_worker_create(const char *vname, bool directory,
 		     const struct dt_mailbox_update *_update)
 {
 	struct mailbox_update update;
-	struct mailbox *box;
-	int ret = 1;
+	unsigned int tries = 0;
+	bool vanished;
+	int ret;
 
 	dt_worker_convert_update(_update, &update);
-	T_BEGIN {
-		box = dt_worker_alloc(vname, 0);
-		/* The name was allowed where it was created. */
-		mailbox_skip_create_name_restrictions(box, TRUE);
-		w.writing = TRUE;
-		if (mailbox_create(box, directory ? NULL : &update,
-				   directory) < 0) {
-			if (mailbox_get_last_mail_error(box) == MAIL_ERROR_EXISTS)
-				ret = 0;
-			else
-				ret = dt_worker_set_box_error(box, "mailbox_create()");
-		}
-		mailbox_free(&box);
-		w.writing = FALSE;
-	} T_END;
+	w.writing = TRUE;
+	/* Who lists the mailboxes meanwhile takes a folder away that is not a mailbox yet: mailbox_list_drop_noselect, the
+	   default of Dovecot 2.4. */
+	do T_BEGIN {
+		ret = worker_create(vname, directory, &update, &vanished);
+	} T_END; while (vanished && ++tries < DT_CREATE_TRIES);
+	w.writing = FALSE;
 	return ret;
 }
 

@@ -37,6 +37,8 @@ pub struct FakeStorage {
     mailboxes: BTreeMap<String, FakeMailbox>,
     open: Option<String>,
     steps: Vec<Step>,
+    /// Otherwise it is a maildir.
+    pub is_dbox: bool,
     /// Another worker applies changes of the user.
     pub is_locked: bool,
     pub deleted: HashSet<Guid>,
@@ -289,7 +291,7 @@ impl Storage for FakeStorage {
         Ok(self.mailbox().messages.contains_key(&uid).then(|| self.flags.get(&uid).cloned().unwrap_or_default()))
     }
     fn is_torn_when_killed(&self) -> bool {
-        true
+        !self.is_dbox
     }
     fn is_saved_alone(&mut self, _guid: &str) -> Result<bool> {
         Ok(false)

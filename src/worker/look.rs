@@ -4,7 +4,7 @@
 //! What it finds are deltas, as if they had been told. Guarantees that saves of all mailboxes are told before expunges of
 //! any (a MOVE is one of each, and the expunge alone would drop the only copy), that a log counts as known only after
 //! everything in it was told, and that a log which does not go on where it should is a doubt, never a guess.
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::io::{Read, Write};
 
 use super::apply::locate;
@@ -365,13 +365,19 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
     let mut deltas = read.deltas;
     deltas.retain(|delta| !is_end_of_move(delta, moves.as_deref().unwrap_or_default()));
     let has_come = uid_next(&deltas) > 0;
+    let has_expunged = deltas.iter().any(|delta| matches!(delta, Delta::Expunge { .. }));
     let (mut of_messages, expunges) = operations(storage, deltas, moves.as_deref(), target.was_told)?;
-    if rebuilt.is_some() {
-        let saves = of_messages.iter_mut().filter_map(|what| match what {
-            What::Save(save) => Some(save),
-            _ => None,
-        });
-        saves.for_each(|save| save.found = true);
+    let saves = of_messages.iter_mut().filter_map(|what| match what {
+        What::Save(save) => Some(save),
+        _ => None,
+    });
+    match (rebuilt.is_some(), read.anew_at) {
+        (true, _) => saves.for_each(|save| save.found = true),
+        // A rebuild of an mdbox makes the indexes anew, and then puts in what no mailbox has: a look may come between.
+        (_, Some(at)) if !has_expunged && !storage.is_torn_when_killed() => {
+            mark_found(storage, saves.filter(|save| save.received_date <= i64::from(at)).collect())?;
+        }
+        _ => {}
     }
     match rebuilt {
         Some(rebuilt) if rebuilt.present.len() > RANGES_MAX => {
@@ -399,6 +405,21 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
     Ok(())
 }
 
+/// A peer that has one of these messages has the same one, unless there are copies of it in this mailbox.
+fn mark_found<S: Storage>(storage: &mut S, saves: Vec<&mut proto::Save>) -> Result<()> {
+    if saves.is_empty() {
+        return Ok(());
+    }
+    let mut times: HashMap<String, u32> = HashMap::new();
+    for uid in storage.uids()? {
+        if let Some(guid) = storage.message_guid(uid)? {
+            *times.entry(guid).or_default() += 1;
+        }
+    }
+    saves.into_iter().for_each(|save| save.found = times.get(&save.guid) == Some(&1));
+    Ok(())
+}
+
 /// Whether the open mailbox's log says, behind the place up to which it is known, that somebody else put messages in.
 pub fn has_untold_saves<S: Storage>(storage: &mut S, known: &LookAt) -> Result<bool> {
     let files = storage.log_files()?;
@@ -412,6 +433,8 @@ pub fn has_untold_saves<S: Storage>(storage: &mut S, known: &LookAt) -> Result<b
 struct LogRead {
     deltas: Vec<Delta>,
     rebuilt: bool,
+    /// When the index was made anew, if that is not longer ago than the log reaches: seconds since 1970.
+    anew_at: Option<u32>,
     /// From where to where it was read.
     known: proto::Span,
 }
@@ -465,7 +488,9 @@ fn read_log(files: &[Vec<u8>], target: &LookAt) -> std::result::Result<LogRead, 
     if deltas.len() > DELTAS_MAX {
         return Err(format!("its log says more than {DELTAS_MAX} things that nobody told of"));
     }
-    Ok(LogRead { deltas, rebuilt, known: known(&logs, target, begin, end) })
+    let (header, _) = logs[first];
+    let anew_at = header.begins_anew().then_some(header.create_stamp);
+    Ok(LogRead { deltas, rebuilt, anew_at, known: known(&logs, target, begin, end) })
 }
 
 /// Who asks for an expunge tells of it; whose sync carries it out later does not matter. What was asked for before `end`.
@@ -1065,6 +1090,29 @@ mod tests {
         assert!(words.contains(&"save 1".to_string()), "{words:?}");
         assert!(words.last().unwrap().starts_with("rebuilt 1"), "{words:?}");
         assert_eq!(doubts(&answers), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn what_a_rebuild_puts_in_after_a_first_look_is_what_the_peers_have() {
+        // Cut behind the append: nothing is expunged yet.
+        let before = known_before(SDBOX, |delta| matches!(delta, Delta::Append { uid: 3, .. }));
+        let behind = known_before(SDBOX, |delta| matches!(delta, Delta::Expunge { .. }));
+        let log = &SDBOX[..behind.end as usize];
+        let found = |storage: &mut FakeStorage| {
+            storage.is_dbox = true;
+            let answers = look_at(storage, vec![before.clone()], false);
+            let ops = answers.iter().filter_map(|answer| answer.change.as_ref()).flat_map(|change| &change.ops);
+            let save = |op: &proto::Op| match &op.what {
+                Some(What::Save(save)) if save.guid == "three" => Some(save.found),
+                _ => None,
+            };
+            ops.filter_map(save).collect::<Vec<_>>()
+        };
+        assert_eq!(found(&mut storage(&[log])), [true]);
+        let mut with_copy = storage(&[log]);
+        with_copy.add("INBOX", GUID, 9, &[(1, "three"), (3, "three")]);
+        with_copy.set_logs("INBOX", &[log]);
+        assert_eq!(found(&mut with_copy), [false], "somebody copied it");
     }
 
     #[test]
