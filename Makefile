@@ -54,7 +54,7 @@ demo: stage ## Two Dovecots that replicate to each other, until Ctrl-C (ONCE=1: 
 .PHONY: test
 test: stage ## All tests, end-to-end tests against this machine's Dovecot included
 	@# Those against Dovecot wait most of their time.
-	DOVETAIL_TEST_STAGE=$(STAGE) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$((2 * $$(nproc)))} \
+	DOVETAIL_TEST_STAGE=$(STAGE) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$((3 * $$(nproc)))} \
 	$(CARGO) test $(CARGO_FLAGS) --locked --no-default-features
 
 .PHONY: chaos

@@ -112,7 +112,7 @@ test_pair() {
         export DOVETAIL_ROOT=$top/target/roots/$release DOVETAIL_TOP=$top DOVETAIL_CARGO_HOME=${CARGO_HOME:-$HOME/.cargo} DOVETAIL_TOOLCHAIN=/usr
         mount_root
         DOVETAIL_TEST_STAGE_A=$top/target/stage DOVETAIL_TEST_ROOT_B=$DOVETAIL_ROOT DOVETAIL_TEST_STAGE_B=$top/target/$release/stage \
-            RUST_TEST_THREADS=${RUST_TEST_THREADS:-$((2 * $(nproc)))} cargo test ${CARGO_FLAGS-} --locked --no-default-features "${arguments[@]}"
+            RUST_TEST_THREADS=${RUST_TEST_THREADS:-$((3 * $(nproc)))} cargo test ${CARGO_FLAGS-} --locked --no-default-features "${arguments[@]}"
     )
 }
 
