@@ -431,6 +431,20 @@ fn after_a_start_every_user_is_looked_at_from_where_the_logs_were_known() {
         worker.finish(Kind::Looked(Looked { job: look.job, ..Default::default() }));
     }
     assert_eq!(ends, [("jane".to_string(), 300), ("joe".to_string(), 150)]);
+
+    // And of those whom it does not know, who had mail since it was killed. A worker that goes away is no answer.
+    let (mut worker, look) = a.next_look();
+    assert!(look.users);
+    worker.send(Kind::Looked(Looked { job: look.job, more: true, users: vec!["gone".into()], ..Default::default() }));
+    drop(worker);
+    let (mut worker, look) = a.next_look();
+    assert!(look.users);
+    let users = vec!["jane".to_string(), "newcomer".to_string(), "joe".to_string()];
+    worker.send(Kind::Looked(Looked { job: look.job, more: true, users, ..Default::default() }));
+    worker.finish(Kind::Looked(Looked { job: look.job, ..Default::default() }));
+    let (worker, look) = a.next_look();
+    assert_eq!((look.user.as_str(), look.whole, look.written_since > 0), ("newcomer", true, true));
+    worker.finish(Kind::Looked(Looked { job: look.job, ..Default::default() }));
     until("nobody is left", || a.status().counters.unwrap().looking == 0);
 }
 

@@ -125,6 +125,8 @@ extern "C" {
     fn dt_worker_user_open(username: *const c_char) -> c_int;
     fn dt_worker_user() -> *mut c_void;
     fn dt_worker_user_close();
+    fn dt_worker_users(each: extern "C" fn(*const c_char, *mut c_void), context: *mut c_void) -> c_int;
+    fn dt_worker_was_written_since(since: i64) -> c_int;
     fn dt_worker_namespace_prefix() -> *const c_char;
     fn dt_worker_namespace_separator() -> c_char;
     fn dt_worker_inbox_guid(guid_r: *mut u8);
@@ -410,6 +412,11 @@ extern "C" fn collect_saved(first_uid: u32, last_uid: u32, context: *mut c_void)
     });
 }
 
+extern "C" fn collect_user(username: *const c_char, context: *mut c_void) {
+    // SAFETY: users() passes its Vec, the shim a string.
+    guard("user", (), || unsafe { (&mut *context.cast::<Vec<String>>()).push(text(username)) });
+}
+
 extern "C" fn collect_listed(listed: *const DtListed, context: *mut c_void) {
     guard("listed", (), || {
         // SAFETY: mailboxes() passes its Vec, the shim a valid struct.
@@ -508,6 +515,20 @@ impl Storage for DovecotStorage {
         // SAFETY: no user is open.
         self.user_open = check(unsafe { dt_worker_user_open(user.as_ptr()) })?;
         Ok(self.user_open)
+    }
+
+    fn users(&mut self) -> Result<Vec<String>> {
+        self.close_user();
+        let mut users: Vec<String> = Vec::new();
+        // SAFETY: no user is open; the callback gets the Vec only during the call.
+        check(unsafe { dt_worker_users(collect_user, (&raw mut users).cast()) })?;
+        Ok(users)
+    }
+
+    fn was_written_since(&mut self, since: i64) -> Result<bool> {
+        self.need_user()?;
+        // SAFETY: a user is open.
+        check(unsafe { dt_worker_was_written_since(since) })
     }
 
     fn user_peers(&self) -> Result<proto::UserPeers> {

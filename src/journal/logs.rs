@@ -59,6 +59,11 @@ impl Journal {
         })
     }
 
+    /// Whether something was told of the user, or he was looked at.
+    pub fn has_user(&self, user: &str) -> Result<bool, JournalError> {
+        self.run(|db| db.prepare_cached("SELECT 1 FROM logs WHERE user = ? LIMIT 1")?.exists([user]))
+    }
+
     /// The log is known up to there. Without a path the one that was there stays.
     pub fn set_log(&mut self, log: &KnownLog) -> Result<(), JournalError> {
         self.write_log(log, true)

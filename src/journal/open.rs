@@ -91,6 +91,9 @@ pub struct Start {
     pub is_new: bool,
     /// The machine was started since, and not all was looked at after that: its last commits may be lost.
     pub is_after_boot: bool,
+    /// Since when (seconds since 1970) users may have had their first mail, and nobody told of it: the last commit before
+    /// the start, or before the first of several that did not look for them all.
+    pub unheard_since: Option<i64>,
 }
 
 impl Journal {
@@ -103,6 +106,7 @@ impl Journal {
         let path = options.folder.join(FILE_NAME);
         let is_new = !path.exists();
         let sqlite = |error| JournalError::Sqlite { path: path.clone(), error };
+        let written_secs = written_secs(&path);
         match is_new {
             true => create(&path, options)?,
             false => check(&path, options.server)?,
@@ -122,11 +126,18 @@ impl Journal {
             checkpoints,
             _lock: lock,
         };
-        let (epoch, is_after_boot) = journal.begin(options)?;
-        Ok((journal, Start { epoch, is_new, is_after_boot: is_after_boot && !is_new }))
+        let (epoch, is_after_boot) = journal.begin(options, written_secs)?;
+        let unheard_since: Option<i64> = journal.meta("unheard_since")?;
+        let unheard_since = unheard_since.filter(|since| *since != 0);
+        Ok((journal, Start { epoch, is_new, is_after_boot: is_after_boot && !is_new, unheard_since }))
     }
 
-    fn begin(&mut self, options: &Options) -> Result<(u64, bool), JournalError> {
+    /// They were all looked for.
+    pub fn all_heard(&mut self) -> Result<(), JournalError> {
+        self.put("unheard_since", 0)
+    }
+
+    fn begin(&mut self, options: &Options, written_secs: Option<i64>) -> Result<(u64, bool), JournalError> {
         let epoch = self.number("epoch")?;
         self.reserved = self.number("reserved")?;
         let last: Option<i64> = self.run(|db| db.query_row("SELECT max(seq) FROM changes", [], |row| row.get(0)))?;
@@ -146,6 +157,11 @@ impl Journal {
         self.put("boot", options.boot)?;
         if boot.is_some() && is_after_boot {
             self.put("unlooked", 1)?;
+        }
+        if let Some(secs) = written_secs {
+            // A start that did not look for them all leaves that to the next.
+            let since: Option<i64> = self.meta("unheard_since")?;
+            self.put("unheard_since", since.filter(|since| *since != 0).unwrap_or(secs))?;
         }
         self.begin_peers(options.peers)?;
         self.bytes = from_sql(
@@ -238,6 +254,14 @@ impl Journal {
         })
         .map(drop)
     }
+}
+
+/// When the journal was last written to, in seconds since 1970.
+fn written_secs(path: &Path) -> Option<i64> {
+    let files = [path.to_owned(), path.with_extension("sqlite-wal")];
+    let written = files.iter().filter_map(|file| std::fs::metadata(file).ok()?.modified().ok());
+    let since = written.filter_map(|at| at.duration_since(std::time::UNIX_EPOCH).ok()).max()?;
+    i64::try_from(since.as_secs()).ok()
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {

@@ -28,6 +28,7 @@ use super::spans::Spans;
 use super::status::Counts;
 use super::subscribers::Subscribers;
 use super::torn::Torn;
+use super::unheard::Unheard;
 use super::work::Work;
 use super::workers::Worker;
 use super::{Config, Connection as Kind};
@@ -116,6 +117,9 @@ pub struct Engine {
     pub heals: Heals,
     /// Users up to this one have been looked at since the start; none: all.
     pub swept: Option<String>,
+    pub unheard: Unheard,
+    /// Whom the userdb has listed so far, and the journal does not know.
+    pub asked: Vec<String>,
     pub races: Races,
     pub redos: Redos,
     /// Users with changes of flags that some peer may not have heard of, and the clock of the last.
@@ -193,6 +197,8 @@ impl Engine {
             spans: Spans::default(),
             heals: Heals::default(),
             swept: Some(String::new()),
+            unheard: start.unheard_since.map_or(Unheard::Done, Unheard::Ask),
+            asked: Vec::new(),
             races: Races::default(),
             redos: Redos::default(),
             flags_clocks: HashMap::new(),

@@ -33,6 +33,8 @@ pub struct Look {
     pub subscriptions: bool,
     /// Of these all that is there is to be told.
     pub anew: BTreeSet<Vec<u8>>,
+    /// Nothing, if nothing was written to them since then, in seconds since 1970; 0: always.
+    pub written_since: i64,
 }
 
 impl Look {
@@ -41,6 +43,11 @@ impl Look {
     }
 
     fn merge(&mut self, other: Look) {
+        if self.is_empty() {
+            self.written_since = other.written_since;
+        } else if other.written_since == 0 {
+            self.written_since = 0;
+        }
         self.whole |= other.whole;
         self.logs |= other.logs;
         self.subscriptions |= other.subscriptions;
@@ -100,7 +107,9 @@ pub struct Heals {
 impl Heals {
     /// The mailbox's log is to be read, up to the place or all of it.
     pub fn want(&mut self, user: &Arc<str>, mailbox: &[u8], until: Option<Place>) {
-        self.users.entry(user.clone()).or_default().wanted.add(mailbox.to_vec(), until);
+        let wanted = &mut self.users.entry(user.clone()).or_default().wanted;
+        wanted.add(mailbox.to_vec(), until);
+        wanted.written_since = 0;
         self.line_up(user);
     }
 
@@ -128,8 +137,18 @@ impl Heals {
         self.want_whole(user);
     }
 
+    /// All of a user of whom nobody has told yet, if something was written to his mail since then (seconds since 1970).
+    pub fn want_written_since(&mut self, user: &Arc<str>, since: i64) {
+        if !self.users.contains_key(user) {
+            self.want_all(user);
+            self.users.entry(user.clone()).or_default().wanted.written_since = since;
+        }
+    }
+
     fn want_whole(&mut self, user: &Arc<str>) {
-        self.users.entry(user.clone()).or_default().wanted.whole = true;
+        let wanted = &mut self.users.entry(user.clone()).or_default().wanted;
+        wanted.whole = true;
+        wanted.written_since = 0;
         self.line_up(user);
     }
 

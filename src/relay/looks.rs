@@ -38,9 +38,10 @@ impl Engine {
         while self.heals.running() < most {
             let Some(index) = self.workers.iter().position(Worker::may_work) else { return };
             self.sweep();
+            self.sweep_unheard();
             let (work, redos) = (&self.work, &self.redos);
             let is_busy = |user: &str| work.is_busy(user) || redos.is_running(user);
-            let Some((user, look)) = self.heals.next(self.now_ms, is_busy) else { return };
+            let Some((user, look)) = self.heals.next(self.now_ms, is_busy) else { return self.ask_for_users() };
             if let Err(error) = self.begin_look(index, user, &look) {
                 return self.fail(error);
             }
@@ -129,7 +130,8 @@ impl Engine {
         let job =
             LookJob { id: self.last_job, user: user.clone(), whole: look.whole, subscriptions: look.subscriptions };
         let list_only = look.whole && !look.logs && look.mailboxes.is_empty();
-        let frames = look_frames(&job, mailboxes, since, list_only);
+        let first = proto::Look { since, list_only, written_since: look.written_since, ..Default::default() };
+        let frames = look_frames(&job, mailboxes, &first);
         self.order.look_begins(&job.user);
         self.workers[index].task = Task::Look(job);
         let Some(token) = self.workers[index].token else { return Ok(()) };
@@ -140,6 +142,9 @@ impl Engine {
     }
 
     pub fn worker_looked(&mut self, index: usize, looked: Looked) -> Result<(), Close> {
+        if matches!(self.workers[index].task, Task::Ask) {
+            return self.worker_asked(index, looked);
+        }
         let Task::Look(job) = &self.workers[index].task else {
             return Err(Close::Malformed(format!("it looked for job {}, which it was not given", looked.job)));
         };
@@ -152,7 +157,8 @@ impl Engine {
         }
         self.workers[index].task = Task::Idle;
         let outcome = if looked.error.is_empty() { Ok(()) } else { Err(change::printable(&looked.error)) };
-        if outcome.is_ok() && subscriptions {
+        // None of him, if nothing was looked at.
+        if outcome.is_ok() && subscriptions && looked.looked_at != 0 {
             let looked_at = KnownLog { user: user.to_string(), end: looked.looked_at as u64, ..Default::default() };
             if let Err(error) = self.journal.set_log(&looked_at) {
                 self.fail(error);
@@ -374,15 +380,8 @@ pub fn look_at(log: KnownLog) -> LookAt {
 }
 
 /// The look as frames, none too long.
-fn look_frames(job: &LookJob, mailboxes: Vec<LookAt>, since: i64, list_only: bool) -> Vec<Frame> {
-    let empty = || proto::Look {
-        job: job.id,
-        user: job.user.to_string(),
-        whole: job.whole,
-        since,
-        list_only,
-        ..Default::default()
-    };
+fn look_frames(job: &LookJob, mailboxes: Vec<LookAt>, look: &proto::Look) -> Vec<Frame> {
+    let empty = || proto::Look { job: job.id, user: job.user.to_string(), whole: job.whole, ..look.clone() };
     let mut frames = vec![empty()];
     let mut bytes = 0;
     for mailbox in mailboxes {

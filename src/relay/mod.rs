@@ -33,6 +33,7 @@ mod status;
 pub mod stepped;
 mod subscribers;
 mod torn;
+mod unheard;
 mod users;
 mod work;
 mod workers;

@@ -35,8 +35,7 @@ impl Engine {
                 .collect(),
             counters: Some(Counters {
                 notes: notes.collect(),
-                looking: (self.heals.pending() + self.lists.to_be_looked_at() + usize::from(self.swept.is_some()))
-                    as u64,
+                looking: (self.heals.pending() + self.lists.to_be_looked_at() + self.sweeping()) as u64,
                 look_error,
                 ..self.counts.counters.clone()
             }),

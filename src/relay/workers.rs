@@ -93,6 +93,8 @@ pub enum Task {
     /// Reads the body of this number.
     Read(u64),
     Look(LookJob),
+    /// Asks the userdb who the users are.
+    Ask,
     Redo(RedoJob),
 }
 
@@ -252,6 +254,7 @@ impl Engine {
                 self.redo_failed(&job, &format!("the worker went away ({})", why.reason()), false);
                 self.forget_partly_applied(job.user());
             }
+            Task::Ask => self.ask_again(),
             Task::Idle | Task::Read(_) => {}
         }
         self.bodies_without(Party::Worker(index), "the worker went away");

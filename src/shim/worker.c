@@ -20,6 +20,7 @@
 #include "worker.h"
 
 #include <unistd.h>
+#include <sys/stat.h>
 
 /* Each fails only if another process does something at the same moment. */
 #define DT_CREATE_TRIES 5
@@ -268,6 +269,17 @@ int dt_worker_temp_file(void)
 	return fd;
 }
 
+int dt_worker_users(void (*each)(const char *username, void *context), void *context)
+{
+	const char *username;
+	int ret;
+
+	mail_storage_service_all_init_mask(w.storage_service, "");
+	while ((ret = mail_storage_service_all_next(w.storage_service, &username)) > 0)
+		each(username, context);
+	return ret < 0 ? dt_worker_set_error("the userdb does not list them") : 1;
+}
+
 /* -- Mailbox list */
 
 int dt_worker_existence(const char *vname, enum dt_existence *existence_r)
@@ -385,6 +397,35 @@ int dt_worker_list_guids(void (*each)(const struct dt_listed *listed, void *cont
 		}
 	}
 	return result;
+}
+
+static bool worker_was_written_since(struct mailbox_list *list, const char *vname, time_t since)
+{
+	struct mailbox *box = mailbox_alloc(list, vname, MAILBOX_FLAG_IGNORE_ACLS);
+	const char *path;
+	struct stat st;
+	bool was = mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_INDEX, &path) > 0 &&
+		stat(t_strconcat(path, "/", box->index_prefix, ".log", NULL), &st) == 0 && st.st_mtime >= since;
+
+	mailbox_free(&box);
+	return was;
+}
+
+int dt_worker_was_written_since(int64_t since)
+{
+	struct mailbox_list_iterate_context *iter;
+	const struct mailbox_info *info;
+	int ret = 0;
+
+	iter = mailbox_list_iter_init(w.ns->list, "*", MAILBOX_LIST_ITER_NO_AUTO_BOXES | MAILBOX_LIST_ITER_SKIP_ALIASES);
+	while (ret == 0 && (info = mailbox_list_iter_next(iter)) != NULL) T_BEGIN {
+		if ((info->flags & (MAILBOX_NOSELECT | MAILBOX_NONEXISTENT)) == 0 &&
+		    worker_was_written_since(w.ns->list, info->vname, since))
+			ret = 1;
+	} T_END;
+	if (mailbox_list_iter_deinit(&iter) < 0 && ret == 0)
+		ret = dt_worker_set_error("Listing mailboxes: %s", mailbox_list_get_last_error(w.ns->list, NULL));
+	return ret;
 }
 
 static void

@@ -48,6 +48,10 @@ pub struct FakeStorage {
     pub half_deleted: HashSet<String>,
     /// Changes that a worker was given before.
     pub again: Vec<u64>,
+    /// Whom the userdb lists; None: it lists nobody.
+    pub users: Option<Vec<String>>,
+    /// When something was last written to his mail.
+    pub written_at: i64,
     /// This server.
     pub me: String,
     /// What the relay keeps.
@@ -109,6 +113,12 @@ impl Storage for FakeStorage {
         Ok(!self.is_locked)
     }
     fn unlock_user(&mut self) {}
+    fn users(&mut self) -> Result<Vec<String>> {
+        self.users.clone().ok_or_else(|| "the userdb does not list them".into())
+    }
+    fn was_written_since(&mut self, since: i64) -> Result<bool> {
+        Ok(self.written_at >= since)
+    }
     fn user_peers(&self) -> Result<UserPeers> {
         Ok(UserPeers { all: true, servers: vec![] })
     }

@@ -116,6 +116,8 @@ impl Jobs {
             whole: look.whole,
             since: look.since,
             list_only: look.list_only,
+            written_since: look.written_since,
+            users: look.users,
             ..wanted
         };
         if look.more {

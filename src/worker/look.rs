@@ -25,6 +25,8 @@ const YOUNG_SECS: i64 = 3_600;
 const RANGES_MAX: usize = 512;
 /// Changes of flags in one mailbox that name the message by its GUID, too: worth opening some files, but not all.
 const NAMED_MAX: usize = 1_000;
+/// Users in one frame; a name has no more than 255 bytes, as a rule.
+const USERS_MAX: usize = 100;
 /// Deltas of one look; a log with more is compared instead.
 const DELTAS_MAX: usize = 1_000_000;
 
@@ -37,6 +39,10 @@ pub struct Wanted {
     pub whole: bool,
     pub since: i64,
     pub list_only: bool,
+    /// Nothing if nothing was written since then; 0: always.
+    pub written_since: i64,
+    /// Nothing else: who the users are.
+    pub users: bool,
 }
 
 /// Looks, and answers. False if Dovecot failed; fails only if the connection cannot be used any more.
@@ -47,9 +53,12 @@ pub fn look<S: Storage, C: Read + Write>(
     now_secs: i64,
 ) -> Link<bool> {
     storage.applying(&[]);
+    if wanted.users {
+        return list_users(storage, connection, wanted.job);
+    }
     let mut found = Found::default();
     let outcome = find(storage, wanted, now_secs, &mut found);
-    let peers = storage.user_peers().ok();
+    let peers = storage.user_peers().ok().filter(|_| !found.is_idle);
     storage.close_user();
     let job = wanted.job;
     if peers.is_some() {
@@ -68,13 +77,28 @@ pub fn look<S: Storage, C: Read + Write>(
     }
     let is_done = outcome.is_ok();
     let error = outcome.err().or(found.later).unwrap_or_default().chars().take(1000).collect();
-    let looked_at = if wanted.whole { now_secs } else { 0 };
+    let looked_at = if wanted.whole && !found.is_idle { now_secs } else { 0 };
     connection.send(Kind::Looked(Looked { job, error, looked_at, ..Default::default() }))?;
     Ok(is_done)
 }
 
+fn list_users<S: Storage, C: Read + Write>(storage: &mut S, connection: &mut Connection<C>, job: u64) -> Link<bool> {
+    let outcome = storage.users();
+    for users in outcome.as_deref().unwrap_or_default().chunks(USERS_MAX) {
+        connection.send(Kind::Looked(Looked { job, more: true, users: users.to_vec(), ..Default::default() }))?;
+    }
+    let is_done = outcome.is_ok();
+    connection.send(Kind::Looked(Looked { job, error: outcome.err().unwrap_or_default(), ..Default::default() }))?;
+    Ok(is_done)
+}
+
 fn find<S: Storage>(storage: &mut S, wanted: &Wanted, now_secs: i64, found: &mut Found) -> Result<()> {
-    if !storage.open_user(&wanted.user)? {
+    let is_open = storage.open_user(&wanted.user)?;
+    if wanted.written_since != 0 && !(is_open && storage.was_written_since(wanted.written_since)?) {
+        found.is_idle = true;
+        return Ok(());
+    }
+    if !is_open {
         found.doubt(&LookAt::default(), "the user has mailboxes in the journal, but does not exist here (any more)");
         return Ok(());
     }
@@ -105,6 +129,8 @@ struct Found {
     missing: Vec<Vec<u8>>,
     /// Why there must be another look soon.
     later: Option<String>,
+    /// Nothing was written, and nothing is looked at.
+    is_idle: bool,
 }
 
 impl Found {
@@ -1113,6 +1139,20 @@ mod tests {
         with_copy.add("INBOX", GUID, 9, &[(1, "three"), (3, "three")]);
         with_copy.set_logs("INBOX", &[log]);
         assert_eq!(found(&mut with_copy), [false], "somebody copied it");
+    }
+
+    #[test]
+    fn a_user_whose_mail_nobody_wrote_to_is_not_looked_at() {
+        let mut storage = storage(&[SDBOX]);
+        storage.written_at = 100;
+        let mut look = |written_since| {
+            let wanted = Wanted { user: "jane".into(), whole: true, written_since, ..Default::default() };
+            let mut found = Found::default();
+            find(&mut storage, &wanted, NOW, &mut found).unwrap();
+            (found.is_idle, found.answers("jane").count() > 0)
+        };
+        assert_eq!(look(101), (true, false));
+        assert_eq!(look(100), (false, true));
     }
 
     #[test]

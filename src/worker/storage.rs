@@ -104,6 +104,10 @@ pub trait Storage {
     fn unlock_user(&mut self);
     /// False if there is no such user.
     fn open_user(&mut self, user: &str) -> Result<bool>;
+    /// All whom the userdb lists.
+    fn users(&mut self) -> Result<Vec<String>>;
+    /// Whether something was written to one of his mailboxes since then, in seconds since 1970. Opens none.
+    fn was_written_since(&mut self, since: i64) -> Result<bool>;
     /// With whom his mail is replicated.
     fn user_peers(&self) -> Result<UserPeers>;
     /// Closes all that is open of the user, gives his privileges back.

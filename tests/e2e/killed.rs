@@ -117,6 +117,22 @@ fn a_process_killed_after_its_very_first_commit() {
     assert_eq!(settled(&t).messages("Fresh").len(), 1);
 }
 
+/// Nobody is left to tell the relay of him but the userdb.
+#[test]
+fn a_new_users_first_mail_while_the_relay_was_away() {
+    let (known, new) = ("story-known-user", "story-new-user");
+    let server = |name| Setup::new(name, Format::Sdbox).only_user(known).only_user(new);
+    let t = Scene::on(Cluster::start(vec![server("a"), server("b")]), new);
+    t.expects_in_log("killed with signal 9");
+    t.a().deliver(known, &mail("so that the relays know each other"));
+    t.converged_within(DEADLINE, known);
+    signal(t.a().pids("dovetail")[0], "STOP");
+    t.a().deliver(new, &mail("first"));
+    kill(t.a(), &["lmtp"]);
+    restart_relay(t.a());
+    assert_eq!(settled(&t).messages("INBOX").len(), 1);
+}
+
 #[test]
 fn a_relay_cut_in_mid_frame() {
     let t = pair("story-cut-frame");

@@ -76,8 +76,11 @@ fn rows(folder: &Path) -> Vec<String> {
     let names: Vec<String> = names.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
     let mut found = Vec::new();
     for name in names {
-        let rest =
-            if name == "meta" { "WHERE key NOT IN ('boot', 'clean', 'reserved', 'seq', 'unlooked')" } else { "" };
+        let rest = if name == "meta" {
+            "WHERE key NOT IN ('boot', 'clean', 'reserved', 'seq', 'unheard_since', 'unlooked')"
+        } else {
+            ""
+        };
         let mut query = db.prepare(&format!("SELECT * FROM {name} {rest}")).unwrap();
         let columns = query.column_count();
         let mut rows = query.query([]).unwrap();

@@ -136,6 +136,12 @@ impl Storage for ModelStorage {
         self.last_logs.clear();
         self.user = None;
     }
+    fn users(&mut self) -> Result<Vec<String>> {
+        Ok(vec![])
+    }
+    fn was_written_since(&mut self, _since: i64) -> Result<bool> {
+        Ok(false)
+    }
     fn user_peers(&self) -> Result<proto::UserPeers> {
         Ok(proto::UserPeers { all: true, ..Default::default() })
     }

@@ -85,10 +85,8 @@ impl Server<'_> {
             Format::Mdbox => "mdbox:~/mdbox",
             Format::Maildir => "maildir:~/Maildir",
         };
-        let mut users = String::new();
-        if self.setup.has_users() {
-            users += &format!("userdb {{\n  driver = passwd-file\n  args = username_format=%u {dir}/{USERS}\n}}\n");
-        }
+        // A userdb that can list its users, which "static" cannot.
+        let mut users = format!("userdb {{\n  driver = passwd-file\n  args = username_format=%u {dir}/{USERS}\n}}\n");
         if !self.setup.has_no_other_users {
             let args = format!("uid=mail gid=mail home={dir}/home/%u allow_all_users=yes");
             users += &format!("userdb {{\n  driver = static\n  args = {args}\n}}\n");
@@ -149,10 +147,7 @@ service lmtp {{
             Format::Mdbox => ("mdbox", "mdbox"),
             Format::Maildir => ("maildir", "Maildir"),
         };
-        let mut users = String::new();
-        if self.setup.has_users() {
-            users += &format!("userdb passwd-file {{\n  passwd_file_path = {dir}/{USERS}\n}}\n");
-        }
+        let mut users = format!("userdb passwd-file {{\n  passwd_file_path = {dir}/{USERS}\n}}\n");
         if !self.setup.has_no_other_users {
             let fields = format!("    uid = mail\n    gid = mail\n    home = {dir}/home/%{{user}}\n");
             users += &format!("userdb static {{\n  fields {{\n{fields}  }}\n}}\n");

@@ -80,7 +80,7 @@ impl Setup {
             plugin: true,
             extra_23: String::new(),
             extra_24: String::new(),
-            files: Vec::new(),
+            files: vec![(config::USERS.into(), String::new())],
             peers: None,
             only_with: None,
             line: false,
@@ -131,15 +131,9 @@ impl Setup {
     }
 
     fn user(mut self, line: &str) -> Setup {
-        match self.files.iter_mut().find(|(path, _)| path == config::USERS) {
-            Some((_, text)) => *text += line,
-            None => self.files.push((config::USERS.into(), line.to_owned())),
-        }
+        let users = self.files.iter_mut().find(|(path, _)| path == config::USERS);
+        users.expect("every server has the file").1 += line;
         self
-    }
-
-    pub fn has_users(&self) -> bool {
-        self.files.iter().any(|(path, _)| path == config::USERS)
     }
 
     pub fn extra(mut self, v23: &str, v24: &str) -> Setup {
