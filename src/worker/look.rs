@@ -201,12 +201,18 @@ fn find_in_list<S: Storage>(
         }
         let of_name = |listed: &Listed| name::path(&listed.vname, namespace).is_some_and(|path| path == known.path);
         if let Some(anew) = listed.iter_mut().find(|listed| of_name(listed)) {
-            // Dovecot keeps the GUID of a dbox in its index, and gives it another one when it makes that anew.
-            if !storage.was_deleted(&guid)? && give_guid(storage, &anew.vname, guid)? {
-                replaced.push(std::mem::replace(&mut anew.guid, guid));
-                // What stood in the index alone is gone; Dovecot may look for the messages' files only when told to resync it.
-                found.doubt(known, "its index was made anew, perhaps without all messages and flags");
-                continue;
+            // Dovecot keeps the GUID of a dbox in its index, and gives it another one when it makes that anew. Or a worker gave
+            // it a peer's, and was killed before it could tell; then it does so again.
+            if !storage.was_deleted(&guid)? {
+                if let Some(goes_on) = give_guid(storage, &anew.vname, guid, known)? {
+                    replaced.push(std::mem::replace(&mut anew.guid, guid));
+                    if !goes_on {
+                        // What stood in the index alone is gone; Dovecot may look for the messages' files only when told to
+                        // resync it.
+                        found.doubt(known, "its index was made anew, perhaps without all messages and flags");
+                    }
+                    continue;
+                }
             }
         }
         if is_half_deleted(storage, &known.path, namespace, &listed)? {
@@ -240,14 +246,16 @@ fn find_in_list<S: Storage>(
     Ok(targets)
 }
 
-/// False if the mailbox is gone.
-fn give_guid<S: Storage>(storage: &mut S, vname: &str, guid: Guid) -> Result<bool> {
-    let is_open = storage.open(vname, false)?;
-    if is_open {
-        storage.update(&Update { guid, ..Update::default() })?;
+/// Whether its log goes on from where it was known with this GUID; None if the mailbox is gone.
+fn give_guid<S: Storage>(storage: &mut S, vname: &str, guid: Guid, known: &LookAt) -> Result<Option<bool>> {
+    if !storage.open(vname, false)? {
+        return Ok(None);
     }
+    let files = storage.log_files()?;
+    let goes_on = known.log_seq != 0 && read_log(&files, known).is_ok_and(|read| !read.rebuilt);
+    storage.update(&Update { guid, ..Update::default() })?;
     storage.close();
-    Ok(is_open)
+    Ok(Some(goes_on))
 }
 
 /// A process was killed while it deleted the mailbox: nobody can open it, until Dovecot brings it back after five minutes
@@ -932,6 +940,14 @@ mod tests {
         assert_eq!(storage.guid(vname), [9; 16]);
         assert!(words.contains(&"save 1".to_string()) && words.last().unwrap().starts_with("rebuilt 1"), "{words:?}");
         assert_eq!(doubts(&answers), ["its index was made anew, perhaps without all messages and flags"]);
+    }
+
+    #[test]
+    fn a_mailbox_that_a_killed_worker_gave_another_guid_is_no_loss() {
+        let mut storage = storage(&[SDBOX]);
+        let old = LookAt { guid: vec![9; 16], ..known_up_to(SDBOX, SDBOX.len() as u64) };
+        let answers = look_at(&mut storage, vec![old], true);
+        assert_eq!((storage.guid("INBOX"), doubts(&answers)), ([9; 16], vec![]));
     }
 
     #[test]
