@@ -214,7 +214,9 @@ impl Writer<'_> {
         // A look needs an answer.
         for _ in 0..20 {
             if let Ok(answer) = self.ask(user, |imap| imap.command(&format!("LIST \"\" {name}"))) {
-                return !answer.untagged.is_empty();
+                // Who is killed while he creates it may leave its folder.
+                return !answer.untagged.is_empty()
+                    && !answer.untagged.iter().any(|line| String::from_utf8_lossy(line).contains("\\Noselect"));
             }
         }
         panic!("20 connections were lost in a row");
