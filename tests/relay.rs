@@ -428,7 +428,7 @@ fn after_a_start_every_user_is_looked_at_from_where_the_logs_were_known() {
         let (worker, look) = a.next_look();
         assert!(look.whole);
         ends.push((look.user.clone(), look.mailboxes[0].end));
-        worker.finish(Kind::Looked(Looked { job: look.job, ..Default::default() }));
+        worker.finish(Kind::Looked(Looked { job: look.job, looked_at: 1, ..Default::default() }));
     }
     assert_eq!(ends, [("jane".to_string(), 300), ("joe".to_string(), 150)]);
 

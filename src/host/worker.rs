@@ -2,7 +2,7 @@
 //!
 //! Everything here runs on the main thread, called from the ioloop.
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{c_char, c_int, c_void, CString};
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -126,7 +126,7 @@ extern "C" {
     fn dt_worker_user() -> *mut c_void;
     fn dt_worker_user_close();
     fn dt_worker_users(each: extern "C" fn(*const c_char, *mut c_void), context: *mut c_void) -> c_int;
-    fn dt_worker_was_written_since(since: i64) -> c_int;
+    fn dt_worker_was_written_since(username: *const c_char, since: i64) -> c_int;
     fn dt_worker_namespace_prefix() -> *const c_char;
     fn dt_worker_namespace_separator() -> c_char;
     fn dt_worker_inbox_guid(guid_r: *mut u8);
@@ -168,6 +168,8 @@ struct DovecotStorage {
     user_open: bool,
     /// Names of the user's mailboxes, as they were when they were last listed.
     names: HashMap<Guid, String>,
+    /// GUIDs that none of them had: what the peers tell of, they knew of before the job began.
+    missing: HashSet<Guid>,
     mailbox_open: bool,
     body_open: bool,
 }
@@ -270,6 +272,7 @@ extern "C" fn dt_rs_worker_connected(fd: c_int) {
                 locked_user: None,
                 user_open: false,
                 names: HashMap::new(),
+                missing: HashSet::new(),
                 mailbox_open: false,
                 body_open: false,
             },
@@ -525,10 +528,11 @@ impl Storage for DovecotStorage {
         Ok(users)
     }
 
-    fn was_written_since(&mut self, since: i64) -> Result<bool> {
+    fn was_written_since(&mut self, user: &str, since: i64) -> Result<bool> {
         self.need_user()?;
+        let user = c_string(user)?;
         // SAFETY: a user is open.
-        check(unsafe { dt_worker_was_written_since(since) })
+        check(unsafe { dt_worker_was_written_since(user.as_ptr(), since) })
     }
 
     fn user_peers(&self) -> Result<proto::UserPeers> {
@@ -543,6 +547,7 @@ impl Storage for DovecotStorage {
         self.mailbox_open = false;
         self.user_open = false;
         self.names.clear();
+        self.missing.clear();
         // SAFETY: closes what there is.
         unsafe { dt_worker_user_close() }
     }
@@ -597,13 +602,21 @@ impl Storage for DovecotStorage {
                 return Ok(Some(vname.clone()));
             }
         }
+        if self.missing.contains(guid) {
+            return Ok(None);
+        }
         // It may have been created, or have got this name, since.
         self.list_guids()?;
-        Ok(self.names.get(guid).cloned())
+        let vname = self.names.get(guid).cloned();
+        if vname.is_none() {
+            self.missing.insert(*guid);
+        }
+        Ok(vname)
     }
 
     fn create(&mut self, vname: &str, directory: bool, update: &Update) -> Result<bool> {
         self.need_user()?;
+        self.missing.clear();
         let vname = c_string(vname)?;
         // SAFETY: a user is open.
         check(unsafe { dt_worker_create(vname.as_ptr(), directory, &update.into()) })
@@ -611,6 +624,7 @@ impl Storage for DovecotStorage {
 
     fn rename(&mut self, from: &str, to: &str) -> Result<bool> {
         self.need_user()?;
+        self.missing.clear();
         let (from, to) = (c_string(from)?, c_string(to)?);
         // SAFETY: a user is open.
         check(unsafe { dt_worker_rename(from.as_ptr(), to.as_ptr()) })
@@ -682,6 +696,7 @@ impl Storage for DovecotStorage {
         // If it had this GUID before, it lost it with its index.
         let made_anew = *guid != [0; 16] && self.find_guid(guid)?.is_none() && !self.was_deleted(guid)?;
         SPANS.with_borrow_mut(|spans| spans.made_anew = made_anew);
+        self.missing.clear();
         // SAFETY: a mailbox is open.
         let updated = check(unsafe { dt_worker_update(&update.into()) });
         SPANS.with_borrow_mut(|spans| spans.made_anew = false);

@@ -59,9 +59,9 @@ impl Journal {
         })
     }
 
-    /// Whether something was told of the user, or he was looked at.
-    pub fn has_user(&self, user: &str) -> Result<bool, JournalError> {
-        self.run(|db| db.prepare_cached("SELECT 1 FROM logs WHERE user = ? LIMIT 1")?.exists([user]))
+    /// Whether all of the user's mail was looked at, ever.
+    pub fn was_looked_at(&self, user: &str) -> Result<bool, JournalError> {
+        self.run(|db| db.prepare_cached("SELECT 1 FROM logs WHERE user = ? AND mailbox = x''")?.exists([user]))
     }
 
     /// The log is known up to there. Without a path the one that was there stays.

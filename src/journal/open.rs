@@ -96,6 +96,8 @@ pub struct Start {
     pub unheard_since: Option<i64>,
 }
 
+const UNHEARD_MARGIN_SECS: i64 = 600;
+
 impl Journal {
     /// Opens or makes the journal in a folder that exists.
     ///
@@ -161,7 +163,8 @@ impl Journal {
         if let Some(secs) = written_secs {
             // A start that did not look for them all leaves that to the next.
             let since: Option<i64> = self.meta("unheard_since")?;
-            self.put("unheard_since", since.filter(|since| *since != 0).unwrap_or(secs))?;
+            let since = since.filter(|since| *since != 0).map_or(secs, |since| since.min(secs));
+            self.put("unheard_since", since)?;
         }
         self.begin_peers(options.peers)?;
         self.bytes = from_sql(
@@ -256,12 +259,13 @@ impl Journal {
     }
 }
 
-/// When the journal was last written to, in seconds since 1970.
+/// Shortly before the journal was last written to, in seconds since 1970.
 fn written_secs(path: &Path) -> Option<i64> {
     let files = [path.to_owned(), path.with_extension("sqlite-wal")];
     let written = files.iter().filter_map(|file| std::fs::metadata(file).ok()?.modified().ok());
     let since = written.filter_map(|at| at.duration_since(std::time::UNIX_EPOCH).ok()).max()?;
-    i64::try_from(since.as_secs()).ok()
+    // What was told last, the relay may have held in its memory, or the machine have lost.
+    Some(i64::try_from(since.as_secs()).ok()?.saturating_sub(UNHEARD_MARGIN_SECS).max(1))
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {

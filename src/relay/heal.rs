@@ -139,9 +139,10 @@ impl Heals {
 
     /// All of a user of whom nobody has told yet, if something was written to his mail since then (seconds since 1970).
     pub fn want_written_since(&mut self, user: &Arc<str>, since: i64) {
-        if !self.users.contains_key(user) {
-            self.want_all(user);
-            self.users.entry(user.clone()).or_default().wanted.written_since = since;
+        let is_heard = self.users.contains_key(user);
+        self.want_all(user);
+        if let Some(user) = self.users.get_mut(user).filter(|_| !is_heard) {
+            user.wanted.written_since = since;
         }
     }
 

@@ -8,6 +8,7 @@ use super::engine::{Close, Engine};
 use super::heal::Look;
 use super::order::{Release, HOLD_MS_MAX};
 use super::spans::Need;
+use super::unheard::Unheard;
 use super::workers::{Task, Worker};
 use crate::change;
 use crate::journal::{Failed, JournalError, KnownLog};
@@ -34,7 +35,7 @@ pub struct LookJob {
 impl Engine {
     /// Gives looks to idle workers, but never to all of them, so that changes of the peers go on.
     pub fn dispatch_looks(&mut self) {
-        let most = self.config.workers - 1;
+        let most = self.config.workers - 1 - usize::from(matches!(self.unheard, Unheard::Asking(..)));
         while self.heals.running() < most {
             let Some(index) = self.workers.iter().position(Worker::may_work) else { return };
             self.sweep();

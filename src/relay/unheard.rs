@@ -1,8 +1,8 @@
 //! Users of whom nobody has told yet: the first mail of one may have come while the relay was away, and no process that
 //! could tell of it is left.
 //!
-//! After every start a worker asks the userdb who the users are. Those who are not in the journal are looked at if
-//! something was written to their mail since the journal's last commit before that start.
+//! After every start, when all users in the journal were looked at, a worker asks the userdb who the users are. The others are
+//! looked at if something was written to their mail since the journal's last commit before that start, or shortly before.
 
 use super::engine::{Close, Engine};
 use super::workers::{Task, Worker};
@@ -42,7 +42,9 @@ impl Engine {
         let since = *since;
         if users.is_empty() {
             self.unheard = Unheard::Done;
-            if let Err(error) = self.journal.all_heard() {
+            // Otherwise the next start looks again for those who wait.
+            let outcome = if self.heals.pending() == 0 { self.journal.all_heard() } else { Ok(()) };
+            if let Err(error) = outcome {
                 self.fail(error);
             }
             return;
@@ -104,7 +106,7 @@ impl Engine {
 
     fn take_users(&mut self, users: Vec<String>) -> Result<(), JournalError> {
         for user in users.into_iter().filter(|user| change::check_user(user).is_ok()) {
-            if !self.journal.has_user(&user)? {
+            if !self.journal.was_looked_at(&user)? {
                 self.asked.push(user);
             }
         }

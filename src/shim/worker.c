@@ -411,12 +411,14 @@ static bool worker_was_written_since(struct mailbox_list *list, const char *vnam
 	return was;
 }
 
-int dt_worker_was_written_since(int64_t since)
+int dt_worker_was_written_since(const char *username, int64_t since)
 {
 	struct mailbox_list_iterate_context *iter;
 	const struct mailbox_info *info;
 	int ret = 0;
 
+	if (strcmp(w.user->username, username) != 0)
+		return 0;
 	iter = mailbox_list_iter_init(w.ns->list, "*", MAILBOX_LIST_ITER_NO_AUTO_BOXES | MAILBOX_LIST_ITER_SKIP_ALIASES);
 	while (ret == 0 && (info = mailbox_list_iter_next(iter)) != NULL) T_BEGIN {
 		if ((info->flags & (MAILBOX_NOSELECT | MAILBOX_NONEXISTENT)) == 0 &&

@@ -69,8 +69,8 @@ char dt_worker_namespace_separator(void);
 void dt_worker_inbox_guid(unsigned char guid_r[16]);
 /* All whom the userdb lists; no user is open. 1 = all listed */
 int dt_worker_users(void (*each)(const char *username, void *context), void *context);
-/* 1 = one of his mailboxes' logs was written to since then (seconds since 1970), 0 = none was */
-int dt_worker_was_written_since(int64_t since);
+/* 1 = one of his mailboxes' logs was written to since then (seconds since 1970), 0 = none was, or he has another name */
+int dt_worker_was_written_since(const char *username, int64_t since);
 /* A new file without a name in mail_temp_dir; -1 on error. */
 int dt_worker_temp_file(void);
 

@@ -116,7 +116,7 @@ impl Storage for FakeStorage {
     fn users(&mut self) -> Result<Vec<String>> {
         self.users.clone().ok_or_else(|| "the userdb does not list them".into())
     }
-    fn was_written_since(&mut self, since: i64) -> Result<bool> {
+    fn was_written_since(&mut self, _user: &str, since: i64) -> Result<bool> {
         Ok(self.written_at >= since)
     }
     fn user_peers(&self) -> Result<UserPeers> {

@@ -25,6 +25,8 @@ const YOUNG_SECS: i64 = 3_600;
 const RANGES_MAX: usize = 512;
 /// Changes of flags in one mailbox that name the message by its GUID, too: worth opening some files, but not all.
 const NAMED_MAX: usize = 1_000;
+/// The log of a new dbox has no higher number: it is reset once while the mailbox is created.
+const FIRST_LOG_MAX: u32 = 2;
 /// Users in one frame; a name has no more than 255 bytes, as a rule.
 const USERS_MAX: usize = 100;
 /// Deltas of one look; a log with more is compared instead.
@@ -92,13 +94,25 @@ fn list_users<S: Storage, C: Read + Write>(storage: &mut S, connection: &mut Con
     Ok(is_done)
 }
 
+/// Of somebody whom only the userdb knows. What is wrong with him is no error of ours.
+fn was_written<S: Storage>(storage: &mut S, wanted: &Wanted) -> bool {
+    let was = match storage.open_user(&wanted.user) {
+        Ok(true) => storage.was_written_since(&wanted.user, wanted.written_since),
+        Ok(false) => Ok(false),
+        Err(error) => Err(error),
+    };
+    was.unwrap_or_else(|error| {
+        log::info!("User {}, of whom nothing was told yet, is not looked at: {error}", wanted.user);
+        false
+    })
+}
+
 fn find<S: Storage>(storage: &mut S, wanted: &Wanted, now_secs: i64, found: &mut Found) -> Result<()> {
-    let is_open = storage.open_user(&wanted.user)?;
-    if wanted.written_since != 0 && !(is_open && storage.was_written_since(wanted.written_since)?) {
+    if wanted.written_since != 0 && !was_written(storage, wanted) {
         found.is_idle = true;
         return Ok(());
     }
-    if !is_open {
+    if !storage.open_user(&wanted.user)? {
         found.doubt(&LookAt::default(), "the user has mailboxes in the journal, but does not exist here (any more)");
         return Ok(());
     }
@@ -399,7 +413,6 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
     let mut deltas = read.deltas;
     deltas.retain(|delta| !is_end_of_move(delta, moves.as_deref().unwrap_or_default()));
     let has_come = uid_next(&deltas) > 0;
-    let has_expunged = deltas.iter().any(|delta| matches!(delta, Delta::Expunge { .. }));
     let (mut of_messages, expunges) = operations(storage, deltas, moves.as_deref(), target.was_told)?;
     let saves = of_messages.iter_mut().filter_map(|what| match what {
         What::Save(save) => Some(save),
@@ -408,8 +421,8 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
     match (rebuilt.is_some(), read.anew_at) {
         (true, _) => saves.for_each(|save| save.found = true),
         // A rebuild of an mdbox makes the indexes anew, and then puts in what no mailbox has: a look may come between.
-        (_, Some(at)) if !has_expunged && !storage.is_torn_when_killed() => {
-            mark_found(storage, saves.filter(|save| save.received_date <= i64::from(at)).collect())?;
+        (_, Some(at)) if !storage.is_torn_when_killed() => {
+            mark_found(storage, target, saves.filter(|save| save.received_date <= i64::from(at)).collect())?;
         }
         _ => {}
     }
@@ -439,8 +452,8 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
     Ok(())
 }
 
-/// A peer that has one of these messages has the same one, unless there are copies of it in this mailbox.
-fn mark_found<S: Storage>(storage: &mut S, saves: Vec<&mut proto::Save>) -> Result<()> {
+/// A peer that has one of these messages has the same one, unless there are, or just were, copies of it in this mailbox.
+fn mark_found<S: Storage>(storage: &mut S, target: &LookAt, saves: Vec<&mut proto::Save>) -> Result<()> {
     if saves.is_empty() {
         return Ok(());
     }
@@ -450,7 +463,11 @@ fn mark_found<S: Storage>(storage: &mut S, saves: Vec<&mut proto::Save>) -> Resu
             *times.entry(guid).or_default() += 1;
         }
     }
-    saves.into_iter().for_each(|save| save.found = times.get(&save.guid) == Some(&1));
+    let to_end = LookAt { until_seq: 0, until: 0, ..target.clone() };
+    let read = read_log(&storage.log_files()?, &to_end);
+    if read.is_ok_and(|read| !read.deltas.iter().any(|delta| matches!(delta, Delta::Expunge { .. }))) {
+        saves.into_iter().for_each(|save| save.found = times.get(&save.guid) == Some(&1));
+    }
     Ok(())
 }
 
@@ -467,7 +484,7 @@ pub fn has_untold_saves<S: Storage>(storage: &mut S, known: &LookAt) -> Result<b
 struct LogRead {
     deltas: Vec<Delta>,
     rebuilt: bool,
-    /// When the index was made anew, if that is not longer ago than the log reaches: seconds since 1970.
+    /// When the index was made once more, if that is not longer ago than the log reaches: seconds since 1970.
     anew_at: Option<u32>,
     /// From where to where it was read.
     known: proto::Span,
@@ -523,7 +540,7 @@ fn read_log(files: &[Vec<u8>], target: &LookAt) -> std::result::Result<LogRead, 
         return Err(format!("its log says more than {DELTAS_MAX} things that nobody told of"));
     }
     let (header, _) = logs[first];
-    let anew_at = header.begins_anew().then_some(header.create_stamp);
+    let anew_at = (header.begins_anew() && header.file_seq > FIRST_LOG_MAX).then_some(header.create_stamp);
     Ok(LogRead { deltas, rebuilt, anew_at, known: known(&logs, target, begin, end) })
 }
 
@@ -1137,9 +1154,11 @@ mod tests {
     #[test]
     fn what_a_rebuild_puts_in_after_a_first_look_is_what_the_peers_have() {
         // Cut behind the append: nothing is expunged yet.
-        let before = known_before(SDBOX, |delta| matches!(delta, Delta::Append { uid: 3, .. }));
         let behind = known_before(SDBOX, |delta| matches!(delta, Delta::Expunge { .. }));
-        let log = &SDBOX[..behind.end as usize];
+        let mut log = SDBOX[..behind.end as usize].to_vec();
+        log[8] = 3;
+        let log = log.as_slice();
+        let before = known_before(log, |delta| matches!(delta, Delta::Append { uid: 3, .. }));
         let found = |storage: &mut FakeStorage| {
             storage.is_dbox = true;
             let answers = look_at(storage, vec![before.clone()], false);

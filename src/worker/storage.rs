@@ -106,8 +106,9 @@ pub trait Storage {
     fn open_user(&mut self, user: &str) -> Result<bool>;
     /// All whom the userdb lists.
     fn users(&mut self) -> Result<Vec<String>>;
-    /// Whether something was written to one of his mailboxes since then, in seconds since 1970. Opens none.
-    fn was_written_since(&mut self, since: i64) -> Result<bool>;
+    /// Whether something was written to one of his mailboxes since then, in seconds since 1970. Opens none. False if the
+    /// userdb calls him otherwise.
+    fn was_written_since(&mut self, user: &str, since: i64) -> Result<bool>;
     /// With whom his mail is replicated.
     fn user_peers(&self) -> Result<UserPeers>;
     /// Closes all that is open of the user, gives his privileges back.

@@ -139,7 +139,7 @@ impl Storage for ModelStorage {
     fn users(&mut self) -> Result<Vec<String>> {
         Ok(vec![])
     }
-    fn was_written_since(&mut self, _since: i64) -> Result<bool> {
+    fn was_written_since(&mut self, _user: &str, _since: i64) -> Result<bool> {
         Ok(false)
     }
     fn user_peers(&self) -> Result<proto::UserPeers> {

@@ -50,7 +50,9 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         }
         self.storage.close();
         if let Some(found) = self.find_guid(&guid)? {
-            return match self.storage.open(&found, false)? {
+            let is_open = self.storage.open(&found, false)?;
+            let is = self.storage.status().guid;
+            return match is_open && (is == guid || self.aliases.get(&guid) == Some(&is)) {
                 true => self.entered(mailbox, &found, reason),
                 // It was there a moment ago. If it is not any more, it is not to be made a second time.
                 false => Err("it was renamed or deleted just now".to_string().into()),
