@@ -46,7 +46,6 @@ static int
 look_list_mailbox(struct mail_namespace *ns, const struct mailbox_info *info, int64_t since,
 		  void (*each)(const struct dt_listed *listed, void *context), void *context)
 {
-	struct mailbox_metadata metadata;
 	struct mailbox_status status;
 	struct dt_listed listed;
 	struct mailbox *box;
@@ -57,16 +56,16 @@ look_list_mailbox(struct mail_namespace *ns, const struct mailbox_info *info, in
 	box = mailbox_alloc(ns->list, info->vname, MAILBOX_FLAG_READONLY | MAILBOX_FLAG_IGNORE_ACLS);
 	if (!dt_spans_is_watched(box)) {
 		/* not replicated */
-	} else if (mailbox_get_metadata(box, MAILBOX_METADATA_GUID, &metadata) < 0 ||
-		   mailbox_get_status(box, STATUS_UIDVALIDITY, &status) < 0) {
+	} else if ((ret = dt_worker_box_guid(box, listed.guid)) <= 0) {
 		/* It may have been deleted just now. */
+	} else if (mailbox_get_status(box, STATUS_UIDVALIDITY, &status) < 0) {
+		ret = 0;
 		if (mailbox_get_last_mail_error(box) != MAIL_ERROR_NOTFOUND)
 			ret = dt_worker_set_box_error(box, t_strdup_printf("Looking at mailbox %s", info->vname));
 	} else {
 		/* maildir gives a new mailbox its UIDVALIDITY only when it is first synced. */
 		if (status.uidvalidity == 0 && mailbox_sync(box, 0) == 0)
 			mailbox_get_open_status(box, STATUS_UIDVALIDITY, &status);
-		memcpy(listed.guid, metadata.guid, sizeof(listed.guid));
 		listed.uid_validity = status.uidvalidity;
 		listed.subscription_changed = look_subscription_changed(ns->list, info->vname, since);
 		each(&listed, context);

@@ -310,15 +310,21 @@ int dt_worker_existence(const char *vname, enum dt_existence *existence_r)
 	return 1;
 }
 
-/* 1 = it is there, 0 = it isn't (any more) */
-static int worker_box_guid(struct mailbox *box, guid_128_t guid_r)
+int dt_worker_box_guid(struct mailbox *box, unsigned char guid_r[16])
 {
 	struct mailbox_metadata metadata;
+	const char *path;
 
-	if (mailbox_get_metadata(box, MAILBOX_METADATA_GUID, &metadata) < 0) {
+	/* mailbox_get_metadata(), in which Dovecot 2.3 panics when the list's index cannot be read: that
+	   index_list_get_metadata() takes for a success without a GUID. */
+	i_zero(&metadata);
+	if (mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) < 0 ||
+	    box->v.get_metadata(box, MAILBOX_METADATA_GUID, &metadata) < 0) {
 		return dt_worker_box_notfound(box) ? 0 :
 			dt_worker_set_box_error(box, "Looking up the mailbox's GUID");
 	}
+	if (guid_128_is_empty(metadata.guid))
+		return dt_worker_set_error("Looking up the mailbox's GUID: the index of the mailboxes cannot be read");
 	memcpy(guid_r, metadata.guid, sizeof(metadata.guid));
 	return 1;
 }
@@ -330,7 +336,7 @@ int dt_worker_guid_of(const char *vname, unsigned char guid_r[16])
 
 	T_BEGIN {
 		box = dt_worker_alloc(vname, 0);
-		ret = worker_box_guid(box, guid_r);
+		ret = dt_worker_box_guid(box, guid_r);
 		mailbox_free(&box);
 	} T_END;
 	return ret;
@@ -345,7 +351,7 @@ static int worker_list_guid(struct mailbox_list *list, const char *vname,
 
 	i_zero(&listed);
 	listed.vname = vname;
-	if ((ret = worker_box_guid(box, listed.guid)) > 0)
+	if ((ret = dt_worker_box_guid(box, listed.guid)) > 0)
 		each(&listed, context);
 	mailbox_free(&box);
 	return ret;
@@ -606,15 +612,8 @@ void dt_worker_status(struct dt_mailbox_status *status_r)
 		mailbox_get_open_status(w.box, STATUS_MESSAGES | STATUS_UIDNEXT |
 					STATUS_UIDVALIDITY | STATUS_HIGHESTMODSEQ,
 					&status);
-		if (!dt_spans_mailbox_guid(w.box, status_r->guid)) {
-			struct mailbox_metadata metadata;
-
-			if (mailbox_get_metadata(w.box, MAILBOX_METADATA_GUID,
-						 &metadata) == 0) {
-				memcpy(status_r->guid, metadata.guid,
-				       sizeof(status_r->guid));
-			}
-		}
+		if (!dt_spans_mailbox_guid(w.box, status_r->guid))
+			(void)dt_worker_box_guid(w.box, status_r->guid);
 	} T_END;
 	status_r->messages = status.messages;
 	status_r->uid_next = status.uidnext;

@@ -34,6 +34,8 @@ bool dt_worker_connection_init(int fd);
 
 /* What other processes do to the list of mailboxes is seen from now on. */
 void dt_worker_refresh(void);
+/* 1 = it is there, 0 = it isn't (any more) */
+int dt_worker_box_guid(struct mailbox *box, unsigned char guid_r[16]);
 /* Both return -1. */
 int dt_worker_set_error(const char *fmt, ...) ATTR_FORMAT(1, 2);
 int dt_worker_set_box_error(struct mailbox *box, const char *what);
