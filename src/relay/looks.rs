@@ -198,6 +198,9 @@ impl Engine {
         if let Some(mut found) = change {
             self.torn
                 .take_from(user, &mut found, |a, b| self.lists.canonical(user, a) == self.lists.canonical(user, b));
+            if let Err(error) = self.take_known_messages(user, &mut found) {
+                self.fail(error);
+            }
             if found.ops.is_empty() {
                 // Its UIDs are not free.
                 found.ops.push(proto::Op { what: Some(change::nothing()) });
@@ -226,6 +229,33 @@ impl Engine {
         if !looked.missing.is_empty() {
             self.take_missing(user, whole, &looked.missing);
         }
+        Ok(())
+    }
+
+    /// Takes out of what was found the messages of peers that are known to stand there: a killed worker had saved them, and its
+    /// successor has said where they are.
+    fn take_known_messages(&self, user: &Arc<str>, found: &mut Change) -> Result<(), JournalError> {
+        if !self.users_elsewhere.contains(user) {
+            return Ok(());
+        }
+        let Some(mailbox) = found.mailbox.as_ref().map(|mailbox| self.lists.canonical(user, &mailbox.guid)) else {
+            return Ok(());
+        };
+        let mut known = Vec::new();
+        for op in &found.ops {
+            let Some(What::Save(save)) = &op.what else { continue };
+            for peer in self.peers.iter().map(|peer| &peer.name).chain(&self.far) {
+                let stands = self.journal.elsewhere_of(user, peer, mailbox, &save.guid)?;
+                known.extend(stands.into_iter().map(|one| (one.guid, one.here)));
+            }
+        }
+        found.ops.retain(|op| match &op.what {
+            Some(What::Save(save)) => {
+                let uid = save.birth.as_ref().map_or(0, |birth| birth.uid);
+                save.found || !known.iter().any(|(guid, here)| *guid == save.guid && *here == uid)
+            }
+            _ => true,
+        });
         Ok(())
     }
 

@@ -13,9 +13,6 @@ use crate::wire::proto::{Change, Mailbox};
 /// Messages that are remembered. A job has no more.
 const TORN_MAX: usize = 4_096;
 
-/// For so long after the change was applied: what its worker's sync found is looked at when the job is done.
-const FOUND_MS: u64 = 60_000;
-
 /// A change of a peer: its epoch and number.
 pub type Sent = (usize, u64, u64);
 
@@ -24,8 +21,6 @@ struct Message {
     sent: Sent,
     mailbox: Vec<u8>,
     guid: String,
-    /// When the change was applied, or given up.
-    over_ms: Option<u64>,
 }
 
 /// See the module.
@@ -41,16 +36,13 @@ impl Torn {
             if self.messages.len() >= TORN_MAX {
                 self.messages.pop_front();
             }
-            let (user, mailbox) = (user.clone(), mailbox.to_vec());
-            self.messages.push_back(Message { user, sent, mailbox, guid, over_ms: None });
+            self.messages.push_back(Message { user: user.clone(), sent, mailbox: mailbox.to_vec(), guid });
         }
     }
 
     /// The change is applied, or never will be.
-    pub fn is_over(&mut self, sent: Sent, now_ms: u64) {
-        self.messages.retain(|message| message.over_ms.is_none_or(|over_ms| over_ms + FOUND_MS > now_ms));
-        let messages = self.messages.iter_mut().filter(|message| message.sent == sent && message.over_ms.is_none());
-        messages.for_each(|message| message.over_ms = Some(now_ms));
+    pub fn is_over(&mut self, sent: Sent) {
+        self.messages.retain(|message| message.sent != sent);
     }
 
     /// Takes out of what was found in a log the messages that such a worker put there.
@@ -100,11 +92,7 @@ mod tests {
         assert_eq!(left(&torn, "jane", found(1, &["one", "other", "three"])), ["other"]);
         assert_eq!(left(&torn, "joe", found(1, &["one"])), ["one"]);
         assert_eq!(left(&torn, "jane", found(2, &["one"])), ["one"], "a copy in another mailbox");
-
-        // The worker that applies it syncs first, and what that found is looked at last.
-        torn.is_over((0, 1, 5), 1_000);
-        assert_eq!(left(&torn, "jane", found(1, &["one", "three"])), Vec::<String>::new());
-        torn.is_over((0, 1, 7), 1_000 + FOUND_MS);
+        torn.is_over((0, 1, 5));
         assert_eq!(left(&torn, "jane", found(1, &["one", "three"])), ["one"]);
     }
 

@@ -290,7 +290,7 @@ impl Engine {
         for again in again {
             self.peers[peer].inbox.finish(again.bytes);
             self.peers[peer].inbox.apply(again.epoch, again.seq);
-            self.torn.is_over((peer, again.epoch, again.seq), self.now_ms);
+            self.torn.is_over((peer, again.epoch, again.seq));
             self.forget_coming(&again.change);
             self.acknowledge(peer, again.epoch, again.seq);
         }
@@ -524,7 +524,7 @@ impl Engine {
     /// A change is applied, or is set aside for ever.
     fn is_over(&mut self, user: &str, via: usize, item: &Item) {
         self.peers[via].inbox.apply(item.epoch, item.seq);
-        self.torn.is_over((via, item.epoch, item.seq), self.now_ms);
+        self.torn.is_over((via, item.epoch, item.seq));
         let SeqOf { origin, epoch, seq } = &item.made;
         if let Some(origin) = self.peers.iter_mut().find(|peer| peer.name == *origin) {
             origin.inbox.apply(*epoch, *seq);

@@ -521,6 +521,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// Commits, raises what has to be raised, and closes the open mailbox.
     fn leave(&mut self) -> Outcome<()> {
         self.flush()?;
+        // Not before: behind a mark, what a killed worker had saved before it is not looked for any more.
+        if self.open.as_ref().is_some_and(|open| open.diverges) {
+            self.pending = Pending::Changes;
+            self.flush()?;
+        }
         self.saved.clear();
         if let Some(open) = self.open.take() {
             let status = self.storage.status();
@@ -683,6 +688,13 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                     // A message that is elsewhere is above.
                     let next = self.here(None).next;
                     self.renumber(guid, stands, next)?;
+                } else if wanted != 0 && !self.has_diverged() {
+                    // What a killed worker left in a maildir: nobody has said where it stands, and until now it did not matter.
+                    self.diverge();
+                    self.note("uid_conflict");
+                    self.note_elsewhere(wanted, guid, stands, false);
+                    self.tell_uid(guid, stands, There { uid: wanted, next: 0, raised: 0 }, (vec![], wanted), true);
+                    return Ok(None);
                 }
                 self.tell_if_elsewhere(guid, wanted)?;
                 return Ok(None);
@@ -1534,8 +1546,24 @@ mod tests {
         let mut storage = FakeStorage::default();
         storage.add("INBOX", GUID, 9, &[(1, "two"), (2, "one")]);
         storage.set_logs("INBOX", &[log]);
-        apply(&mut storage, Script::default(), &[save(1, 1, "one"), save(2, 2, "two")]);
+        let outcome = apply(&mut storage, Script::default(), &[save(1, 1, "one"), save(2, 2, "two")]);
+        assert_eq!(outcome.error, None);
         assert_eq!(storage.messages("INBOX"), named(&[(2, "one"), (3, "two")]));
+    }
+
+    #[test]
+    fn a_file_that_a_killed_worker_left_and_that_got_a_higher_uid_is_told_to_stand_there() {
+        // Dovecot gives it another one if dovecot-uidlist has the file, and the index has not.
+        let log: &[u8] = include_bytes!("../../tests/golden/indexlog/2.4-sdbox.log");
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(2, "one")]);
+        storage.set_logs("INBOX", &[log]);
+        let outcome = apply(&mut storage, Script::default(), &[save(1, 1, "one")]);
+        assert_eq!(storage.messages("INBOX"), named(&[(2, "one")]));
+        assert_eq!(outcome.notes, ["uid_conflict"]);
+        assert_eq!(outcome.told.len(), 1, "{:?}", outcome.told);
+        storage.open("INBOX", false).unwrap();
+        assert!(Marks::parse(&storage.mark().unwrap()).has_diverged());
     }
 
     #[test]
