@@ -12,8 +12,9 @@ use dovetail::relay::client;
 use dovetail::wire::proto::frame::Kind;
 use dovetail::wire::proto::op::What;
 use dovetail::wire::proto::{
-    Ack, Alias, Applied, Apply, BodyChunk, BodyMore, BodyRequest, Change, Doubt, FlagUpdate, Intent, Looked, Mailbox,
-    MailboxCreate, MailboxDelete, MailboxRename, MessageRange, Record, Refused, SeqOf, Span, Stamp, Subscription,
+    Ack, Alias, Applied, Apply, Birth, BodyChunk, BodyMore, BodyRequest, Change, Doubt, Elsewhere, FlagUpdate, Intent,
+    Looked, Mailbox, MailboxCreate, MailboxDelete, MailboxRename, MessageRange, Record, Refused, SeqOf, Span, Stamp,
+    Subscription,
 };
 use relay::house::*;
 
@@ -503,6 +504,7 @@ fn what_a_killed_worker_put_into_a_maildir_is_not_told_back() {
         let mut change = save("jane", uid);
         let Some(What::Save(save)) = &mut change.ops[0].what else { panic!() };
         save.guid = guid.into();
+        save.birth = Some(Birth { guid: vec![1; 16], uid, ..Default::default() });
         change
     };
     let saves = |apply: &Apply| -> Vec<String> {
@@ -528,16 +530,24 @@ fn what_a_killed_worker_put_into_a_maildir_is_not_told_back() {
     assert_eq!(told, ["two"], "only what nobody else did");
     let (worker, apply) = b.next_job();
     assert_eq!(saves(&apply), ["one"]);
-    worker.applied(&apply);
+    // It has got another UID.
+    let stands = Elsewhere { mailbox_guid: vec![1; 16], uid: 1, guid: "one".into(), here: 4, ..Default::default() };
+    worker.finish(Kind::Applied(Applied { job: apply.job, done: 1, elsewhere: vec![stands], ..Default::default() }));
     until("it is applied", || a.peer("b").pending == 0);
 
-    // From now on it is as any other.
+    // What its sync has found is looked at when the job is done. A copy is none of it.
     let mut imap = b.process("imap");
     imap.save_with_span("jane", 8, (400, 500));
     let (worker, look) = b.next_look();
-    worker.found(look.job, vec![one], Some(((2, 0), (2, 400))));
-    let (_, told) = a.next_job();
-    assert_eq!(saves(&told)[0], "one");
+    let found = vec![with_guid("one", 4), with_guid("three", 3), with_guid("one", 5)];
+    worker.found(look.job, found, Some(((2, 0), (2, 400))));
+    let mut told = Vec::new();
+    while told.len() < 2 {
+        let (worker, apply) = a.next_job();
+        told.extend(saves(&apply));
+        worker.applied(&apply);
+    }
+    assert_eq!(told[..2], ["three", "one"]);
 }
 
 #[test]
