@@ -11,6 +11,13 @@ use crate::cluster::{Cluster, Format, Server, Setup, Snapshot};
 /// Deadline for what happens on one server by itself, such as an expunge at logout.
 pub const SOON: Duration = Duration::from_secs(10);
 
+/// What Dovecot says when it is stopped or reloaded while it lists its users, as after each start of a relay.
+const WHEN_STOPPED: [&str; 3] = [
+    "auth-worker: Aborted LIST request",
+    "net_connect_unix(auth-worker) failed",
+    "userdb list: User listing returned failure",
+];
+
 pub struct Scene {
     cluster: Arc<Cluster>,
     /// Nobody else's user.
@@ -73,7 +80,8 @@ impl Scene {
             for line in log.get(*start..).unwrap_or_default().lines() {
                 let bad = ["Panic:", "Fatal:", "Error:"].iter().any(|word| line.contains(word));
                 let of_other = line.contains("story-") && !line.contains(&self.user);
-                if bad && !of_other && !allowed.iter().any(|text| line.contains(text.as_str())) {
+                let of_stop = WHEN_STOPPED.iter().any(|text| line.contains(text));
+                if bad && !of_other && !of_stop && !allowed.iter().any(|text| line.contains(text.as_str())) {
                     complaints.push(format!("{}: {line}", server.name()));
                 }
             }
