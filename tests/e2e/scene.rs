@@ -11,11 +11,13 @@ use crate::cluster::{Cluster, Format, Server, Setup, Snapshot};
 /// Deadline for what happens on one server by itself, such as an expunge at logout.
 pub const SOON: Duration = Duration::from_secs(10);
 
-/// What Dovecot says when it is stopped or reloaded while it lists its users, as after each start of a relay.
-const WHEN_STOPPED: [&str; 3] = [
+/// What Dovecot says by itself: when it is stopped or reloaded while it lists its users, as after each start of a relay; and of a
+/// maildir that is renamed while another process opens it.
+const DOVECOTS_OWN: [&str; 4] = [
     "auth-worker: Aborted LIST request",
     "net_connect_unix(auth-worker) failed",
     "userdb list: User listing returned failure",
+    "/dovecot-uidlist.lock was immediately deleted under us",
 ];
 
 pub struct Scene {
@@ -80,8 +82,8 @@ impl Scene {
             for line in log.get(*start..).unwrap_or_default().lines() {
                 let bad = ["Panic:", "Fatal:", "Error:"].iter().any(|word| line.contains(word));
                 let of_other = line.contains("story-") && !line.contains(&self.user);
-                let of_stop = WHEN_STOPPED.iter().any(|text| line.contains(text));
-                if bad && !of_other && !of_stop && !allowed.iter().any(|text| line.contains(text.as_str())) {
+                let is_own = DOVECOTS_OWN.iter().any(|text| line.contains(text));
+                if bad && !of_other && !is_own && !allowed.iter().any(|text| line.contains(text.as_str())) {
                     complaints.push(format!("{}: {line}", server.name()));
                 }
             }
