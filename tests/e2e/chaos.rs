@@ -86,7 +86,7 @@ fn play(seed: u64) {
     let users: Vec<String> = (0..plan.users).map(|n| format!("chaos{seed}-{n}")).collect();
     let setups = vec![Setup::new("a", plan.formats.0), Setup::new("b", plan.formats.1).over_a_line()];
     let cluster = if plan.apart { Cluster::start_apart(setups) } else { Cluster::start(setups) };
-    let scene = Scene::on(cluster, &users[0]);
+    let scene = Scene::on(cluster.ignoring_empty_folders(), &users[0]);
     let _story = Story(&plan, &scene);
     // Dovecot's own words about killed processes and what they left. A panic is one of ours, or of Dovecot's.
     [

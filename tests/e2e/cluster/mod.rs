@@ -149,6 +149,7 @@ pub struct Cluster {
     pub lines: Vec<Line>,
     /// Whether save dates are compared.
     has_save_dates: bool,
+    ignores_empty_folders: bool,
     // Dropped after the servers: removes what they leave.
     janitor: Arc<janitor::Janitor>,
 }
@@ -191,7 +192,7 @@ impl Cluster {
         }
         // Maildir has them in its cache only, which may go with a killed process.
         let has_save_dates = servers.iter().all(|server| server.format() != Format::Maildir);
-        Cluster { servers, lines, has_save_dates, janitor }
+        Cluster { servers, lines, has_save_dates, ignores_empty_folders: false, janitor }
     }
 
     pub fn pair(format_a: Format, format_b: Format) -> Cluster {
@@ -201,6 +202,11 @@ impl Cluster {
     /// Compares save dates in every format: nothing is killed.
     pub fn with_save_dates(self) -> Cluster {
         Cluster { has_save_dates: true, ..self }
+    }
+
+    /// Who is killed while he creates a mailbox may leave a folder, which is none yet.
+    pub fn ignoring_empty_folders(self) -> Cluster {
+        Cluster { ignores_empty_folders: true, ..self }
     }
 
     pub fn servers(&self) -> &[Server] {
@@ -245,7 +251,13 @@ impl Cluster {
                 difference = format!("  changes are pending on {}\n", server.name());
                 return false;
             }
-            let take = |server| Snapshot::try_take(server, user, self.has_save_dates);
+            let take = |server| {
+                let mut snapshot = Snapshot::try_take(server, user, self.has_save_dates)?;
+                if self.ignores_empty_folders {
+                    snapshot.forget_empty_folders();
+                }
+                Ok(snapshot)
+            };
             let wanted = match take(first) {
                 Ok(wanted) => wanted,
                 Err(error) => {

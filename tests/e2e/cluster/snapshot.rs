@@ -98,6 +98,13 @@ impl Snapshot {
         Ok(Snapshot { server: server.name().to_owned(), names, subscriptions, mailboxes })
     }
 
+    /// Of names that are no mailboxes, only those stay that have one below them.
+    pub fn forget_empty_folders(&mut self) {
+        let mailboxes = &self.mailboxes;
+        let holds = |name: &str, mailbox: &str| mailbox.strip_prefix(name).is_some_and(|rest| rest.starts_with('/'));
+        self.names.retain(|name| mailboxes.keys().any(|mailbox| mailbox == name || holds(name, mailbox)));
+    }
+
     pub fn messages(&self, mailbox: &str) -> Vec<&Message> {
         self.mailboxes.get(mailbox).map(|m| m.messages.values().collect()).unwrap_or_default()
     }
