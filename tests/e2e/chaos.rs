@@ -112,6 +112,8 @@ fn play(seed: u64) {
         let panics: Vec<&str> = log.lines().filter(is_panic).filter(|line| !is_dovecots(line)).collect();
         assert!(panics.is_empty(), "{}: {panics:#?}", server.name());
     }
+    // All that there are were Dovecot's.
+    ["Panic:", "killed with signal 6"].iter().for_each(|text| scene.expects_in_log(text));
 }
 
 fn play_phase(scene: &Scene, phase: &Phase, users: &[String], ledger: &Mutex<Ledger>) {
