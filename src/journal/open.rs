@@ -91,11 +91,12 @@ pub struct Start {
     pub is_new: bool,
     /// The machine was started since, and not all was looked at after that: its last commits may be lost.
     pub is_after_boot: bool,
-    /// Since when (seconds since 1970) users may have had their first mail, and nobody told of it: the last commit before
+    /// Since when (seconds since 1970) users may have had their first mail, and nobody told of it: shortly before the last commit before
     /// the start, or before the first of several that did not look for them all.
     pub unheard_since: Option<i64>,
 }
 
+/// Between what was told last and the last commit, at the most.
 const UNHEARD_MARGIN_SECS: i64 = 600;
 
 impl Journal {

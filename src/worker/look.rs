@@ -27,8 +27,8 @@ const RANGES_MAX: usize = 512;
 const NAMED_MAX: usize = 1_000;
 /// The log of a new dbox has no higher number: it is reset once while the mailbox is created.
 const FIRST_LOG_MAX: u32 = 2;
-/// Users in one frame; a name has no more than 255 bytes, as a rule.
-const USERS_MAX: usize = 100;
+/// Users in one frame, whatever names they have.
+const USERS_MAX: usize = 50;
 /// Deltas of one look; a log with more is compared instead.
 const DELTAS_MAX: usize = 1_000_000;
 
@@ -85,7 +85,10 @@ pub fn look<S: Storage, C: Read + Write>(
 }
 
 fn list_users<S: Storage, C: Read + Write>(storage: &mut S, connection: &mut Connection<C>, job: u64) -> Link<bool> {
-    let outcome = storage.users();
+    let mut outcome = storage.users();
+    if let Ok(users) = &mut outcome {
+        users.retain(|user| change::check_user(user).is_ok());
+    }
     for users in outcome.as_deref().unwrap_or_default().chunks(USERS_MAX) {
         connection.send(Kind::Looked(Looked { job, more: true, users: users.to_vec(), ..Default::default() }))?;
     }
