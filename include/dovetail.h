@@ -474,14 +474,16 @@ int dt_rs_relay_configure(uid_t uid,
                           gid_t gid);
 
 /*
- Starts the engine. 0 if ok; otherwise the reason was logged.
+ Starts the engine. The master listens for it on `listener_count` sockets from `first_listener` on. 0 if ok; otherwise the
+ reason was logged.
  */
-int dt_rs_relay_start(void);
+int dt_rs_relay_start(int first_listener,
+                      int listener_count);
 
 /*
- A connection begins; the fd is ours. `is_peer`: it did not come over a Unix socket.
+ A connection to `listener` begins; the fd is ours. `is_peer`: it did not come over a Unix socket.
  */
-void dt_rs_relay_accept(int fd, bool is_peer);
+void dt_rs_relay_accept(int fd, int listener, bool is_peer);
 
 /*
  The process ends: says goodbye to whom it can.

@@ -5,7 +5,8 @@ use std::cell::RefCell;
 use std::ffi::{c_char, c_int};
 use std::fs::DirBuilder;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
@@ -30,8 +31,36 @@ enum Relay {
     Running(relay::Handle),
 }
 
+/// TCP sockets on which the master listens for the relay, and which it must not use.
+#[derive(Default)]
+struct Refused(Vec<c_int>);
+
+impl Refused {
+    /// Of `count` sockets from `first` on; each of the refused is logged.
+    fn of(config: &relay::Config, first: c_int, count: c_int) -> Refused {
+        let refused = (first..first + count).filter(|fd| {
+            // Unix sockets have no such address.
+            let Some(address) = address_of(*fd) else { return false };
+            let checked = config.check_address(address.ip());
+            if let Err(error) = &checked {
+                log::error!("The relay refuses to listen on {address}, an inet_listener of its service: {error}");
+            }
+            checked.is_err()
+        });
+        Refused(refused.collect())
+    }
+}
+
+/// The TCP address of a listening socket.
+fn address_of(fd: c_int) -> Option<SocketAddr> {
+    // SAFETY: the fd stays open as long as the process lives.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    TcpListener::from(fd.try_clone_to_owned().ok()?).local_addr().ok()
+}
+
 thread_local! {
     static RELAY: RefCell<Relay> = const { RefCell::new(Relay::None) };
+    static REFUSED: RefCell<Refused> = const { RefCell::new(Refused(Vec::new())) };
 }
 
 /// What the executable `dovetail` calls.
@@ -85,12 +114,14 @@ extern "C" fn dt_rs_relay_configure(uid: libc::uid_t, gid: libc::gid_t) -> c_int
     })
 }
 
-/// Starts the engine. 0 if ok; otherwise the reason was logged.
+/// Starts the engine. The master listens for it on `listener_count` sockets from `first_listener` on. 0 if ok; otherwise the
+/// reason was logged.
 #[no_mangle]
-extern "C" fn dt_rs_relay_start() -> c_int {
+extern "C" fn dt_rs_relay_start(first_listener: c_int, listener_count: c_int) -> c_int {
     guard("relay_start", -1, || {
         RELAY.with_borrow_mut(|relay| {
             let Relay::Configured(config) = std::mem::replace(relay, Relay::None) else { return -1 };
+            REFUSED.set(Refused::of(&config, first_listener, listener_count));
             // The engine's thread inherits the mask: signals are the main thread's.
             match thread::with_signals_blocked(|| {
                 relay::start(config, super::log::connection_closed, super::log::stop_process)
@@ -108,12 +139,16 @@ extern "C" fn dt_rs_relay_start() -> c_int {
     })
 }
 
-/// A connection begins; the fd is ours. `is_peer`: it did not come over a Unix socket.
+/// A connection to `listener` begins; the fd is ours. `is_peer`: it did not come over a Unix socket.
 #[no_mangle]
-extern "C" fn dt_rs_relay_accept(fd: c_int, is_peer: bool) {
+extern "C" fn dt_rs_relay_accept(fd: c_int, listener: c_int, is_peer: bool) {
     guard("relay_accept", (), || {
         // SAFETY: the shim gives the fd away.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        if REFUSED.with_borrow(|refused| refused.0.contains(&listener)) {
+            drop(fd);
+            return super::log::connection_closed();
+        }
         let kind = if is_peer { relay::Connection::Peer } else { relay::Connection::Local };
         RELAY.with_borrow(|relay| {
             let accepted = match relay {

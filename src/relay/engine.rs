@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -396,7 +396,7 @@ impl Engine {
     fn accept_stranger(&mut self, socket: OwnedFd) -> Result<(), String> {
         let stream = std::net::TcpStream::from(socket);
         for address in [stream.peer_addr(), stream.local_addr()] {
-            self.check_address(address.map_err(|e| format!("its address is not known: {e}"))?.ip())?;
+            self.config.check_address(address.map_err(|e| format!("its address is not known: {e}"))?.ip())?;
         }
         stream.set_nonblocking(true).map_err(|e| format!("fcntl() failed: {e}"))?;
         stream.set_nodelay(true).map_err(|e| format!("setsockopt() failed: {e}"))?;
@@ -412,21 +412,6 @@ impl Engine {
         let token = self.insert(stream, false, true, role).map_err(|e| format!("epoll failed: {e}"))?;
         self.strangers.push(token);
         Ok(())
-    }
-
-    /// Until peers can prove who they are, nothing but this machine is trusted.
-    pub fn check_address(&self, ip: IpAddr) -> Result<(), String> {
-        let is_loopback = match ip {
-            IpAddr::V6(v6) => v6.to_ipv4_mapped().map_or(v6.is_loopback(), |v4| v4.is_loopback()),
-            IpAddr::V4(v4) => v4.is_loopback(),
-        };
-        if is_loopback || self.config.insecure_plaintext {
-            return Ok(());
-        }
-        Err(format!(
-            "{ip} is not a loopback address, and connections between servers are neither encrypted nor authenticated yet \
-             (dovetail_insecure_plaintext = yes would allow it, for tests)"
-        ))
     }
 
     /// Something happened on a connection.

@@ -40,6 +40,7 @@ mod workers;
 
 use std::collections::HashSet;
 use std::io::{self, ErrorKind};
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -85,6 +86,26 @@ pub struct Config {
     pub insecure_plaintext: bool,
     /// "dovetail 0.1.0, Dovecot 2.4.1", for people.
     pub software: String,
+}
+
+impl Config {
+    /// Until peers can prove who they are, nothing but this machine is trusted.
+    pub fn check_address(&self, ip: IpAddr) -> Result<(), String> {
+        if is_loopback(ip) || self.insecure_plaintext {
+            return Ok(());
+        }
+        Err(format!(
+            "{ip} is not a loopback address, and connections between servers are neither encrypted nor authenticated yet \
+             (dovetail_insecure_plaintext = yes would allow it, for tests)"
+        ))
+    }
+}
+
+fn is_loopback(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V6(v6) => v6.to_ipv4_mapped().map_or(v6.is_loopback(), |v4| v4.is_loopback()),
+        IpAddr::V4(v4) => v4.is_loopback(),
+    }
 }
 
 /// Another server. Of two servers the one with the lower name connects; the other one only listens.
@@ -222,4 +243,19 @@ fn check(config: &Config) -> Result<(), String> {
         return Err("dovetail_workers: there must be at least 2".into());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_this_machine_alone_are_loopback() {
+        for address in ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1"] {
+            assert!(is_loopback(address.parse().unwrap()), "{address}");
+        }
+        for address in ["0.0.0.0", "::", "10.0.0.1", "fe80::1", "::ffff:10.0.0.1", "::127.0.0.1"] {
+            assert!(!is_loopback(address.parse().unwrap()), "{address}");
+        }
+    }
 }

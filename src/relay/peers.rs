@@ -270,7 +270,7 @@ impl Engine {
     }
 
     fn connect_to(&mut self, index: usize, address: SocketAddr) {
-        if let Err(error) = self.check_address(address.ip()) {
+        if let Err(error) = self.config.check_address(address.ip()) {
             return self.retry(index, error, true);
         }
         match self.outside.connect_peer(address).and_then(|stream| self.add(stream, true, Role::Peer(index))) {

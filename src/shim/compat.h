@@ -208,6 +208,7 @@ static inline int compat_settings_each(struct mail_user *user, dt_setting_each e
 /* ---- service.c and worker.c ---- */
 
 #ifdef DT_COMPAT_SERVICE
+#include "master-interface.h"
 #include "master-service.h"
 #include "master-service-settings.h"
 

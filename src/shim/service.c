@@ -62,7 +62,7 @@ static bool dt_relay_idle_die(void)
 static void dt_relay_connected(struct master_service_connection *conn)
 {
 	master_service_client_connection_accept(conn);
-	dt_rs_relay_accept(conn->fd, conn->remote_ip.family != 0);
+	dt_rs_relay_accept(conn->fd, conn->listen_fd, conn->remote_ip.family != 0);
 }
 
 static int dt_relay_main(void)
@@ -83,7 +83,7 @@ static int dt_relay_main(void)
 
 	master_service_set_die_with_master(master_service, TRUE);
 	master_service_set_idle_die_callback(master_service, dt_relay_idle_die);
-	if (dt_rs_relay_start() < 0)
+	if (dt_rs_relay_start(MASTER_LISTEN_FD_FIRST, master_service_get_socket_count(master_service)) < 0)
 		return FATAL_DEFAULT;
 	master_service_init_finish(master_service);
 

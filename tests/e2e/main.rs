@@ -15,6 +15,7 @@ mod expunge;
 mod flags;
 mod heal;
 mod killed;
+mod loopback;
 mod mailboxes;
 mod merge;
 mod mesh;
