@@ -218,6 +218,10 @@ struct dt_status_row {
   uint64_t behind_secs;
   uint64_t dropped;
   /*
+   Changes that this server's mail processes could not tell the relay, since it was started.
+   */
+  uint64_t process_dropped;
+  /*
    What needs a comparison or a person, of all peers and of this server.
    */
   uint64_t failed;

@@ -12,9 +12,9 @@ use dovetail::relay::client;
 use dovetail::wire::proto::frame::Kind;
 use dovetail::wire::proto::op::What;
 use dovetail::wire::proto::{
-    Ack, Alias, Applied, Apply, Birth, BodyChunk, BodyMore, BodyRequest, Change, Doubt, Elsewhere, FlagUpdate, Intent,
-    Looked, Mailbox, MailboxCreate, MailboxDelete, MailboxRename, MessageRange, Record, Refused, SeqOf, Span, Stamp,
-    Subscription,
+    Ack, Alias, Applied, Apply, Birth, BodyChunk, BodyMore, BodyRequest, Change, Doubt, Elsewhere, FlagUpdate, Goodbye,
+    Intent, Looked, Mailbox, MailboxCreate, MailboxDelete, MailboxRename, MessageRange, Record, Refused, SeqOf, Span,
+    Stamp, Subscription,
 };
 use relay::house::*;
 
@@ -771,7 +771,7 @@ fn a_mailbox_whose_log_does_not_tell_is_remembered() {
 }
 
 #[test]
-fn processes_that_end_without_a_goodbye_are_counted() {
+fn processes_that_end_without_a_goodbye_and_what_processes_dropped_are_counted() {
     let house = House::new();
     let a = house.server("a", &[]);
     let intent = || Kind::Intent(Intent { user: "jane".into(), mailbox: None, peers: None });
@@ -779,8 +779,8 @@ fn processes_that_end_without_a_goodbye_are_counted() {
     killed.send(intent());
     let mut ended = a.process("imap");
     ended.send(intent());
-    ended.send(Kind::Goodbye(Default::default()));
-    ended.send(Kind::Record(Record { dropped: 7, ..Default::default() }));
+    ended.send(Kind::Record(Record { dropped: 4, ..Default::default() }));
+    ended.send(Kind::Goodbye(Goodbye { dropped: 3 }));
     drop((killed, ended));
     until("both ends are noticed", || a.closed() >= 2);
     let counters = a.status().counters.unwrap();

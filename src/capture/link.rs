@@ -2,8 +2,9 @@
 //! a thread that empties it and reconnects.
 //!
 //! The process's own thread never waits and never fails: what does not fit into the queue is dropped and counted, and
-//! the count travels with the next record. Our thread never calls Dovecot and never writes to the log itself. It is
-//! started when it is first needed: while a second thread lives, each change of the uid in lmtp interrupts it.
+//! the relay is told how many as soon as it takes records again, or at the process's end. Our thread never calls Dovecot and
+//! never writes to the log itself. It is started when it is first needed: while a second thread lives, each change of the uid
+//! in lmtp interrupts it.
 
 use super::INTENTS_MAX;
 use crate::wire::{frame, proto};
@@ -59,16 +60,22 @@ pub struct Link {
     receiver: Option<Receiver<proto::Record>>,
     waker: Option<Arc<Waker>>,
     thread: Option<JoinHandle<()>>,
-    /// Dropped since the last record that was queued.
-    dropped: u64,
     unusable: bool,
 }
 
 struct Shared {
     queued_bytes: AtomicU64,
     finishing: AtomicBool,
-    unsent: AtomicU64,
+    /// Records that were dropped, and that the relay was not told of.
+    dropped: AtomicU64,
     output: Mutex<Output>,
+}
+
+/// An encoded frame.
+struct Waiting {
+    frame: Vec<u8>,
+    /// That are lost, or not counted, if it is not written: itself, and those that it says were dropped.
+    records: u64,
 }
 
 /// The socket and what waits for it. Locked by both threads for the length of a non-blocking write.
@@ -78,7 +85,7 @@ struct Output {
     /// Who we are and what we intend: first on every connection.
     preamble: Vec<u8>,
     /// Encoded frames. The first one is partly written.
-    frames: VecDeque<Vec<u8>>,
+    frames: VecDeque<Waiting>,
     /// Bytes of `frames`.
     bytes: usize,
     /// Bytes already written of the preamble, or else of the first frame.
@@ -89,10 +96,17 @@ struct Output {
 
 impl Output {
     fn push(&mut self, kind: proto::frame::Kind) {
+        let records = match &kind {
+            proto::frame::Kind::Record(record) => {
+                record.dropped + u64::from(record.change.is_some() || !record.spans.is_empty())
+            }
+            proto::frame::Kind::Goodbye(goodbye) => goodbye.dropped,
+            _ => 0,
+        };
         match frame::encode(&proto::Frame { kind: Some(kind) }) {
             Ok(frame) => {
                 self.bytes += frame.len();
-                self.frames.push_back(frame);
+                self.frames.push_back(Waiting { frame, records });
             }
             Err(error) => log::error!("A record can't be sent to the relay: {error}"),
         }
@@ -109,7 +123,7 @@ impl Output {
             if self.preamble.is_empty() && self.frames.is_empty() {
                 return Ok(true);
             }
-            let frames = self.frames.iter().take(FRAMES_PER_WRITE).map(|frame| IoSlice::new(frame));
+            let frames = self.frames.iter().take(FRAMES_PER_WRITE).map(|waiting| IoSlice::new(&waiting.frame));
             let mut slices: Vec<IoSlice> = Some(IoSlice::new(&self.preamble))
                 .filter(|slice| !slice.is_empty())
                 .into_iter()
@@ -133,7 +147,7 @@ impl Output {
             self.written -= self.preamble.len();
             self.preamble.clear();
         }
-        while let (true, Some(frame)) = (self.preamble.is_empty(), self.frames.front()) {
+        while let (true, Some(Waiting { frame, .. })) = (self.preamble.is_empty(), self.frames.front()) {
             if self.written < frame.len() {
                 return;
             }
@@ -145,9 +159,8 @@ impl Output {
 
     fn connect(&mut self, config: &LinkConfig) -> io::Result<()> {
         self.stream = Some(UnixStream::connect(&config.socket)?);
-        let attach = proto::Attach { process: config.process.clone(), pid: std::process::id() };
         let intents = self.intents.iter().cloned().map(proto::frame::Kind::Intent);
-        self.preamble = std::iter::once(proto::frame::Kind::Attach(attach))
+        self.preamble = std::iter::once(attach(config))
             .chain(intents)
             .filter_map(|kind| frame::encode(&proto::Frame { kind: Some(kind) }).ok())
             .flatten()
@@ -171,7 +184,7 @@ impl Link {
         let shared = Shared {
             queued_bytes: AtomicU64::new(0),
             finishing: AtomicBool::new(false),
-            unsent: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
             output: Mutex::default(),
         };
         Link {
@@ -181,7 +194,6 @@ impl Link {
             receiver: Some(receiver),
             waker: None,
             thread: None,
-            dropped: 0,
             unusable: false,
         }
     }
@@ -227,7 +239,8 @@ impl Link {
             let _ = output.connect(&self.config);
             let _ = output.flush();
         }
-        if self.dropped > 0 || output.stream.is_none() || !output.is_empty() || !self.sender.is_empty() {
+        let has_dropped = shared.dropped.load(Ordering::Relaxed) > 0;
+        if has_dropped || output.stream.is_none() || !output.is_empty() || !self.sender.is_empty() {
             return records;
         }
         records.into_iter().for_each(|record| output.push(proto::frame::Kind::Record(record)));
@@ -247,25 +260,24 @@ impl Link {
         }
     }
 
-    fn queue(&mut self, mut record: proto::Record) {
+    fn queue(&mut self, record: proto::Record) {
         self.start();
         let size = record.encoded_len() as u64;
         let queued = self.shared.queued_bytes.fetch_add(size, Ordering::Relaxed);
-        record.dropped = self.dropped;
         if queued + size > self.config.queue_size || self.unusable || self.sender.try_send(record).is_err() {
             self.shared.queued_bytes.fetch_sub(size, Ordering::Relaxed);
-            if self.dropped == 0 {
+            if self.shared.dropped.fetch_add(1, Ordering::Relaxed) == 0 {
                 log::error!(
                     "{}: the queue of {} bytes to the relay is full (dovetail_process_queue_size) - \
                      changes are dropped until it takes them again, and are then read from the mailboxes' logs",
                     self.config.socket.display(),
                     self.config.queue_size
                 );
+                // It may have emptied the queue meanwhile: then it is to tell.
+                self.wake();
             }
-            self.dropped += 1;
             return;
         }
-        self.dropped = 0;
         self.wake();
     }
 
@@ -281,14 +293,27 @@ impl Link {
                 log::error!("Internal error: the thread that talks to the relay panicked");
             }
         }
-        let unsent = self.shared.unsent.load(Ordering::Acquire) + self.dropped;
+        let waiting: u64 = lock(&self.shared.output).frames.iter().map(|waiting| waiting.records).sum();
+        let unsent = self.shared.dropped.load(Ordering::Acquire) + waiting;
         if unsent > 0 {
             log::error!(
                 "{}: {unsent} changes could not be handed to the relay before this process ended - \
                  they are read from the mailboxes' logs when it is back",
                 self.config.socket.display()
             );
+            self.leave_count(unsent);
         }
+    }
+
+    /// The relay does not read. Dovecot's master listens for it, also while it is being started: a connection of its own can
+    /// wait there until it does.
+    fn leave_count(&self, dropped: u64) {
+        let goodbye = proto::frame::Kind::Goodbye(proto::Goodbye { dropped });
+        let frames = [attach(&self.config), goodbye];
+        let encoded = frames.into_iter().filter_map(|kind| frame::encode(&proto::Frame { kind: Some(kind) }).ok());
+        let text: Vec<u8> = encoded.flatten().collect();
+        // Without anybody who listens there is nobody who counts: the log has it.
+        let _ = UnixStream::connect(&self.config.socket).and_then(|mut stream| stream.write_all(&text));
     }
 
     /// True: it is said, or there was nobody to say it to.
@@ -297,7 +322,8 @@ impl Link {
         if output.stream.is_none() {
             return true;
         }
-        output.push(proto::frame::Kind::Goodbye(proto::Goodbye {}));
+        let dropped = self.shared.dropped.swap(0, Ordering::Relaxed);
+        output.push(proto::frame::Kind::Goodbye(proto::Goodbye { dropped }));
         let said = matches!(output.flush(), Ok(true));
         if said {
             output.disconnect();
@@ -343,6 +369,10 @@ impl Link {
     }
 }
 
+fn attach(config: &LinkConfig) -> proto::frame::Kind {
+    proto::frame::Kind::Attach(proto::Attach { process: config.process.clone(), pid: std::process::id() })
+}
+
 fn lock(output: &Mutex<Output>) -> MutexGuard<'_, Output> {
     output.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -386,10 +416,8 @@ impl Pump {
                 self.disconnect(&io::Error::from(ErrorKind::ConnectionReset));
             }
         }
-        let mut output = lock(&self.shared.output);
-        let unsent = self.receiver.len() + output.frames.len();
-        output.disconnect();
-        self.shared.unsent.store(unsent as u64, Ordering::Release);
+        lock(&self.shared.output).disconnect();
+        self.shared.dropped.fetch_add(self.receiver.len() as u64, Ordering::Release);
     }
 
     fn timeout(&self) -> Option<Duration> {
@@ -445,19 +473,26 @@ impl Pump {
             while output.bytes < OUTPUT_BYTES_AIM {
                 match self.receiver.try_recv() {
                     Ok(record) => {
-                        shared.queued_bytes.fetch_sub(queued_len(&record), Ordering::Relaxed);
+                        shared.queued_bytes.fetch_sub(record.encoded_len() as u64, Ordering::Relaxed);
                         output.push(proto::frame::Kind::Record(record));
                     }
                     Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
                 }
             }
-            if output.is_empty() {
-                if self.finish_by.is_some() {
-                    output.push(proto::frame::Kind::Goodbye(proto::Goodbye {}));
-                    output.flush()?;
-                }
+            if !output.is_empty() {
+                continue;
+            }
+            // The relay takes records again: those that were dropped are behind it.
+            let dropped = shared.dropped.swap(0, Ordering::Relaxed);
+            if self.finish_by.is_some() {
+                output.push(proto::frame::Kind::Goodbye(proto::Goodbye { dropped }));
+                output.flush()?;
                 return Ok(());
             }
+            if dropped == 0 {
+                return Ok(());
+            }
+            output.push(proto::frame::Kind::Record(proto::Record { dropped, ..Default::default() }));
         }
     }
 
@@ -475,12 +510,6 @@ impl Pump {
         self.connect_at = Instant::now() + self.pause;
         self.pause = (self.pause * 2).min(RECONNECT_MAX);
     }
-}
-
-/// The size that `Link::send` counted: before `dropped` was set.
-fn queued_len(record: &proto::Record) -> u64 {
-    let dropped = proto::Record { change: None, spans: Vec::new(), dropped: record.dropped }.encoded_len();
-    (record.encoded_len() - dropped) as u64
 }
 
 #[cfg(test)]
@@ -603,7 +632,7 @@ mod tests {
         let start = Instant::now();
         link.finish();
         assert!(start.elapsed() < link.config.finish_timeout / 2);
-        assert_eq!(link.shared.unsent.load(Ordering::Relaxed), 1);
+        assert_eq!(link.shared.dropped.load(Ordering::Relaxed), 1);
     }
 
     #[test]
@@ -630,27 +659,57 @@ mod tests {
         assert_eq!(users(&heard), ["early"]);
     }
 
+    fn dropped(heard: &[proto::frame::Kind]) -> u64 {
+        let of = |kind: &proto::frame::Kind| match kind {
+            proto::frame::Kind::Record(record) => record.dropped,
+            proto::frame::Kind::Goodbye(goodbye) => goodbye.dropped,
+            _ => 0,
+        };
+        heard.iter().map(of).sum()
+    }
+
     #[test]
-    fn a_full_queue_drops_and_the_next_record_tells_how_many() {
+    fn what_a_full_queue_dropped_is_told_as_soon_as_the_relay_takes_records_again() {
         let dir = TempDir::new("full");
         let size = record("x").encoded_len() as u64;
         let mut link = link(&dir.socket(), 3 * size);
         for _ in 0..10 {
             link.send(vec![record("x")]);
         }
-        assert_eq!(link.dropped, 7);
+        assert_eq!(link.shared.dropped.load(Ordering::Relaxed), 7);
         let listener = UnixListener::bind(dir.socket()).unwrap();
-        let (heard, link) = std::thread::scope(|scope| {
-            let hearing = scope.spawn(|| hear(&listener, |heard| users(heard).contains(&"last".to_owned())));
-            // The queue empties as soon as the thread has connected.
-            while link.shared.queued_bytes.load(Ordering::Relaxed) > 0 {
-                std::thread::yield_now();
-            }
-            link.send(vec![record("last")]);
-            (hearing.join().unwrap(), link)
-        });
-        let Some(proto::frame::Kind::Record(last)) = heard.last() else { panic!("{heard:?}") };
-        assert_eq!(last.dropped, 7);
+        // The process does nothing more.
+        let heard = hear(&listener, |heard| dropped(heard) > 0);
+        assert_eq!((users(&heard).len(), dropped(&heard)), (3, 7));
         drop(link);
+    }
+
+    #[test]
+    fn what_the_relay_did_not_take_before_the_end_is_counted_on_a_connection_that_waits_for_it() {
+        let dir = TempDir::new("hung");
+        let listener = UnixListener::bind(dir.socket()).unwrap();
+        let mut link =
+            Link::new(LinkConfig { finish_timeout: Duration::ZERO, ..link(&dir.socket(), 1 << 20).config.clone() });
+        // Much more than a socket takes.
+        let large = "x".repeat(50_000);
+        (0..30).for_each(|_| link.send(vec![record(&large)]));
+        link.finish();
+        let heard = hear(&listener, |_| false);
+        assert!(!matches!(heard.last(), Some(proto::frame::Kind::Goodbye(_))), "not all was said");
+        let count = hear(&listener, |_| false);
+        assert!(matches!(count.first(), Some(proto::frame::Kind::Attach(_))));
+        assert_eq!(users(&heard).len() as u64 + dropped(&count), 30);
+    }
+
+    #[test]
+    fn the_goodbye_tells_what_was_dropped_last() {
+        let dir = TempDir::new("goodbye");
+        let listener = UnixListener::bind(dir.socket()).unwrap();
+        let mut link = link(&dir.socket(), 1 << 20);
+        link.intent(intent());
+        link.shared.dropped.store(3, Ordering::Relaxed);
+        link.finish();
+        let heard = hear(&listener, |_| false);
+        assert_eq!(heard.last(), Some(&proto::frame::Kind::Goodbye(proto::Goodbye { dropped: 3 })));
     }
 }

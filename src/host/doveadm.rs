@@ -35,6 +35,7 @@ extern "C" fn dt_rs_status(
                     pending: peer.pending,
                     behind_secs: peer.behind_secs,
                     dropped: peer.dropped,
+                    process_dropped: counters.dropped_by_processes,
                     failed: counters.failed,
                     conflicts: conflicts.as_ptr(),
                 };

@@ -137,6 +137,8 @@ pub struct DtStatusRow {
     pub pending: u64,
     pub behind_secs: u64,
     pub dropped: u64,
+    /// Changes that this server's mail processes could not tell the relay, since it was started.
+    pub process_dropped: u64,
     /// What needs a comparison or a person, of all peers and of this server.
     pub failed: u64,
     /// Changes of two servers that did not go together, by kind, of all peers, since the relay was started.

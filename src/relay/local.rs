@@ -77,7 +77,12 @@ impl Engine {
                 local.intend(&intent.user, intent.mailbox.unwrap_or_default().guid);
                 self.take_user_peers(&intent.user.as_str().into(), intent.peers);
             }
-            Kind::Goodbye(_) => local.intents.clear(),
+            Kind::Goodbye(goodbye) => {
+                self.take_dropped(token, goodbye.dropped);
+                if let Some(Role::Local(local)) = self.sockets.get_mut(&token).map(|socket| &mut socket.role) {
+                    local.intents.clear();
+                }
+            }
             Kind::Record(record) => return self.take_record(token, record),
             _ => return Err(Close::Malformed("it sent a frame that a local process may not send".into())),
         }
@@ -105,8 +110,13 @@ impl Engine {
         self.look_into_intents(&local.intents);
     }
 
-    /// The process had no room for what it did.
-    fn look_into_process(&mut self, token: Token) {
+    /// The process had no room for so much of what it did.
+    fn take_dropped(&mut self, token: Token, count: u64) {
+        if count == 0 {
+            return;
+        }
+        let counted = &mut self.counts.counters.dropped_by_processes;
+        *counted = counted.saturating_add(count);
         let Some(Role::Local(local)) = self.sockets.get(&token).map(|socket| &socket.role) else {
             return;
         };
@@ -159,11 +169,7 @@ impl Engine {
         change::check_spans(&record.spans).map_err(|error| Close::Malformed(error.to_string()))?;
         self.counts.counters.records += 1;
         self.counts.counters.spans += record.spans.len() as u64;
-        self.counts.counters.dropped_by_processes =
-            self.counts.counters.dropped_by_processes.saturating_add(record.dropped);
-        if record.dropped > 0 {
-            self.look_into_process(token);
-        }
+        self.take_dropped(token, record.dropped);
         let mut change = record.change;
         if let Some(error) = change.as_ref().and_then(|change| change::check_change(change).err()) {
             self.skip_bad_change(token, &change.take().unwrap_or_default(), &error);

@@ -26,6 +26,7 @@ static void cmd_dovetail_status_row(void *context, const struct dt_status_row *r
 	doveadm_print_num(row->pending);
 	doveadm_print_num(row->behind_secs);
 	doveadm_print_num(row->dropped);
+	doveadm_print_num(row->process_dropped);
 	doveadm_print_num(row->failed);
 	doveadm_print(row->conflicts);
 	doveadm_print(row->last_error);
@@ -42,6 +43,7 @@ static void cmd_dovetail_status(struct doveadm_cmd_context *cctx)
 	doveadm_print_header("pending", "pending", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
 	doveadm_print_header("behind_secs", "behind_secs", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
 	doveadm_print_header("dropped", "dropped", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
+	doveadm_print_header("process_dropped", "process_dropped", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
 	doveadm_print_header("failed", "failed", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
 	doveadm_print_header_simple("conflicts");
 	doveadm_print_header("last_error", "last_error", DOVEADM_PRINT_HEADER_FLAG_EXPAND);

@@ -1,7 +1,8 @@
 //! `doveadm dovetail status`, and that applied changes are not sent back.
 
-use crate::cluster::{wait_until, Cluster, Format, Server};
-use crate::scene::{mail, Scene, SOON};
+use crate::cluster::server::signal;
+use crate::cluster::{wait_until, Cluster, Format, Server, Setup};
+use crate::scene::{mail, mail_of_size, Scene, SOON};
 
 fn wait_for_acknowledgement(server: &Server) {
     wait_until(SOON, &format!("{}'s peers have acknowledged everything", server.name()), || {
@@ -22,7 +23,9 @@ fn status_has_a_row_for_each_peer_in_every_output_format() {
 
     let status = |format| t.here().doveadm(&["-f", format, "dovetail", "status"]);
     let (flow, table, json) = (status("flow"), status("table"), status("json"));
-    for column in ["peer", "state", "pending", "behind_secs", "dropped", "failed", "conflicts", "last_error"] {
+    for column in
+        ["peer", "state", "pending", "behind_secs", "dropped", "process_dropped", "failed", "conflicts", "last_error"]
+    {
         assert!(rows[0].contains_key(column), "{rows:?}");
         assert!(flow.contains(&format!("{column}=")) && table.contains(column), "{flow}{table}");
         assert!(json.contains(&format!("\"{column}\":")), "{json}");
@@ -49,6 +52,45 @@ fn status_says_how_far_a_peer_is_behind() {
     t.b().start();
     t.settled();
     wait_until(SOON, "B is not behind", || t.a().status()[0]["behind_secs"] == "0");
+}
+
+const SMALL_QUEUE_23: &str = "plugin {\n  dovetail_process_queue_size = 128k\n}\n";
+const SMALL_QUEUE_24: &str = "dovetail_process_queue_size = 128k\n";
+
+/// It is counted when the relay takes records again, whether the process does anything more or has ended meanwhile.
+#[test]
+fn what_a_mail_process_had_to_drop_is_counted_and_read_from_the_logs() {
+    let a = Setup::new("a", Format::Sdbox).extra(SMALL_QUEUE_23, SMALL_QUEUE_24);
+    let t = Scene::on(Cluster::start(vec![a, Setup::new("b", Format::Sdbox)]), "story-dropped-by-process");
+    t.expects_in_log("dovetail_process_queue_size");
+    t.expects_in_log("changes could not be handed to the relay before this process ended");
+    let dropped = || t.a().status()[0]["process_dropped"].parse::<u64>().expect("a number");
+    t.a().deliver(&t.user, &mail("first"));
+    t.settled();
+    assert_eq!(dropped(), 0);
+    let relay = t.a().pids("dovetail")[0];
+    // More than the relay's socket and the queue take.
+    let body = mail_of_size(20_000);
+    let append_while_it_hangs = || {
+        signal(relay, "STOP");
+        let mut imap = t.a().imap(&t.user);
+        (0..60).for_each(|_| drop(imap.append("INBOX", &body)));
+        imap
+    };
+
+    let idle = append_while_it_hangs();
+    signal(relay, "CONT");
+    wait_until(SOON, "it is counted while the session does nothing", || dropped() > 0);
+    assert_eq!(t.settled().messages("INBOX").len(), 61);
+    drop(idle);
+    wait_until(SOON, "no session is left", || t.a().pids("imap").is_empty());
+
+    let before = dropped();
+    append_while_it_hangs().ok("LOGOUT");
+    wait_until(SOON, "the session has ended", || t.a().pids("imap").is_empty());
+    signal(relay, "CONT");
+    wait_until(SOON, "it is counted after the session has ended", || dropped() > before);
+    assert_eq!(t.settled().messages("INBOX").len(), 121);
 }
 
 #[test]

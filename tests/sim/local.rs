@@ -636,7 +636,7 @@ impl Local {
         }
         let has_relay = process.connection.is_some() || self.connect(&mut process, number);
         if process.is_ending && process.waiting.iter().all(|frame| is_record(frame)) {
-            process.waiting.push_back(encoded(Kind::Goodbye(proto::Goodbye {})));
+            process.waiting.push_back(encoded(Kind::Goodbye(proto::Goodbye::default())));
         }
         self.write(&mut process);
         let is_left = !process.waiting.is_empty();
