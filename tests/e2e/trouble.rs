@@ -1,6 +1,7 @@
 //! Peers, relays and configurations that fail: mail goes on.
 
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::cluster::server::signal;
@@ -82,33 +83,61 @@ fn a_relay_that_hangs_delays_no_mail() {
     t.a().imap(&t.user).select("INBOX").ok("STORE 1:* +FLAGS (\\Seen)");
 }
 
+/// Bytes that are no frame, and what the log says of them.
+const GARBAGE: [(&[u8], &str); 5] = [
+    (b"\xff\x00\x00\x01x", "the frame is of version 255, and only version 1 is known here"),
+    (b"GET / HTTP/1.0\r\n\r\n", "the frame is of version 71, and only version 1 is known here"),
+    (b"\x01\xff\xff\xff", "the frame is 16777215 bytes long, and at most 65536 are allowed"),
+    (b"\x01\x00\x00\x04\xff\xff\xff\xff", "the frame cannot be decoded: "),
+    // A field that nobody knows.
+    (b"\x01\x00\x00\x03\xf8\x3f\x01", "the frame is of a kind that is not known here"),
+];
+
+/// Sends it, and waits until the other side closes the connection.
+fn say_garbage<S: Read + Write>(mut stream: S, garbage: &[u8]) {
+    // It may be closed before all is written.
+    let _ = stream.write_all(garbage);
+    let mut answer = Vec::new();
+    let end = stream.read_to_end(&mut answer);
+    let timed_out = end.is_err_and(|e| matches!(e.kind(), std::io::ErrorKind::WouldBlock));
+    assert!(!timed_out, "the relay kept a connection open that sent {garbage:?}");
+}
+
+/// Each reason is in the log once, together with `who`.
+fn garbage_closes_that_connection_only(user: &str, who: &str, say: impl Fn(&Scene, &[u8])) {
+    let t = pair(user);
+    t.expects_in_log("dovetail");
+    t.a().deliver(user, &mail("before"));
+    t.settled();
+    for (garbage, reason) in GARBAGE {
+        say(&t, garbage);
+        t.b().wait_for_log(reason);
+        let log = t.b().log();
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains(reason)).collect();
+        assert!(lines.len() == 1 && lines[0].contains(who), "{reason}: {lines:#?}");
+    }
+    assert_eq!(t.b().counters().malformed, GARBAGE.len() as u64);
+    t.a().deliver(user, &mail("to it"));
+    t.b().deliver(user, &mail("from it"));
+    assert_eq!(t.settled().messages("INBOX").len(), 3);
+}
+
 #[test]
 fn garbage_on_the_relays_port_closes_that_connection_only() {
-    let t = pair("story-garbage");
-    t.expects_in_log("dovetail");
-    let lines_before = t.b().log().lines().count();
-    let senders: [&[u8]; 4] = [
-        b"GET / HTTP/1.0\r\n\r\n",
-        // An unknown version, a frame that is too long, one that is no protobuf.
-        b"\xff\x00\x00\x01x",
-        b"\x01\xff\xff\xff",
-        b"\x01\x00\x00\x04\xff\xff\xff\xff",
-    ];
-    for garbage in senders {
-        let mut stream = t.b().connect(t.b().ports.relay).expect("connect to the relay");
+    garbage_closes_that_connection_only("story-garbage-port", "A server that connected as a peer", |t, garbage| {
+        let stream = t.b().connect(t.b().ports.relay).expect("connect to the relay");
         stream.set_read_timeout(Some(SOON)).expect("timeout");
-        // It may be closed before all is written.
-        let _ = stream.write_all(garbage);
-        let mut answer = Vec::new();
-        let end = stream.read_to_end(&mut answer);
-        let timed_out = end.is_err_and(|e| matches!(e.kind(), std::io::ErrorKind::WouldBlock));
-        assert!(!timed_out, "the relay kept a connection open that sent {garbage:?}");
-    }
-    t.a().deliver(&t.user, &mail("after"));
-    t.settled();
-    let log = t.b().log();
-    let reasons: Vec<&str> = log.lines().skip(lines_before).filter(|line| line.contains("dovetail")).collect();
-    assert!((senders.len()..=3 * senders.len()).contains(&reasons.len()), "one reason each: {reasons:#?}");
+        say_garbage(stream, garbage);
+    });
+}
+
+#[test]
+fn garbage_on_the_relays_unix_socket_closes_that_connection_only() {
+    garbage_closes_that_connection_only("story-garbage-socket", "Local process unknown: ", |t, garbage| {
+        let stream = UnixStream::connect(t.b().outside("/run/dovetail")).expect("connect to the relay");
+        stream.set_read_timeout(Some(SOON)).expect("timeout");
+        say_garbage(stream, garbage);
+    });
 }
 
 #[test]
@@ -145,6 +174,9 @@ fn an_unknown_setting_is_named_and_mail_goes_on() {
     deliver_and_time(t.a(), &t.user, 3);
     assert_eq!(t.a().imap(&t.user).select("INBOX").uids().len(), 3);
     t.a().wait_for_log("dovetail_colour");
+    let status = t.a().try_doveadm(&["dovetail", "status"]);
+    let why = String::from_utf8_lossy(&status.stderr).into_owned();
+    assert!(!status.status.success() && why.contains("Unknown setting dovetail_colour"), "{why}");
 }
 
 #[test]
