@@ -175,6 +175,11 @@ fn effects(server: &Server) -> Vec<String> {
     effects
 }
 
+/// Whether last_login noted him.
+fn has_logged_in(server: &Server, user: &str) -> bool {
+    fs::read_to_string(server.outside("/home/last-login")).is_ok_and(|text| text.contains(user))
+}
+
 /// Mails of a user's mailbox, counted without any program of Dovecot: those have effects.
 fn files(server: &Server, user: &str, mailbox: &str) -> usize {
     let dir = server.outside(&format!("/home/{user}/sdbox/mailboxes/{mailbox}/dbox-Mails"));
@@ -192,46 +197,59 @@ fn to_you(subject: &str, size: usize) -> Vec<u8> {
 #[test]
 fn what_a_change_sets_off_happens_once_and_on_its_own_server() {
     let mut setups = vec![setup("a"), setup("b")];
-    let single = std::env::var_os("DOVETAIL_TEST_SINGLE").is_some();
-    if single {
+    let is_single = std::env::var_os("DOVETAIL_TEST_SINGLE").is_some();
+    if is_single {
         setups = vec![setup("a").without_plugin()];
     }
     let t = Scene::on(Cluster::start(setups), "story-effects");
-    let (a, peer) = (t.here(), t.there());
-
-    // When mail comes in on A that a sieve script files and answers, that fills half the quota, into a new INBOX.
-    a.deliver(&t.user, &to_you("holiday", 100));
-    a.deliver(&t.user, &to_you("file me", 100));
-    a.deliver(&t.user, &to_you("large", 120_000));
-    let expected = ["quota", "sieve", "sieve", "sieve", "vacation", "welcome"];
-    wait_until(SOON, &format!("A ran {expected:?}"), || effects(a) == expected);
-
-    // Then the peer has the mails, filed alike, and nobody but their worker has touched them.
-    wait_until(SOON, "the peer has the mails", || {
-        files(peer, &t.user, "INBOX") == 2 && files(peer, &t.user, "Filed") == 1
-    });
-    if !single {
-        assert!(!peer.outside("/home/last-login").exists(), "last_login ran on the peer");
+    let (a, b) = (t.here(), t.there());
+    sets_off_once(&t, a, b, "story-effects-a", is_single);
+    if !is_single {
+        sets_off_once(&t, b, a, "story-effects-b", is_single);
     }
-    assert!(a.outside("/home/last-login").exists(), "last_login did not run on A");
+}
 
-    // When a client on A appends to a mailbox with a script, and expunges a mail that lazy_expunge keeps.
-    let mut imap = a.imap(&t.user);
+/// Nobody has touched this user's mail on either server.
+fn sets_off_once(t: &Scene, here: &Server, peer: &Server, user: &str, is_single: bool) {
+    let (effects_there, notifications_there) = (effects(peer), notifications(peer));
+    let notifications_here = notifications(here);
+    let (name, ran) = (here.name(), effects(here));
+    let wait_for = |new: &[&str]| {
+        let mut expected: Vec<String> = ran.iter().cloned().chain(new.iter().map(|&name| name.to_owned())).collect();
+        expected.sort();
+        wait_until(SOON, &format!("{name} ran {expected:?}"), || effects(here) == expected);
+        expected
+    };
+
+    // When mail comes in that a sieve script files and answers, that fills half the quota, into a new INBOX.
+    here.deliver(user, &to_you("holiday", 100));
+    here.deliver(user, &to_you("file me", 100));
+    here.deliver(user, &to_you("large", 120_000));
+    wait_for(&["quota", "sieve", "sieve", "sieve", "vacation", "welcome"]);
+
+    // Then the peer has the mails, filed alike, and nobody but its worker has touched them.
+    wait_until(SOON, "the peer has the mails", || files(peer, user, "INBOX") == 2 && files(peer, user, "Filed") == 1);
+    if !is_single {
+        assert!(!has_logged_in(peer, user), "last_login ran on {}", peer.name());
+    }
+    assert!(has_logged_in(here, user), "last_login did not run on {name}");
+
+    // When a client appends to a mailbox with a script, and expunges a mail that lazy_expunge keeps.
+    let mut imap = here.imap(user);
     imap.append("Spam", &to_you("spam", 100));
     let mut imap = imap.select("INBOX");
     imap.ok("STORE 1 +FLAGS (\\Deleted)");
     imap.ok("EXPUNGE");
     imap.ok("LOGOUT");
-    let expected = ["imapsieve", "quota", "sieve", "sieve", "sieve", "vacation", "welcome"];
-    wait_until(SOON, &format!("A ran {expected:?}"), || effects(a) == expected);
+    let expected = wait_for(&["imapsieve", "quota", "sieve", "sieve", "sieve", "vacation", "welcome"]);
 
     // Then the kept mail is there once, and still nothing was run on the peer.
-    let snapshot = t.settled();
+    let snapshot = t.converged(user);
     assert_eq!((snapshot.messages("INBOX").len(), snapshot.messages("Expunged").len()), (1, 1));
-    assert_eq!(effects(a), expected);
-    assert!(!notifications(a).is_empty(), "A notified nobody:\n{}", a.log());
-    if !single {
-        assert_eq!(notifications(peer), Vec::<String>::new(), "the peer notified somebody");
-        assert_eq!(effects(peer), Vec::<String>::new(), "the peer ran something");
+    assert_eq!(effects(here), expected);
+    assert!(notifications(here).len() > notifications_here.len(), "{name} notified nobody:\n{}", here.log());
+    if !is_single {
+        assert_eq!(notifications(peer), notifications_there, "{} notified somebody", peer.name());
+        assert_eq!(effects(peer), effects_there, "{} ran something", peer.name());
     }
 }
