@@ -10,6 +10,7 @@ mod bodies;
 mod clashes;
 mod copy;
 mod deliver;
+mod demo;
 mod effects;
 mod expunge;
 mod flags;
