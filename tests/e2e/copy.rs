@@ -80,6 +80,16 @@ stories! {
         assert_eq!(uids, [2, 3, 4]);
     }
 
+    fn uid_copy_and_uid_move_inside_a_mailbox(t) {
+        let mut imap = given_three_mails(t);
+        imap.ok("UID COPY 2 INBOX");
+        imap.ok("UID MOVE 1 INBOX");
+        let snapshot = t.settled();
+        let uids: Vec<u32> = snapshot.mailboxes["INBOX"].messages.keys().copied().collect();
+        assert_eq!(uids, [2, 3, 4, 5]);
+        assert_eq!(snapshot.messages("INBOX")[2].flags, ["$Work", "\\Flagged", "\\Seen"]);
+    }
+
     fn move_there_and_back_again(t) {
         let mut imap = given_three_mails(t);
         imap.ok("MOVE 1:3 Archive");
@@ -90,9 +100,9 @@ stories! {
 }
 
 /// When the peer copies it is another second.
-fn a_copy_keeps_its_save_date(format: Format) {
-    let cluster = Cluster::pair(format, format).with_save_dates();
-    let t = Scene::on(cluster, &format!("story-save-date-{format:?}").to_lowercase());
+fn a_copy_keeps_its_save_date(a: Format, b: Format) {
+    let cluster = Cluster::pair(a, b).with_save_dates();
+    let t = Scene::on(cluster, &format!("story-save-date-{a:?}-{b:?}").to_lowercase());
     let mut imap = given_three_mails(&t);
     t.settled();
     let second = || SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
@@ -108,15 +118,25 @@ fn a_copy_keeps_its_save_date(format: Format) {
 
 #[test]
 fn a_copy_keeps_its_save_date_sdbox() {
-    a_copy_keeps_its_save_date(Format::Sdbox);
+    a_copy_keeps_its_save_date(Format::Sdbox, Format::Sdbox);
 }
 
 #[test]
 fn a_copy_keeps_its_save_date_mdbox() {
-    a_copy_keeps_its_save_date(Format::Mdbox);
+    a_copy_keeps_its_save_date(Format::Mdbox, Format::Mdbox);
 }
 
 #[test]
 fn a_copy_keeps_its_save_date_maildir() {
-    a_copy_keeps_its_save_date(Format::Maildir);
+    a_copy_keeps_its_save_date(Format::Maildir, Format::Maildir);
+}
+
+#[test]
+fn a_copy_keeps_its_save_date_sdbox_to_maildir() {
+    a_copy_keeps_its_save_date(Format::Sdbox, Format::Maildir);
+}
+
+#[test]
+fn a_copy_keeps_its_save_date_maildir_to_mdbox() {
+    a_copy_keeps_its_save_date(Format::Maildir, Format::Mdbox);
 }

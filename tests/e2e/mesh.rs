@@ -77,6 +77,9 @@ fn one_that_was_down_gets_what_the_other_two_did() {
     c.stop();
     write_on_all(&t.servers()[..2], user, 6);
     t.b().imap(user).select("INBOX").ok("STORE 1:3 +FLAGS (\\Answered)");
+    let status = t.a().status();
+    let rows: Vec<_> = status.iter().map(|row| (row["peer"].as_str(), row["state"] == "connected")).collect();
+    assert_eq!(rows, [("b", true), ("c", false)]);
     c.start();
     write(c, user, 3);
     assert_each_once(&t.converged_within(CUT_DEADLINE, user), 16);

@@ -64,6 +64,11 @@ fn a_peer_that_is_away_gets_everything_when_it_is_back() {
         peer["pending"].parse::<u64>().is_ok_and(|n| n >= 20) && !peer["last_error"].is_empty()
     });
 
+    // It tries again and again, and not with each mail.
+    let log = t.a().log();
+    let reasons = log.lines().filter(|line| line.contains("failed: Connection refused")).count();
+    assert!(reasons <= 2, "one line while the peer starts, and one while it is away:\n{log}");
+
     t.b().start();
     assert_eq!(t.settled().messages("INBOX").len(), 21);
     wait_until(SOON, "nothing is pending", || t.a().status()[0]["pending"] == "0");
