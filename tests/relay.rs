@@ -204,16 +204,23 @@ fn bad_frames_close_the_connection_and_are_counted() {
     as_worker.send(Kind::Applied(Applied::default()));
     assert!(as_worker.is_closed());
 
-    let mut peer = b.connect_as_peer("a");
-    peer.send_bytes(&[1, 0, 0, 1, 0xff]);
-    assert!(peer.is_closed());
+    for (bytes, reason) in [
+        ([9, 0, 0, 1, 0], "the frame is of version 9"),
+        ([1, 1, 0, 1, 0], "the frame is 65537 bytes long"),
+        ([1, 0, 0, 1, 0xff], "the frame cannot be decoded"),
+    ] {
+        let mut peer = b.connect_as_peer("a");
+        peer.send_bytes(&bytes);
+        assert!(peer.is_closed());
+        until(reason, || b.peer("a").last_error.contains(reason));
+    }
 
     let mut foreign = b.connect_as_peer("a");
     foreign.send_change_of("c", "jane", 1);
     assert!(foreign.is_closed());
 
-    assert_eq!(b.status().counters.unwrap().malformed, 5);
-    until("all were said to be closed", || b.closed() >= 5);
+    assert_eq!(b.status().counters.unwrap().malformed, 7);
+    until("all were said to be closed", || b.closed() >= 7);
 }
 
 #[test]
