@@ -205,3 +205,25 @@ fn the_c_header_is_fresh() {
     let checked_in = fs::read_to_string(&path).unwrap_or_default();
     assert!(checked_in == fresh, "include/dovetail.h is not what src/host says: run `make header`");
 }
+
+/// On Debian 13 with its own Rust, nothing can be built for Debian 12.
+#[test]
+fn a_release_that_the_matrix_cannot_test_is_no_success() {
+    use std::os::unix::fs::PermissionsExt;
+    let stubs = std::env::temp_dir().join(format!("dovetail-matrix-{}", std::process::id()));
+    fs::create_dir_all(&stubs).unwrap();
+    for (name, says) in [("rustc", "/usr"), ("cargo", "")] {
+        fs::write(stubs.join(name), format!("#!/bin/sh\necho {says}\n")).unwrap();
+        fs::set_permissions(stubs.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let matrix = std::process::Command::new(root().join("tests/matrix.sh"))
+        .env("PATH", format!("{}:{}", stubs.display(), std::env::var("PATH").unwrap()))
+        .env("DOVETAIL_MATRIX_NAMESPACE", "1")
+        .env("DOVETAIL_MATRIX_HERE", "trixie")
+        .output();
+    fs::remove_dir_all(&stubs).unwrap();
+    let matrix = matrix.unwrap();
+    let (out, error) = (String::from_utf8_lossy(&matrix.stdout), String::from_utf8_lossy(&matrix.stderr));
+    assert_eq!(matrix.status.code(), Some(77), "{out}{error}");
+    assert!(out.contains("bookworm: SKIPPED") && error.contains("NOT COMPLETE"), "{out}{error}");
+}
