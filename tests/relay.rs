@@ -760,6 +760,44 @@ fn a_look_that_fails_is_tried_again_and_the_reason_is_in_the_status() {
     until("it is over", || a.status().counters.unwrap().looking == 0);
 }
 
+/// Of several userdbs, one may list nobody.
+#[test]
+fn a_user_whom_the_userdb_did_not_list_is_looked_for_at_the_next_start() {
+    let house = House::new();
+    let start = || house.server("a", &[("b", "127.0.0.1:9".into())]);
+    drop(start());
+    let journal = rusqlite::Connection::open(house.path("a-journal/journal.sqlite")).unwrap();
+    journal.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('unheard_since', 5)", []).unwrap();
+    drop(journal);
+    let a = start();
+    let (mut worker, look) = a.next_look();
+    assert!(look.users);
+    let listed = |job, users: &[&str]| Looked {
+        job,
+        more: true,
+        users: users.iter().map(|user| user.to_string()).collect(),
+        ..Default::default()
+    };
+    worker.send(Kind::Looked(listed(look.job, &["jane"])));
+    worker.finish(Kind::Looked(Looked { job: look.job, ..Default::default() }));
+    let (worker, look) = a.next_look();
+    assert_eq!((look.user.as_str(), look.written_since), ("jane", 5));
+    worker.finish(Kind::Looked(Looked { job: look.job, looked_at: 100, ..Default::default() }));
+    until("the search is over", || a.status().counters.unwrap().looking == 0);
+    drop(a);
+
+    let a = start();
+    let (worker, look) = a.next_look();
+    assert_eq!((look.user.as_str(), look.users), ("jane", false), "she is known now");
+    worker.finish(Kind::Looked(Looked { job: look.job, looked_at: 200, ..Default::default() }));
+    let (mut worker, look) = a.next_look();
+    assert!(look.users);
+    worker.send(Kind::Looked(listed(look.job, &["jane", "joe"])));
+    worker.finish(Kind::Looked(Looked { job: look.job, ..Default::default() }));
+    let (_, look) = a.next_look();
+    assert_eq!((look.user.as_str(), look.written_since), ("joe", 5));
+}
+
 #[test]
 fn a_mailbox_whose_log_does_not_tell_is_remembered() {
     let house = House::new();

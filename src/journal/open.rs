@@ -91,8 +91,8 @@ pub struct Start {
     pub is_new: bool,
     /// The machine was started since, and not all was looked at after that: its last commits may be lost.
     pub is_after_boot: bool,
-    /// Since when (seconds since 1970) users may have had their first mail, and nobody told of it: shortly before the last commit before
-    /// the start, or before the first of several that did not look for them all.
+    /// Since when (seconds since 1970) users may have had their first mail, and nobody told of it: shortly before the last commit of the
+    /// first relay. Later ones do not count: nobody knows if all users were looked for.
     pub unheard_since: Option<i64>,
 }
 
@@ -130,14 +130,8 @@ impl Journal {
             _lock: lock,
         };
         let (epoch, is_after_boot) = journal.begin(options, written_secs)?;
-        let unheard_since: Option<i64> = journal.meta("unheard_since")?;
-        let unheard_since = unheard_since.filter(|since| *since != 0);
+        let unheard_since = journal.meta("unheard_since")?;
         Ok((journal, Start { epoch, is_new, is_after_boot: is_after_boot && !is_new, unheard_since }))
-    }
-
-    /// They were all looked for.
-    pub fn all_heard(&mut self) -> Result<(), JournalError> {
-        self.put("unheard_since", 0)
     }
 
     fn begin(&mut self, options: &Options, written_secs: Option<i64>) -> Result<(u64, bool), JournalError> {
@@ -162,8 +156,8 @@ impl Journal {
             self.put("unlooked", 1)?;
         }
         if let Some(secs) = written_secs {
-            // A start that did not look for them all leaves that to the next.
             let since: Option<i64> = self.meta("unheard_since")?;
+            // 0 would be always, and was never meant.
             let since = since.filter(|since| *since != 0).map_or(secs, |since| since.min(secs));
             self.put("unheard_since", since)?;
         }
