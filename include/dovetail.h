@@ -256,6 +256,27 @@ struct dt_failed_row {
 };
 
 /*
+ A row of `doveadm dovetail waiting`.
+ */
+struct dt_waiting_row {
+  const char *user;
+  /*
+   To or from whom; empty: it is this server's own business.
+   */
+  const char *peer;
+  const char *what;
+  const char *reason;
+  /*
+   Seconds since 1970.
+   */
+  uint64_t since;
+  /*
+   The same; 0: now.
+   */
+  uint64_t next_try;
+};
+
+/*
  Called with each setting.
  */
 typedef void (*dt_setting_each)(void *context, const char *name, const char *value);
@@ -434,6 +455,19 @@ int dt_rs_failed(void (*row)(void*, const struct dt_failed_row*),
                  void *context,
                  char *error,
                  uintptr_t error_size);
+
+int dt_rs_waiting(void (*row)(void*, const struct dt_waiting_row*),
+                  void *context,
+                  char *error,
+                  uintptr_t error_size);
+
+/*
+ `user`: NULL: of all users.
+
+ # Safety
+ `user` is NUL-terminated or null, `cleared` can be written to.
+ */
+int dt_rs_failed_clear(const char *user, uint64_t *cleared, char *error, uintptr_t error_size);
 
 /*
  A service begins: its main thread is woken for what other threads say.

@@ -977,6 +977,57 @@ fn a_change_that_can_never_be_applied_is_set_aside_after_some_tries() {
 }
 
 #[test]
+fn what_failed_is_cleared_of_one_user_or_of_all() {
+    let house = House::new();
+    let a = house.server("a", &[("b", "127.0.0.1:9".into())]);
+    let mut imap = a.process("imap");
+    for user in ["jane", "joe", "jim"] {
+        imap.send(Kind::Record(Record { change: Some(Change { ops: vec![], ..save(user, 1) }), ..Default::default() }));
+    }
+    until("they are listed", || a.failed().len() == 3);
+    assert_eq!(a.clear_failed(Some("nobody")), 0);
+    assert_eq!(a.clear_failed(Some("joe")), 1);
+    assert!(a.failed().iter().all(|entry| entry.user != "joe"));
+    assert_eq!(a.status().counters.unwrap().failed, 2);
+    assert_eq!(a.clear_failed(None), 2);
+    assert_eq!((a.failed().len(), a.status().counters.unwrap().failed), (0, 0));
+    drop(a);
+    let a = house.server("a", &[("b", "127.0.0.1:9".into())]);
+    assert_eq!(a.status().counters.unwrap().failed, 0);
+}
+
+#[test]
+fn all_users_who_wait_are_listed_and_the_status_counts_them() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut lmtp = a.process("lmtp");
+    for user in ["jane", "joe", "jim"] {
+        lmtp.save(user, 1);
+    }
+    let sent = || a.waiting().into_iter().filter(|entry| entry.what == "send").collect::<Vec<_>>();
+    while sent().len() < 3 {
+        let (worker, apply) = b.next_job();
+        let error = format!("no mail for {}", apply.user);
+        worker.finish(Kind::Applied(Applied { job: apply.job, error, ..Default::default() }));
+    }
+    for entry in sent() {
+        assert_eq!((entry.peer.as_str(), entry.reason), ("b", format!("no mail for {}", entry.user)));
+        assert!(entry.since_us > 0 && (entry.next_us == 0 || entry.next_us > entry.since_us));
+    }
+    assert_eq!(a.peer("b").last_error, "user jane: no mail for jane (and 2 other users wait)");
+
+    lmtp.send(Kind::Intent(Intent { user: "ann".into(), mailbox: None, peers: None }));
+    drop(lmtp);
+    let (worker, look) = a.next_look();
+    let error = "locked".to_owned();
+    worker.finish(Kind::Looked(Looked { job: look.job, error, ..Default::default() }));
+    until("the look is listed", || a.waiting().len() == 4);
+    let look = a.waiting().into_iter().find(|entry| entry.what == "look").unwrap();
+    assert_eq!((look.user.as_str(), look.peer.as_str(), look.reason.as_str()), ("ann", "", "locked"));
+    assert!(a.peer("b").last_error.ends_with("(and 3 other users wait)"));
+}
+
+#[test]
 fn a_malformed_change_is_set_aside_after_some_tries() {
     let house = House::new();
     let b = house.server("b", &[("a", "127.0.0.1:9".into())]);

@@ -1,7 +1,7 @@
 //! The entries from src/shim/doveadm.c: asks the relay, hands rows to C.
 
 use super::ffi;
-use super::settings::read;
+use super::settings::{read, text};
 use crate::guard::guard;
 use crate::relay::client;
 use crate::wire::proto::NamedCount;
@@ -77,6 +77,70 @@ extern "C" fn dt_rs_failed(
                 };
                 row(context, &raw const values);
             }
+            0
+        }
+        Err(message) => {
+            copy_out(&message, error, error_size);
+            -1
+        }
+    }
+}
+
+#[no_mangle]
+extern "C" fn dt_rs_waiting(
+    row: extern "C" fn(*mut c_void, *const ffi::DtWaitingRow),
+    context: *mut c_void,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int {
+    let result = guard("doveadm dovetail waiting", Err("Internal error, see above".to_owned()), || {
+        let settings = read(std::ptr::null_mut()).map_err(|errors| errors.join("; "))?;
+        client::waiting(&settings.socket, TIMEOUT)
+    });
+    match result {
+        Ok(entries) => {
+            for entry in &entries {
+                let (user, peer) = (c_string(&entry.user), c_string(&entry.peer));
+                let (what, reason) = (c_string(&entry.what), c_string(&entry.reason));
+                let values = ffi::DtWaitingRow {
+                    user: user.as_ptr(),
+                    peer: peer.as_ptr(),
+                    what: what.as_ptr(),
+                    reason: reason.as_ptr(),
+                    since: entry.since_us / 1_000_000,
+                    next_try: entry.next_us / 1_000_000,
+                };
+                row(context, &raw const values);
+            }
+            0
+        }
+        Err(message) => {
+            copy_out(&message, error, error_size);
+            -1
+        }
+    }
+}
+
+/// `user`: NULL: of all users.
+///
+/// # Safety
+/// `user` is NUL-terminated or null, `cleared` can be written to.
+#[no_mangle]
+unsafe extern "C" fn dt_rs_failed_clear(
+    user: *const c_char,
+    cleared: *mut u64,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int {
+    let result = guard("doveadm dovetail failed clear", Err("Internal error, see above".to_owned()), || {
+        let settings = read(std::ptr::null_mut()).map_err(|errors| errors.join("; "))?;
+        let user = (!user.is_null()).then(|| text(user));
+        client::clear_failed(&settings.socket, user.as_deref(), TIMEOUT)
+    });
+    match result {
+        Ok(count) => {
+            // SAFETY: the caller's.
+            unsafe { *cleared = count };
             0
         }
         Err(message) => {

@@ -160,6 +160,20 @@ pub struct DtFailedRow {
     pub since: u64,
 }
 
+/// A row of `doveadm dovetail waiting`.
+#[repr(C)]
+pub struct DtWaitingRow {
+    pub user: *const c_char,
+    /// To or from whom; empty: it is this server's own business.
+    pub peer: *const c_char,
+    pub what: *const c_char,
+    pub reason: *const c_char,
+    /// Seconds since 1970.
+    pub since: u64,
+    /// The same; 0: now.
+    pub next_try: u64,
+}
+
 /// Bytes of `dt_span.tail`.
 pub const DT_SPAN_TAIL_SIZE: usize = 64;
 const _: () = assert!(DT_SPAN_TAIL_SIZE == TAIL_MAX);

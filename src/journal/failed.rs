@@ -52,6 +52,19 @@ impl Journal {
         })
     }
 
+    /// What was compared by a person is forgotten: of one user, or (None) all. How many there were.
+    pub fn clear_failed(&mut self, user: Option<&str>) -> Result<u64, JournalError> {
+        self.write()?;
+        let cleared = self.run(|db| match user {
+            Some(user) => db.prepare_cached("DELETE FROM failed WHERE user = ?")?.execute([user]),
+            None => db.execute("DELETE FROM failed", []),
+        })?;
+        if user.is_none() {
+            self.run(|db| db.execute("UPDATE peers SET dropped = 0", []))?;
+        }
+        Ok(cleared as u64)
+    }
+
     /// How many there are.
     pub fn failed_count(&self) -> Result<u64, JournalError> {
         self.run(|db| db.prepare_cached("SELECT count(*) FROM failed")?.query_row([], |row| row.get(0).map(from_sql)))

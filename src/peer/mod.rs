@@ -11,7 +11,7 @@ mod outbox;
 mod session;
 
 pub use inbox::{Inbox, InboxError, Verdict};
-pub use outbox::{Loaded, Outbox, OutboxStats, Want};
+pub use outbox::{Loaded, Outbox, OutboxStats, RefusedUser, Want};
 pub use session::{Admits, Event, Identity, Session, SessionError, BODY_WINDOW_BYTES_MAX};
 
 /// Changes that may be on their way to a peer without an acknowledgement.

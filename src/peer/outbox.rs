@@ -53,6 +53,18 @@ pub struct OutboxStats {
     pub acked: u64,
 }
 
+/// A user whose changes wait after a refusal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RefusedUser<'a> {
+    pub user: &'a str,
+    /// The last reason.
+    pub error: &'a str,
+    /// When the first of them was made, in microseconds since 1970.
+    pub at_us: u64,
+    /// None: it is tried now.
+    pub next_ms: Option<u64>,
+}
+
 struct Pending {
     seq: u64,
     frame: Arc<[u8]>,
@@ -471,6 +483,11 @@ impl Outbox {
         self.pending = self.pending.saturating_sub(count);
     }
 
+    /// Those that are missing at the peer for good do not matter any more: it was compared.
+    pub fn forget_dropped(&mut self) {
+        self.dropped = 0;
+    }
+
     /// That many are missing at the peer for good.
     pub fn note_dropped(&mut self, count: u64) {
         self.dropped += count;
@@ -486,11 +503,17 @@ impl Outbox {
         self.line.is_empty() && self.on_the_way.is_empty()
     }
 
-    /// The user whose changes wait longest after a refusal, and the last reason; also while they are tried again.
-    pub fn refusal(&self) -> Option<(&str, &str)> {
-        let refused = self.streams.iter().filter(|(_, stream)| !stream.error.is_empty());
-        let (user, stream) = refused.min_by_key(|(_, stream)| stream.queue.front().map(|first| first.seq))?;
-        Some((user, &stream.error))
+    /// The users whose changes wait after a refusal, who waits longest first; also while they are tried again.
+    pub fn refused(&self) -> Vec<RefusedUser<'_>> {
+        let mut refused: Vec<_> = self.streams.iter().filter(|(_, stream)| !stream.error.is_empty()).collect();
+        refused.sort_by_key(|(_, stream)| stream.queue.front().map(|first| first.seq));
+        let refused = refused.into_iter().map(|(user, stream)| RefusedUser {
+            user,
+            error: &stream.error,
+            at_us: stream.queue.front().map_or(0, |first| first.at_us),
+            next_ms: stream.wait_until_ms,
+        });
+        refused.collect()
     }
 
     /// Whether the peer lacks something, here or in the journal.
@@ -553,6 +576,10 @@ mod tests {
             Given { outbox: Outbox::new(1 << 20), seq: 0 }
         }
 
+        fn refused(&self) -> Vec<(&str, &str, Option<u64>)> {
+            self.outbox.refused().into_iter().map(|refused| (refused.user, refused.error, refused.next_ms)).collect()
+        }
+
         fn append(&mut self, user: &str) -> u64 {
             self.seq += 1;
             let frame: Arc<[u8]> = self.seq.to_be_bytes().as_slice().into();
@@ -599,12 +626,12 @@ mod tests {
         assert_eq!(given.sent(999), [6], "joe goes on");
         assert_eq!(given.outbox.wake_up_ms(), Some(1000));
         assert_eq!(given.sent(1000), [2, 3, 5], "jane again from there, in order");
-        assert_eq!(given.outbox.refusal(), Some(("jane", "disk full")), "the try may take its time");
+        assert_eq!(given.refused(), [("jane", "disk full", None)], "the try may take its time");
         assert_eq!(given.outbox.refuse(2, "disk full", 1000), None, "no news");
         assert_eq!(given.sent(2999), Vec::<u64>::new());
         assert_eq!(given.sent(3000), [2, 3, 5], "the pause doubled");
         given.outbox.ack(2);
-        assert_eq!(given.outbox.refusal(), None);
+        assert!(given.refused().is_empty());
         assert_eq!(given.outbox.refuse(3, "disk full", 3000), Some(1000), "the pause began again");
     }
 
@@ -618,11 +645,11 @@ mod tests {
         for (seq, error) in [(3, "no mailbox"), (2, "disk full")] {
             given.outbox.refuse(seq, error, 0);
         }
-        assert_eq!(given.outbox.refusal(), Some(("jane", "disk full")));
+        assert_eq!(given.refused(), [("jane", "disk full", Some(1000)), ("jim", "no mailbox", Some(1000))]);
         given.sent(1000);
-        assert_eq!(given.outbox.refusal(), Some(("jane", "disk full")));
+        assert_eq!(given.refused(), [("jane", "disk full", None), ("jim", "no mailbox", None)]);
         given.outbox.ack(2);
-        assert_eq!(given.outbox.refusal(), Some(("jim", "no mailbox")));
+        assert_eq!(given.refused(), [("jim", "no mailbox", None)]);
     }
 
     #[test]
@@ -791,7 +818,7 @@ mod tests {
         given.append("jane");
         given.append("joe");
         assert_eq!(given.sent(0), [1, 4], "the user's next ones come behind it");
-        assert!(given.outbox.refusal().is_none());
+        assert!(given.refused().is_empty());
         assert!(!given.outbox.take_back(&"jane".into(), 1), "it is on its way");
         assert!(given.outbox.take_back(&"jane".into(), 2));
         assert_eq!(given.sent(1), [3]);

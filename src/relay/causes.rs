@@ -183,15 +183,9 @@ impl Engine {
         });
     }
 
-    /// For people: what of the peer's changes waits for whom.
-    pub fn waiting_of(&self, peer: usize) -> Option<String> {
-        let received = self.work.waiting(peer)?;
-        let cause = unmet(received, None, &self.context()).ok()??;
-        let user = &received.change.user;
-        let SeqOf { origin, seq, .. } = cause;
-        Some(format!(
-            "user {user}: change {} waits for change {seq} of server {origin}, which has not come",
-            received.seq
-        ))
+    /// For people: for what the change waits, if it does still.
+    pub fn waits_for(&self, received: &Received) -> Option<String> {
+        let SeqOf { origin, seq, .. } = unmet(received, None, &self.context()).ok()??;
+        Some(format!("change {} waits for change {seq} of server {origin}, which has not come", received.seq))
     }
 }

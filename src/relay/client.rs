@@ -6,7 +6,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::wire::frame::{self, Decoder};
-use crate::wire::proto::{frame::Kind, FailedEntry, FailedRequest, Status, StatusRequest};
+use crate::wire::proto::{
+    frame::Kind, ClearFailed, FailedEntry, FailedRequest, Status, StatusRequest, WaitingEntry, WaitingRequest,
+};
 
 /// Asks the relay that listens on `socket` for its status. Blocks for at most about `timeout`; the error is a full sentence.
 pub fn status(socket: &Path, timeout: Duration) -> Result<Status, String> {
@@ -38,6 +40,35 @@ pub fn failed(socket: &Path, timeout: Duration) -> Result<Vec<FailedEntry>, Stri
     })
     .map_err(|error| format!("{}: {error}", socket.display()))?;
     Ok(entries)
+}
+
+/// Asks it for the users who wait, the same way.
+pub fn waiting(socket: &Path, timeout: Duration) -> Result<Vec<WaitingEntry>, String> {
+    let mut entries = Vec::new();
+    ask_on(&connect(socket)?, timeout, Kind::WaitingRequest(WaitingRequest {}), |kind| match kind {
+        Kind::WaitingList(list) => {
+            entries.extend(list.entries);
+            Some(!list.more)
+        }
+        _ => None,
+    })
+    .map_err(|error| format!("{}: {error}", socket.display()))?;
+    Ok(entries)
+}
+
+/// Has it forget what failed, of one user or (None) all; how many entries there were.
+pub fn clear_failed(socket: &Path, user: Option<&str>, timeout: Duration) -> Result<u64, String> {
+    let mut cleared = 0;
+    let clear = ClearFailed { user: user.unwrap_or_default().to_owned(), all: user.is_none() };
+    ask_on(&connect(socket)?, timeout, Kind::ClearFailed(clear), |kind| match kind {
+        Kind::FailedCleared(answer) => {
+            cleared = answer.count;
+            Some(true)
+        }
+        _ => None,
+    })
+    .map_err(|error| format!("{}: {error}", socket.display()))?;
+    Ok(cleared)
 }
 
 fn connect(socket: &Path) -> Result<UnixStream, String> {

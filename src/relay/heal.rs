@@ -74,6 +74,17 @@ struct User {
     wait_until_ms: Option<u64>,
     pause_ms: u64,
     error: String,
+    /// Since when it fails.
+    failed_since_ms: u64,
+}
+
+/// A user for whom something failed, and is tried again.
+pub struct Failing<'a> {
+    pub user: &'a str,
+    pub error: &'a str,
+    pub since_ms: u64,
+    /// None: it is tried now.
+    pub next_ms: Option<u64>,
 }
 
 /// Looks of a user that all found rebuilt indexes.
@@ -237,6 +248,9 @@ impl Heals {
         user.wait_until_ms = Some(now_ms + user.pause_ms);
         self.waiting.insert((now_ms + user.pause_ms, name.clone()));
         let is_news = user.error != error;
+        if user.error.is_empty() {
+            user.failed_since_ms = now_ms;
+        }
         user.error = error;
         is_news.then_some(user.pause_ms)
     }
@@ -262,6 +276,17 @@ impl Heals {
     /// Users who are looked at, or will be.
     pub fn pending(&self) -> usize {
         self.users.len()
+    }
+
+    /// Users who could not be looked at, in no order.
+    pub fn failed(&self) -> impl Iterator<Item = Failing<'_>> {
+        let failed = self.users.iter().filter(|(_, user)| !user.error.is_empty());
+        failed.map(|(name, user)| Failing {
+            user: name,
+            error: &user.error,
+            since_ms: user.failed_since_ms,
+            next_ms: user.wait_until_ms,
+        })
     }
 
     /// Why a user who waits could not be looked at.
@@ -356,5 +381,7 @@ mod tests {
         assert_eq!(heals.next(1_000, |_| false), Some((jane.clone(), look(&[(1, None), (2, None)], false))));
         assert_eq!(heals.finish(&jane, Err("locked".into()), 1_000), None, "no news");
         assert_eq!(heals.wake_up_ms(), Some(3_000));
+        let failed: Vec<_> = heals.failed().map(|failing| (failing.user, failing.error, failing.since_ms)).collect();
+        assert_eq!(failed, [("jane", "locked", 0)]);
     }
 }

@@ -10,13 +10,17 @@ use super::order::{Arrival, Hole, Release};
 use super::spans::Need;
 use crate::change::{self, ChangeError, GUID_BYTES};
 use crate::journal::{JournalError, KnownLog};
-use crate::wire::proto::{frame::Kind, op::What, Change, Doubt, FailedEntry, FailedList, Frame, Record, Span};
+use crate::wire::proto::{
+    frame::Kind, op::What, Change, ClearFailed, Doubt, FailedCleared, FailedEntry, FailedList, Frame, Record, Span,
+    WaitingList,
+};
 
 /// Answers that may wait for a process that does not read them.
 const OUT_BYTES_MAX: usize = 1 << 20;
 
-/// Of what failed, so much is listed.
+/// Of what failed, and of who waits, so much is listed.
 const FAILED_MAX: usize = 10_000;
+const WAITING_MAX: usize = 10_000;
 /// Mailboxes of one user that one process is about to write to; with more, all of them count.
 const INTENTS_PER_USER_MAX: usize = 100;
 
@@ -59,6 +63,12 @@ impl Engine {
         }
         if let Kind::FailedRequest(_) = kind {
             return self.answer_failed(token);
+        }
+        if let Kind::WaitingRequest(_) = kind {
+            return self.answer_waiting(token);
+        }
+        if let Kind::ClearFailed(clear) = kind {
+            return self.clear_failed(token, &clear);
         }
         let Some(Role::Local(local)) = self.sockets.get_mut(&token).map(|socket| &mut socket.role) else {
             return Ok(());
@@ -162,6 +172,35 @@ impl Engine {
             self.send(token, &Kind::FailedList(FailedList { entries: vec![entry], more: true }).into());
         }
         self.send(token, &Kind::FailedList(FailedList::default()).into());
+        Ok(())
+    }
+
+    fn answer_waiting(&mut self, token: Token) -> Result<(), Close> {
+        for entry in self.waiting().into_iter().take(WAITING_MAX) {
+            self.send(token, &Kind::WaitingList(WaitingList { entries: vec![entry], more: true }).into());
+        }
+        self.send(token, &Kind::WaitingList(WaitingList::default()).into());
+        Ok(())
+    }
+
+    /// A person has compared what is listed.
+    fn clear_failed(&mut self, token: Token, clear: &ClearFailed) -> Result<(), Close> {
+        let user = (!clear.all).then_some(clear.user.as_str());
+        let outcome = self.journal.clear_failed(user).and_then(|cleared| Ok((cleared, self.journal.failed_count()?)));
+        let (count, left) = match outcome {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                self.fail(error);
+                return Ok(());
+            }
+        };
+        self.counts.counters.failed = left;
+        if clear.all {
+            self.peers.iter_mut().for_each(|peer| peer.outbox.forget_dropped());
+        }
+        let whose = user.map_or("all users".to_owned(), |user| format!("user {}", user.escape_debug()));
+        log::info!("What had failed of {whose} is cleared, as doveadm was asked to: {count} entries.");
+        self.send(token, &Kind::FailedCleared(FailedCleared { count }).into());
         Ok(())
     }
 

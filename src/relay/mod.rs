@@ -35,6 +35,7 @@ mod subscribers;
 mod torn;
 mod unheard;
 mod users;
+mod waiting;
 mod work;
 mod workers;
 

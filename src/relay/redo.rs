@@ -10,6 +10,7 @@ use prost::Message;
 
 use super::backoff::Backoff;
 use super::engine::{Close, Engine};
+use super::heal::Failing;
 use super::workers::{apply_frames, Task, Worker, POISON_TRIES, RETRY_MS_MAX, RETRY_MS_MIN};
 use crate::change;
 use crate::journal::{Failed, JournalError};
@@ -28,6 +29,9 @@ struct User {
     due_ms: u64,
     backoff: Backoff,
     tries: u32,
+    /// Why the last of them failed.
+    error: String,
+    failed_since_ms: u64,
 }
 
 /// Users for whom some are to be made.
@@ -46,6 +50,8 @@ impl Redos {
             due_ms: 0,
             backoff: Backoff::new(RETRY_MS_MIN, RETRY_MS_MAX),
             tries: 0,
+            error: String::new(),
+            failed_since_ms: 0,
         };
         let user = self.users.entry(user.clone()).or_insert_with(new);
         user.clock = user.clock.min(clock);
@@ -88,9 +94,24 @@ impl Redos {
         }
     }
 
-    /// How often it was tried, and the pause until the next time.
-    fn has_failed(&mut self, name: &str, now_ms: u64) -> u32 {
+    /// Users for whom it failed; next: None while it is tried.
+    pub fn failed(&self) -> impl Iterator<Item = Failing<'_>> {
+        let failed = self.users.iter().filter(|(_, user)| user.tries > 0);
+        failed.map(|(name, user)| Failing {
+            user: name,
+            error: &user.error,
+            since_ms: user.failed_since_ms,
+            next_ms: (!user.is_running).then_some(user.due_ms),
+        })
+    }
+
+    /// How often it was tried. There is a pause until the next time.
+    fn has_failed(&mut self, name: &str, error: &str, now_ms: u64) -> u32 {
         let Some(user) = self.users.get_mut(name) else { return 0 };
+        if user.tries == 0 {
+            user.failed_since_ms = now_ms;
+        }
+        error.clone_into(&mut user.error);
         user.is_running = false;
         user.due_ms = now_ms + user.backoff.pause_ms();
         user.tries += 1;
@@ -203,7 +224,7 @@ impl Engine {
 
     pub fn redo_failed(&mut self, job: &RedoJob, error: &str, never: bool) {
         let user = &job.user;
-        let tries = self.redos.has_failed(user, self.now_ms);
+        let tries = self.redos.has_failed(user, error, self.now_ms);
         if never && tries >= POISON_TRIES {
             let error = format!("a change of flags that a peer's has undone cannot be made again: {error}");
             log::error!("User {user}: {error}; the mailbox must be compared (doveadm dovetail failed).");
@@ -235,7 +256,7 @@ mod tests {
         assert_eq!(redos.next(0, |_| true), None, "he is busy otherwise");
         assert_eq!(redos.next(0, |_| false), Some(jane.clone()));
         assert!(redos.is_running("jane") && redos.next(0, |_| false).is_none());
-        assert_eq!(redos.has_failed("jane", 100), 1);
+        assert_eq!(redos.has_failed("jane", "full", 100), 1);
         assert_eq!((redos.next(100, |_| false), redos.wake_up_ms(100)), (None, Some(100 + RETRY_MS_MIN)));
         assert_eq!(redos.wake_up_ms(100 + RETRY_MS_MIN), None, "a job's end wakes up, too");
         assert_eq!(redos.next(100 + RETRY_MS_MIN, |_| false), Some(jane.clone()));

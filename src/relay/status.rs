@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use super::engine::Engine;
 use super::peers::PeerState;
+use super::waiting;
 use crate::change;
-use crate::wire::proto::{Counters, NamedCount, PeerStatus, Status};
+use crate::wire::proto::{Counters, NamedCount, PeerStatus, Status, WaitingEntry};
 
 /// Kinds of notes that are counted apart; further ones count as "other".
 const NOTES_MAX: usize = 64;
@@ -28,11 +29,10 @@ impl Counts {
 impl Engine {
     pub fn status(&self) -> Status {
         let look_error = self.heals.error().map(|(user, error)| format!("user {user}: {error}")).unwrap_or_default();
+        let here = self.waiting_here();
         let notes = self.counts.notes.iter().map(|(name, count)| NamedCount { name: name.clone(), count: *count });
         Status {
-            peers: (self.peers.iter().enumerate())
-                .map(|(index, peer)| self.peer_status(index, peer, &look_error))
-                .collect(),
+            peers: (self.peers.iter().enumerate()).map(|(index, peer)| self.peer_status(index, peer, &here)).collect(),
             counters: Some(Counters {
                 notes: notes.collect(),
                 looking: (self.heals.pending() + self.lists.to_be_looked_at() + self.sweeping()) as u64,
@@ -44,25 +44,17 @@ impl Engine {
         }
     }
 
-    fn peer_status(&self, index: usize, peer: &PeerState, look_error: &str) -> PeerStatus {
+    fn peer_status(&self, index: usize, peer: &PeerState, here: &[WaitingEntry]) -> PeerStatus {
         let now_us = self.outside.now_us();
         // What is held waits for others, and then for every peer.
         let held = self.order.held() as u64;
         let stats = peer.outbox.stats();
-        let refusal = peer.outbox.refusal().map(|(user, error)| format!("user {user}: {error}"));
-        let waiting = self.waiting_of(index).unwrap_or_default();
+        let of_users = waiting::in_short(self.waiting_for(index).iter().chain(here));
         let is_missing = match stats.dropped {
             0 => String::new(),
             count => format!("{count} changes did not fit into the journal: compare it (doveadm dovetail failed)"),
         };
-        let errors = [
-            is_missing,
-            peer.last_error.clone(),
-            refusal.unwrap_or_default(),
-            waiting,
-            look_error.to_owned(),
-            peer.clock_error.clone(),
-        ];
+        let errors = [is_missing, change::printable(&peer.last_error), of_users, change::printable(&peer.clock_error)];
         let last_error = errors.into_iter().find(|error| !error.is_empty()).unwrap_or_default();
         PeerStatus {
             peer: peer.name.clone(),
@@ -70,7 +62,7 @@ impl Engine {
             pending: stats.pending + held,
             behind_secs: stats.oldest_us.map_or(0, |oldest| now_us.saturating_sub(oldest) / 1_000_000),
             dropped: stats.dropped,
-            last_error: change::printable(&last_error),
+            last_error,
             pending_bytes: stats.pending_bytes,
             acked: stats.acked,
         }

@@ -50,9 +50,14 @@ impl Received {
         vector.iter().any(|seen| (&seen.origin, seen.epoch) == (&made.origin, made.epoch) && made.seq <= seen.seq)
     }
 
+    /// Until when it waits, if it does.
+    pub fn overdue_ms(&self) -> Option<u64> {
+        self.waits_since_ms.map(|since_ms| since_ms + WAIT_MS_MAX)
+    }
+
     /// It waited for as long as it may.
     pub fn is_overdue(&self, now_ms: u64) -> bool {
-        self.waits_since_ms.is_some_and(|since| since + WAIT_MS_MAX <= now_ms)
+        self.overdue_ms().is_some_and(|until_ms| until_ms <= now_ms)
     }
 }
 
@@ -161,13 +166,12 @@ impl Work {
         self.parked.first().map(|(until_ms, _)| *until_ms)
     }
 
-    /// A change from the peer that waits for those of others.
-    pub fn waiting(&self, peer: usize) -> Option<&Received> {
-        let of_user = |(_, user): &(u64, Arc<str>)| {
-            let queue = &self.users.get(user)?.queue;
-            queue.iter().find(|received| received.peer == peer)
-        };
-        self.parked.iter().find_map(of_user)
+    /// Of each user, a change from the peer that waits for those of others; who waits longest first.
+    pub fn waiting(&self, peer: usize) -> impl Iterator<Item = &Received> {
+        self.parked.iter().filter_map(move |(_, user)| {
+            let mut queue = self.users.get(user)?.queue.iter();
+            queue.find(|received| received.peer == peer && received.waits_since_ms.is_some())
+        })
     }
 
     /// Whether the user has a job.
@@ -324,7 +328,7 @@ mod tests {
         work.push(&joe, received(0, 4, 1));
         assert_eq!(job_but(&mut work, 0, &[2]), Some(("joe".into(), vec![4])));
         assert_eq!(job_but(&mut work, 0, &[2]), None, "3 comes after 2");
-        assert_eq!(work.waiting(0).map(|received| received.seq), Some(2));
+        assert_eq!(work.waiting(0).map(|received| received.seq).collect::<Vec<_>>(), [2]);
         work.push(&jane, received(1, 9, 1));
         assert_eq!(job_but(&mut work, 0, &[2]), Some(("jane".into(), vec![9])));
         work.finish(&jane);

@@ -18,6 +18,10 @@
 #pragma weak doveadm_print
 #pragma weak doveadm_print_num
 #pragma weak doveadm_exit_code
+#pragma weak doveadm_cmd_param_str
+#pragma weak doveadm_cmd_param_bool
+
+#define DT_TIME_FORMAT "%Y-%m-%d %H:%M:%S"
 
 static void cmd_dovetail_status_row(void *context, const struct dt_status_row *row)
 {
@@ -59,7 +63,7 @@ static void cmd_dovetail_failed_row(void *context, const struct dt_failed_row *r
 	doveadm_print(row->user);
 	doveadm_print(row->mailbox_guid);
 	doveadm_print_num(row->seq);
-	doveadm_print(t_strflocaltime("%Y-%m-%d %H:%M:%S", (time_t)row->since));
+	doveadm_print(t_strflocaltime(DT_TIME_FORMAT, (time_t)row->since));
 	doveadm_print(row->error);
 }
 
@@ -81,11 +85,81 @@ static void cmd_dovetail_failed(struct doveadm_cmd_context *cctx)
 	}
 }
 
+static void cmd_dovetail_failed_clear(struct doveadm_cmd_context *cctx)
+{
+	const char *user = NULL;
+	char error[1024];
+	uint64_t cleared = 0;
+	bool all = FALSE;
+
+	(void)doveadm_cmd_param_str(cctx, "user", &user);
+	(void)doveadm_cmd_param_bool(cctx, "all-users", &all);
+	if ((user != NULL) == all) {
+		i_error("Either -u <user> or -A must be given");
+		doveadm_exit_code = EX_USAGE;
+		return;
+	}
+	if (!doveadm_print_is_initialized())
+		doveadm_print_init(DOVEADM_PRINT_TYPE_TABLE);
+	doveadm_print_header("cleared", "cleared", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
+	if (dt_rs_failed_clear(user, &cleared, error, sizeof(error)) < 0) {
+		i_error("%s", error);
+		doveadm_exit_code = EX_TEMPFAIL;
+		return;
+	}
+	doveadm_print_num(cleared);
+}
+
+static void cmd_dovetail_waiting_row(void *context, const struct dt_waiting_row *row)
+{
+	doveadm_print(row->user);
+	doveadm_print(row->peer);
+	doveadm_print(row->what);
+	doveadm_print(t_strflocaltime(DT_TIME_FORMAT, (time_t)row->since));
+	doveadm_print(row->next_try == 0 ? "now" : t_strflocaltime(DT_TIME_FORMAT, (time_t)row->next_try));
+	doveadm_print(row->reason);
+}
+
+static void cmd_dovetail_waiting(struct doveadm_cmd_context *cctx)
+{
+	char error[1024];
+
+	if (!doveadm_print_is_initialized())
+		doveadm_print_init(DOVEADM_PRINT_TYPE_TABLE);
+	doveadm_print_header_simple("user");
+	doveadm_print_header_simple("peer");
+	doveadm_print_header_simple("what");
+	doveadm_print_header_simple("since");
+	doveadm_print_header_simple("next_try");
+	doveadm_print_header("reason", "reason", DOVEADM_PRINT_HEADER_FLAG_EXPAND);
+	if (dt_rs_waiting(cmd_dovetail_waiting_row, NULL, error, sizeof(error)) < 0) {
+		i_error("%s", error);
+		doveadm_exit_code = EX_TEMPFAIL;
+	}
+}
+
 static struct doveadm_cmd_ver2 doveadm_dovetail_cmds[] = {
 	{
 		.name = "dovetail status",
 		.usage = "",
 		.cmd = cmd_dovetail_status,
+DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_PARAMS_END
+	},
+	{
+		/* Before the one whose name it begins with: doveadm takes the first that fits. */
+		.name = "dovetail failed clear",
+		.usage = "-u <user>|-A",
+		.cmd = cmd_dovetail_failed_clear,
+DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_PARAM('u', "user", CMD_PARAM_STR, 0)
+DOVEADM_CMD_PARAM('A', "all-users", CMD_PARAM_BOOL, 0)
+DOVEADM_CMD_PARAMS_END
+	},
+	{
+		.name = "dovetail waiting",
+		.usage = "",
+		.cmd = cmd_dovetail_waiting,
 DOVEADM_CMD_PARAMS_START
 DOVEADM_CMD_PARAMS_END
 	},

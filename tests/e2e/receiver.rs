@@ -194,7 +194,13 @@ fn of_two_users_who_wait_the_status_names_who_waits_longer_and_then_the_other() 
     std::os::unix::fs::chown(&home, Some(0), None).expect("chown");
     t.a().deliver(unwritable, &mail("waits"));
     t.b().wait_for_log(&format!("User {unwritable}: change"));
-    wait_for_reason(&t, &[unknown, "unknown here"]);
+    wait_for_reason(&t, &[unknown, "unknown here", "(and 1 other user waits)"]);
+    for format in ["flow", "table", "tab", "json"] {
+        let waiting = t.a().doveadm(&["-f", format, "dovetail", "waiting"]);
+        for part in [unknown, unwritable, "unknown here", "mailbox INBOX", "next_try"] {
+            assert!(waiting.contains(part), "{format}: {waiting}");
+        }
+    }
 
     t.b().add_user(unknown);
     wait_for_reason(&t, &[unwritable, "mailbox INBOX"]);

@@ -375,12 +375,37 @@ fn a_quota_that_is_full_on_the_peer_does_not_stop_what_was_taken_elsewhere() {
 }
 
 #[test]
-fn what_failed_is_listed_in_all_formats_of_doveadm() {
+fn what_failed_is_listed_in_all_formats_of_doveadm_until_it_is_cleared() {
     let t = pair("story-failed-list");
-    t.a().deliver(&t.user, &mail("first"));
+    t.expects_in_log("killed with signal 9");
+    t.expects_in_log("Gone");
+    t.a().deliver(&t.user, &mail("in the inbox"));
+    t.a().imap(&t.user).ok("CREATE Gone");
+    t.a().imap(&t.user).append("Gone", &mail("first"));
     t.settled();
+    let gone = t.a().outside(&format!("/home/{}/sdbox/mailboxes/Gone", t.user));
+    std::fs::remove_dir_all(gone).expect("remove the mailbox beside Dovecot's back");
+    t.a().kill("dovetail");
+    wait_until(SOON, "it is listed", || {
+        t.a().try_status().is_some_and(|status| status.counters.unwrap_or_default().failed == 1)
+    });
+    let failed = |format| t.a().doveadm(&["-f", format, "dovetail", "failed"]);
     for format in ["flow", "table", "tab", "json"] {
-        let text = t.a().doveadm(&["-f", format, "dovetail", "failed"]);
-        assert!(format == "flow" || text.contains("mailbox_guid") || text.trim() == "[]", "{format}: {text}");
+        let text = failed(format);
+        assert!(text.contains("mailbox_guid") && text.contains(&t.user) && text.contains("mailbox Gone"), "{text}");
     }
+
+    let clear = |options: &[&str]| {
+        let asked = t.a().try_doveadm(&[&["-f", "tab", "dovetail", "failed", "clear"][..], options].concat());
+        let cleared = String::from_utf8_lossy(&asked.stdout).lines().last().map(str::to_owned).unwrap_or_default();
+        (asked.status.code(), cleared)
+    };
+    for wrong in [&[][..], &["-A", "-u", &t.user]] {
+        assert_eq!(clear(wrong).0, Some(64), "{wrong:?}");
+    }
+    assert_eq!(clear(&["-u", "nobody"]), (Some(0), "0".into()));
+    assert_eq!(clear(&["-u", &t.user]), (Some(0), "1".into()));
+    assert!(!failed("tab").contains(&t.user));
+    assert_eq!(t.a().status()[0]["failed"], "0");
+    assert_eq!(clear(&["-A"]), (Some(0), "0".into()));
 }

@@ -206,6 +206,16 @@ impl Server {
         client::failed(&self.local, PATIENCE).unwrap()
     }
 
+    /// Users for whom something cannot go on.
+    pub fn waiting(&self) -> Vec<WaitingEntry> {
+        client::waiting(&self.local, PATIENCE).unwrap()
+    }
+
+    /// What failed is forgotten, of one user or all; how many entries there were.
+    pub fn clear_failed(&self, user: Option<&str>) -> u64 {
+        client::clear_failed(&self.local, user, PATIENCE).unwrap()
+    }
+
     /// Accepted connections that were closed, those of status requests included.
     pub fn closed(&self) -> usize {
         self.closed.load(Ordering::SeqCst)
