@@ -8,7 +8,10 @@ mod relay {
 
 use std::time::Duration;
 
+use prost::Message;
+
 use dovetail::relay::client;
+use dovetail::wire::frame;
 use dovetail::wire::proto::frame::Kind;
 use dovetail::wire::proto::op::What;
 use dovetail::wire::proto::{
@@ -593,9 +596,13 @@ fn what_a_killed_worker_did_to_the_list_of_mailboxes_is_not_told_back() {
         let told: Vec<_> = apply.changes.iter().map(|change| change.mailbox.clone().unwrap().path).collect();
         assert_eq!(told, [news.path], "only what nobody else did");
         worker.applied(&apply);
-        let (worker, apply) = b.next_job();
-        worker.applied(&apply);
-        until("it is applied", || a.peer("b").pending == 0);
+        until("it is applied", || {
+            // Each alone.
+            if let Some((worker, apply)) = b.try_next_job(Duration::from_millis(50)) {
+                worker.applied(&apply);
+            }
+            a.peer("b").pending == 0
+        });
     }
 }
 
@@ -974,6 +981,72 @@ fn a_change_that_can_never_be_applied_is_set_aside_after_some_tries() {
     assert_eq!((failed.len(), failed[0].peer.as_str(), failed[0].user.as_str(), failed[0].seq), (1, "a", "jane", 1));
     assert!(failed[0].error.contains("malformed"), "{failed:?}");
     assert_eq!(b.status().counters.unwrap().failed, 1);
+}
+
+/// What is kept of the only change that was set aside.
+fn set_aside(house: &House) -> Change {
+    let journal = rusqlite::Connection::open(house.path("b-journal/journal.sqlite")).unwrap();
+    let bytes: Vec<u8> = journal.query_row("SELECT frame FROM failed", [], |row| row.get(0)).unwrap();
+    Change::decode(&bytes[..]).unwrap()
+}
+
+#[test]
+fn a_change_on_which_workers_die_is_set_aside_after_some_tries_and_kept() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut a = b.connect_as_peer("a");
+    a.send_change("jane", 1);
+    for tries in 1.. {
+        let (worker, apply) = b.next_job();
+        assert_eq!((apply.changes.len(), apply.changes[0].stamp.as_ref().unwrap().seq), (1, 1));
+        drop(worker);
+        // Workers do other things.
+        let (worker, look) = b.next_look();
+        worker.finish(Kind::Looked(Looked { job: look.job, ..Default::default() }));
+        if tries == 8 {
+            break;
+        }
+        assert_eq!(a.next_refusal().seq, 1);
+        a.send_change("jane", 1);
+    }
+    a.next_ack(1);
+    let failed = b.failed();
+    assert_eq!((failed.len(), failed[0].peer.as_str(), failed[0].user.as_str(), failed[0].seq), (1, "a", "jane", 1));
+    assert!(failed[0].mailbox_guid == [1; 16] && failed[0].error.contains("went away"), "{failed:?}");
+    assert_eq!(set_aside(&house).ops, save("jane", 1).ops);
+    a.send_change("jane", 2);
+    let (worker, apply) = b.next_job();
+    worker.applied(&apply);
+    a.next_ack(2);
+}
+
+#[test]
+fn a_change_that_does_not_decode_is_set_aside_and_others_go_on() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut a = b.connect_as_peer("a");
+    let stamp = Some(Stamp { origin: "a".into(), epoch: 5, seq: 1, clock: 1, vector: vec![] });
+    let path = vec!["not a text".to_owned()];
+    let change = Change {
+        stamp,
+        ..change("jane", Mailbox { path, ..Default::default() }, What::Create(MailboxCreate::default()))
+    };
+    let mut broken = frame::encode(&Kind::Change(change).into()).unwrap();
+    let at = broken.windows(3).position(|bytes| bytes == b"not").unwrap();
+    broken[at] = 0xff;
+    for _ in 0..2 {
+        a.send_bytes(&broken);
+        assert_eq!(a.next_refusal().user, "jane");
+    }
+    a.send_change("joe", 2);
+    let (worker, apply) = b.next_job();
+    worker.applied(&apply);
+    a.next_ack(2);
+    a.send_bytes(&broken);
+    a.next_ack(1);
+    let failed = b.failed();
+    assert_eq!((failed.len(), failed[0].peer.as_str(), failed[0].user.as_str(), failed[0].seq), (1, "a", "jane", 1));
+    assert_eq!(set_aside(&house).user, "jane");
 }
 
 #[test]

@@ -4,6 +4,9 @@ use rusqlite::Row;
 
 use super::{from_sql, to_sql, Journal, JournalError};
 
+/// Of so many, the changes are kept: each has less than 64 KiB.
+const CHANGES_MAX: i64 = 1_000;
+
 /// A change of a peer that can never be applied, or a mailbox that has to be compared.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Failed {
@@ -16,8 +19,8 @@ pub struct Failed {
     pub seq: u64,
     pub at_us: u64,
     pub error: String,
-    /// The change, encoded.
-    pub frame: Option<Vec<u8>>,
+    /// The change, encoded. Kept for a person's eyes, and not handed out.
+    pub change: Option<Vec<u8>>,
 }
 
 impl Journal {
@@ -27,7 +30,8 @@ impl Journal {
         self.run(|db| {
             db.prepare_cached(
                 "INSERT OR IGNORE INTO failed (peer, user, mailbox, seq, at_us, error, frame) \
-                 VALUES (?, ?, ?, ?, ?, ?, ?)",
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, \
+                         CASE WHEN (SELECT count(*) FROM failed WHERE frame IS NOT NULL) < ?8 THEN ?7 END)",
             )?
             .execute((
                 &failed.peer,
@@ -36,13 +40,14 @@ impl Journal {
                 to_sql(failed.seq),
                 to_sql(failed.at_us),
                 &failed.error,
-                &failed.frame,
+                &failed.change,
+                CHANGES_MAX,
             ))
         })
         .map(drop)
     }
 
-    /// The oldest ones, without their frames.
+    /// The oldest ones, without their changes.
     pub fn failed(&self, count_max: usize) -> Result<Vec<Failed>, JournalError> {
         self.run(|db| {
             let mut rows =
@@ -79,6 +84,6 @@ fn read(row: &Row) -> rusqlite::Result<Failed> {
         seq: from_sql(row.get(3)?),
         at_us: from_sql(row.get(4)?),
         error: row.get(5)?,
-        frame: None,
+        change: None,
     })
 }

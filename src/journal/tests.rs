@@ -497,3 +497,17 @@ fn of_each_server_the_last_change_of_a_user_is_known() {
     assert!(!journal.has_seen("jane", "b", 5, 7).unwrap(), "what an older epoch had is not known any more");
     assert_eq!(journal.seen("jane", 1).unwrap(), [seen("b", 6, 1)]);
 }
+
+#[test]
+fn of_what_is_set_aside_some_changes_are_kept() {
+    let folder = Folder::new("failed");
+    let mut journal = folder.open();
+    let failed = |seq| Failed { user: "jane".into(), seq, change: Some(vec![7; 100]), ..Default::default() };
+    (1..=1_010).for_each(|seq| journal.fail(&failed(seq)).unwrap());
+    let sql = "SELECT count(*) FROM failed WHERE frame = ?";
+    let kept: i64 = journal.run(|db| db.query_row(sql, [vec![7u8; 100]], |row| row.get(0))).unwrap();
+    assert_eq!((kept, journal.failed_count().unwrap()), (1_000, 1_010));
+    assert_eq!(journal.clear_failed(Some("joe")).unwrap(), 0);
+    assert_eq!(journal.clear_failed(Some("jane")).unwrap(), 1_010);
+    assert_eq!(journal.failed_count().unwrap(), 0);
+}

@@ -23,6 +23,7 @@ use super::order::Order;
 use super::outside::Outside;
 use super::passing::Told;
 use super::peers::PeerState;
+use super::poison::Poison;
 use super::redo::Redos;
 use super::spans::Spans;
 use super::status::Counts;
@@ -140,9 +141,8 @@ pub struct Engine {
     pub counts: Counts,
     /// Last reason for which a peer was turned away that is none of ours, logged once.
     pub last_stranger: String,
-    /// Tries of changes that can never be applied, by peer, epoch and number.
-    pub poison: HashMap<(usize, u64, u64), u32>,
-    /// Why changes of users could not be applied last, logged once.
+    pub poison: Poison,
+    /// Why changes of users could not be applied last, logged once. They are tried again by some of the workers only.
     pub last_refusals: HashMap<Arc<str>, String>,
     pub subscribers: Subscribers,
     pub torn: Torn,
@@ -214,7 +214,7 @@ impl Engine {
             last_job: 0,
             counts: Counts::default(),
             last_stranger: String::new(),
-            poison: HashMap::new(),
+            poison: Poison::default(),
             last_refusals: HashMap::new(),
             subscribers: Subscribers::default(),
             torn: Torn::default(),

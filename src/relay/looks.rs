@@ -158,6 +158,9 @@ impl Engine {
         }
         self.workers[index].task = Task::Idle;
         let outcome = if looked.error.is_empty() { Ok(()) } else { Err(change::printable(&looked.error)) };
+        if outcome.is_ok() {
+            self.poison.note_job();
+        }
         // None of him, if nothing was looked at.
         if outcome.is_ok() && subscriptions && looked.looked_at != 0 {
             let looked_at = KnownLog { user: user.to_string(), end: looked.looked_at as u64, ..Default::default() };

@@ -26,6 +26,7 @@ mod order;
 pub mod outside;
 mod passing;
 mod peers;
+mod poison;
 mod redo;
 mod spans;
 mod status;

@@ -413,11 +413,9 @@ impl Engine {
         let user: Arc<str> = change.user.as_str().into();
         if let Err(error) = change::check_change(&change) {
             self.peers[index].inbox.finish(bytes);
-            match self.is_poison(index, epoch, seq) {
-                true => self.set_aside_malformed(
-                    Received { peer: index, epoch, seq, bytes, change, waits_since_ms: None },
-                    &error.to_string(),
-                ),
+            let received = Received { peer: index, epoch, seq, bytes, change, waits_since_ms: None };
+            match self.poison.refuse(&received.tried()) {
+                true => self.set_aside_malformed(received, &error.to_string()),
                 false => self.refuse(index, epoch, seq, &user, &error.to_string()),
             }
             return Ok(());

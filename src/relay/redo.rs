@@ -11,7 +11,8 @@ use prost::Message;
 use super::backoff::Backoff;
 use super::engine::{Close, Engine};
 use super::heal::Failing;
-use super::workers::{apply_frames, Task, Worker, POISON_TRIES, RETRY_MS_MAX, RETRY_MS_MIN};
+use super::poison::{Tried, TRIES_MAX};
+use super::workers::{apply_frames, Task, Worker, RETRY_MS_MAX, RETRY_MS_MIN};
 use crate::change;
 use crate::journal::{Failed, JournalError};
 use crate::wire::proto::op::What;
@@ -217,6 +218,8 @@ impl Engine {
 
     fn are_redone(&mut self, user: &Arc<str>, last: i64) -> Result<(), JournalError> {
         self.journal.forget_redos(user, last)?;
+        self.poison.note_job();
+        self.poison.is_over(&Tried::Redo(user.clone()));
         let is_all = self.journal.redos(user, 1)?.is_empty();
         self.redos.are_made(user, is_all);
         Ok(())
@@ -225,7 +228,7 @@ impl Engine {
     pub fn redo_failed(&mut self, job: &RedoJob, error: &str, never: bool) {
         let user = &job.user;
         let tries = self.redos.has_failed(user, error, self.now_ms);
-        if never && tries >= POISON_TRIES {
+        if never && tries >= TRIES_MAX {
             let error = format!("a change of flags that a peer's has undone cannot be made again: {error}");
             log::error!("User {user}: {error}; the mailbox must be compared (doveadm dovetail failed).");
             let at_us = self.outside.now_us();

@@ -7,6 +7,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
+use super::poison::Tried;
 use crate::wire::proto::{Change, SeqOf, Stamp};
 
 /// Changes in one job.
@@ -33,6 +34,11 @@ pub struct Received {
 impl Received {
     fn origin(&self) -> &str {
         self.change.stamp.as_ref().map_or("", |stamp| stamp.origin.as_str())
+    }
+
+    /// As it is counted when it fails.
+    pub fn tried(&self) -> Tried {
+        Tried::Change((self.peer, self.epoch, self.seq))
     }
 
     /// Its origin and its number there.

@@ -16,6 +16,7 @@ use super::causes;
 use super::engine::{Close, Engine, Role};
 use super::looks::LookJob;
 use super::order::{Arrival, Release};
+use super::poison::{Tried, CRASHES_MAX};
 use super::redo::RedoJob;
 use super::torn;
 use super::work::Received;
@@ -26,9 +27,6 @@ use crate::wire::proto::{self, Applied, Apply, Change, Frame, Refused, SeqOf, Sp
 
 /// Encoded changes in one frame of a job; a single change may have more.
 const APPLY_BYTES_MAX: usize = 60_000;
-/// Tries of a change that can never be applied, and such changes that are remembered.
-pub const POISON_TRIES: u32 = 3;
-const POISON_MAX: usize = 1_000;
 /// Users whose last refusal is remembered, so that its reason is logged once.
 const REFUSALS_MAX: usize = 1_000;
 /// Pauses between attempts to connect, and to make again what failed.
@@ -60,6 +58,8 @@ struct Item {
     to_pass_on: Option<Box<Change>>,
     /// Who is sent it.
     given: Vec<String>,
+    /// Encoded, if it failed before: it may have to be set aside.
+    whole: Option<Vec<u8>>,
 }
 
 impl Item {
@@ -70,7 +70,11 @@ impl Item {
         let flags = if keeps_flags { change::flags_of(change).map(Box::new) } else { None };
         let (made, given) = (received.made(), change.given.clone());
         let (saves, keeps) = (torn::saved(change), change::keeps_mailbox(change));
-        Item { epoch, seq, made, bytes, mailbox, path, saves, keeps, of_list, flags, to_pass_on, given }
+        Item { epoch, seq, made, bytes, mailbox, path, saves, keeps, of_list, flags, to_pass_on, given, whole: None }
+    }
+
+    fn tried(&self, peer: usize) -> Tried {
+        Tried::Change((peer, self.epoch, self.seq))
     }
 }
 
@@ -181,13 +185,18 @@ impl Engine {
         self.dispatch_looks();
         while let Some(index) = self.workers.iter().position(Worker::may_work) {
             let (heals, redos, failed) = (&self.heals, &self.redos, Cell::new(None));
+            let poison = &self.poison;
             let context = causes::Context {
                 peers: &self.peers,
                 journal: &self.journal,
                 causes: &self.causes,
                 user_peers: &self.user_peers,
             };
+            let is_alone = |received: &Received| poison.is_counted(&received.tried());
             let waits = |received: &Received, before: Option<&Received>| {
+                if before.is_some_and(|before| is_alone(before) || is_alone(received)) {
+                    return true;
+                }
                 let unmet = causes::unmet(received, before, &context).map_err(|error| failed.set(Some(error)));
                 matches!(unmet, Ok(Some(_)))
             };
@@ -243,7 +252,12 @@ impl Engine {
                     let sent = (job.peer, item.epoch, item.seq);
                     self.torn.note(&user, sent, &item.mailbox, std::mem::take(&mut item.saves));
                 }
-                self.refuse_rest(job, &format!("the worker that applied it went away ({reason})"));
+                let error = format!("the worker that applied it went away ({reason})");
+                let with: Vec<Tried> = job.items[job.done..].iter().map(|item| item.tried(job.peer)).collect();
+                match self.poison.crash(&with) {
+                    true => self.set_aside_next(job, &format!("{error}, as {CRASHES_MAX} did")),
+                    false => self.refuse_rest(job, &error),
+                }
                 self.forget_partly_applied(&user);
                 self.work.finish(&user);
                 // What it wrote last was not told.
@@ -251,7 +265,8 @@ impl Engine {
             }
             Task::Look(job) => self.look_ended(&job.user, Err(format!("the worker went away ({})", why.reason()))),
             Task::Redo(job) => {
-                self.redo_failed(&job, &format!("the worker went away ({})", why.reason()), false);
+                let is_last = self.poison.crash(&[Tried::Redo(job.user().into())]);
+                self.redo_failed(&job, &format!("the worker went away ({})", why.reason()), is_last);
                 self.forget_partly_applied(job.user());
             }
             Task::Ask => self.ask_again(),
@@ -316,9 +331,12 @@ impl Engine {
             return self.fail(error);
         }
         let keeps_flags = self.is_mesh();
-        let items: Vec<Item> = (received.iter().zip(to_pass_on))
+        let mut items: Vec<Item> = (received.iter().zip(to_pass_on))
             .map(|(received, to_pass_on)| Item::of(received, keeps_flags, to_pass_on))
             .collect();
+        for (item, received) in items.iter_mut().zip(&received) {
+            item.whole = self.poison.is_counted(&received.tried()).then(|| received.change.encode_to_vec());
+        }
         let Some(origin) = items.first().map(|item| Arc::from(item.made.origin.as_str())) else {
             return self.work.finish(&user);
         };
@@ -443,6 +461,8 @@ impl Engine {
             self.fail_rest(job, &change::printable(&applied.error), applied.never);
         } else if job.done < job.items.len() {
             self.refuse_rest(job, "the worker ended the job without applying it");
+        } else {
+            self.poison.note_job();
         }
         self.forget_partly_applied(&user);
         self.work.finish(&user);
@@ -525,6 +545,7 @@ impl Engine {
     fn is_over(&mut self, user: &str, via: usize, item: &Item) {
         self.peers[via].inbox.apply(item.epoch, item.seq);
         self.torn.is_over((via, item.epoch, item.seq));
+        self.poison.is_over(&item.tried(via));
         let SeqOf { origin, epoch, seq } = &item.made;
         if let Some(origin) = self.peers.iter_mut().find(|peer| peer.name == *origin) {
             origin.inbox.apply(*epoch, *seq);
@@ -573,16 +594,21 @@ impl Engine {
     }
 
     /// The same. A change that can never be applied is set aside after some tries, so that the user's others go on.
-    fn fail_rest(&mut self, mut job: Job, error: &str, never: bool) {
-        let Some(item) = job.items.get(job.done) else { return self.refuse_rest(job, error) };
-        let change = (job.peer, item.epoch, item.seq);
+    fn fail_rest(&mut self, job: Job, error: &str, never: bool) {
+        let Some(tried) = job.items.get(job.done).map(|item| item.tried(job.peer)) else {
+            return self.refuse_rest(job, error);
+        };
+        if never && self.poison.refuse(&tried) {
+            return self.set_aside_next(job, error);
+        }
         if !never {
-            self.poison.remove(&change);
-            return self.refuse_rest(job, error);
+            self.poison.fail(&tried);
         }
-        if !self.is_poison(job.peer, item.epoch, item.seq) {
-            return self.refuse_rest(job, error);
-        }
+        self.refuse_rest(job, error);
+    }
+
+    /// The job's first change that is not applied never will be.
+    fn set_aside_next(&mut self, mut job: Job, error: &str) {
         self.set_aside(&job, error);
         let done = job.items.remove(job.done);
         if let Some(change) = &done.of_list {
@@ -591,27 +617,15 @@ impl Engine {
         self.peers[job.peer].inbox.finish(done.bytes);
         self.is_over(&job.user, job.peer, &done);
         if job.done < job.items.len() {
-            self.refuse_rest(job, "a change before it was set aside");
+            return self.refuse_rest(job, "a change before it was set aside");
         }
-    }
-
-    /// Counts a try of a change that can never be applied. True: it was the last.
-    pub fn is_poison(&mut self, peer: usize, epoch: u64, seq: u64) -> bool {
-        if self.poison.len() >= POISON_MAX {
-            self.poison.clear();
-        }
-        let tries = self.poison.entry((peer, epoch, seq)).or_default();
-        *tries += 1;
-        let is_last = *tries >= POISON_TRIES;
-        if is_last {
-            self.poison.remove(&(peer, epoch, seq));
-        }
-        is_last
+        self.last_refusals.remove(&job.user);
     }
 
     /// A peer's change that no worker is given: a newer version's, or a bug's.
     pub fn set_aside_malformed(&mut self, received: Received, error: &str) {
-        let item = Item::of(&received, false, None);
+        let whole = Some(received.change.encode_to_vec());
+        let item = Item { whole, ..Item::of(&received, false, None) };
         let user: Arc<str> = received.change.user.chars().take(USER_BYTES_MAX).collect::<String>().into();
         let origin = item.made.origin.as_str().into();
         let job = Job { id: 0, user, peer: received.peer, origin, items: vec![item], done: 0 };
@@ -634,7 +648,7 @@ impl Engine {
             seq,
             at_us: self.outside.now_us(),
             error: error.to_owned(),
-            frame: None,
+            change: item.whole.clone(),
         };
         self.remember_failed(&failed);
     }

@@ -5,7 +5,7 @@
 
 use prost::Message;
 
-use super::proto::{frame::Kind, Frame};
+use super::proto::{frame::Kind, BrokenFrame, BrokenStamp, Change, Frame, Stamp};
 
 /// The version that we speak, the first byte of every frame.
 pub const VERSION: u8 = 1;
@@ -112,7 +112,8 @@ impl Decoder {
         let Some(payload) = rest.get(HEADER_BYTES..HEADER_BYTES + length) else {
             return Ok(None);
         };
-        let frame = Frame::decode(payload).map_err(|e| FrameError::Undecodable(e.to_string()))?;
+        let frame = Frame::decode(payload)
+            .or_else(|error| salvage(payload).ok_or_else(|| FrameError::Undecodable(error.to_string())))?;
         if frame.kind.is_none() {
             return Err(FrameError::UnknownKind);
         }
@@ -121,10 +122,20 @@ impl Decoder {
     }
 }
 
+/// Of a change that does not decode, whose and which it is. Without any operation it is malformed, but the connection goes
+/// on: its sender would send it again over each new one, before what it has for others.
+fn salvage(payload: &[u8]) -> Option<Frame> {
+    let change = BrokenFrame::decode(payload).ok()?.change?;
+    let BrokenStamp { origin, epoch, seq, clock } = change.stamp?;
+    let stamp = Some(Stamp { origin, epoch, seq, clock, vector: vec![] });
+    let user = String::from_utf8_lossy(&change.user).into_owned();
+    Some(Kind::Change(Change { stamp, user, carrier: change.carrier, ..Default::default() }).into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::proto::{BodyChunk, Ping};
+    use crate::wire::proto::{op::What, BodyChunk, Op, Ping, Save};
 
     fn ping(id: u64) -> Frame {
         Kind::Ping(Ping { id, heard_clock: 0 }).into()
@@ -184,6 +195,25 @@ mod tests {
         let mut decoder = Decoder::new();
         decoder.push(&[VERSION, 0, 0, 0]);
         assert_eq!(decoder.next(), Err(FrameError::UnknownKind));
+    }
+
+    #[test]
+    fn of_a_change_that_does_not_decode_it_is_known_whose_it_is() {
+        let stamp = Some(Stamp { origin: "a".into(), epoch: 5, seq: 7, clock: 9, vector: vec![] });
+        let change = |keyword: &str| {
+            let save = Save { keywords: vec![keyword.into()], ..Default::default() };
+            let ops = vec![Op { what: Some(What::Save(save)) }];
+            Change { stamp: stamp.clone(), user: "jane".into(), carrier: 3, ops, ..Default::default() }
+        };
+        let mut bytes = encode(&Kind::Change(change("keyword")).into()).unwrap();
+        let at = bytes.windows(7).position(|some| some == b"keyword").unwrap();
+        bytes[at] = 0xff;
+        append(&ping(1), &mut bytes).unwrap();
+        let mut decoder = Decoder::new();
+        decoder.push(&bytes);
+        let expected = Kind::Change(Change { ops: vec![], ..change("") });
+        assert_eq!(decoder.next().unwrap(), Some(expected.into()));
+        assert_eq!(decoder.next().unwrap(), Some(ping(1)), "the connection goes on");
     }
 
     #[test]

@@ -538,6 +538,16 @@ impl Wire {
         }
     }
 
+    pub fn next_refusal(&mut self) -> Refused {
+        loop {
+            match self.next() {
+                Kind::Refused(refused) => return refused,
+                Kind::Ack(_) | Kind::Ping(_) | Kind::Linked(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
     pub fn send_change(&mut self, user: &str, seq: u64) {
         self.send_change_of("a", user, seq);
     }
