@@ -1100,6 +1100,41 @@ fn all_users_who_wait_are_listed_and_the_status_counts_them() {
     assert!(a.peer("b").last_error.ends_with("(and 3 other users wait)"));
 }
 
+/// Each try may take as long as Dovecot waits for a lock.
+#[test]
+fn users_for_whom_something_failed_hold_a_part_of_the_workers_only() {
+    let house = House::new();
+    let b = house.server_with("b", &[("a", "127.0.0.1:9".into())], |config| config.workers = 3);
+    let mut a = b.connect_as_peer("a");
+    let waiting = ["jane", "joe", "jim"];
+    for (user, seq) in waiting.iter().zip(1..) {
+        a.send_change(user, seq);
+        let (worker, apply) = b.next_job();
+        worker.finish(Kind::Applied(Applied { job: apply.job, error: "locked".into(), ..Default::default() }));
+        a.next_refusal();
+    }
+    for (user, seq) in waiting.iter().zip(1..) {
+        a.send_change(user, seq);
+    }
+    let (held, first) = b.next_job();
+    assert_eq!(first.user, "jane");
+    let others = ["ann", "bob"].map(|user| {
+        a.send_change(user, 10 + user.len() as u64 + u64::from(user == "ann"));
+        let (worker, apply) = b.next_job();
+        assert_eq!(apply.user, user);
+        (worker, apply)
+    });
+    for (worker, apply) in others {
+        worker.applied(&apply);
+    }
+    held.applied(&first);
+    for user in &waiting[1..] {
+        let (worker, apply) = b.next_job();
+        assert_eq!(apply.user, *user);
+        worker.applied(&apply);
+    }
+}
+
 #[test]
 fn a_malformed_change_is_set_aside_after_some_tries() {
     let house = House::new();

@@ -76,6 +76,8 @@ struct User {
     error: String,
     /// Since when it fails.
     failed_since_ms: u64,
+    /// The look under way is such a one.
+    is_again: bool,
 }
 
 /// A user for whom something failed, and is tried again.
@@ -113,6 +115,7 @@ pub struct Heals {
     line: VecDeque<Arc<str>>,
     waiting: BTreeSet<(u64, Arc<str>)>,
     running: usize,
+    running_again: usize,
 }
 
 impl Heals {
@@ -164,8 +167,9 @@ impl Heals {
         self.line_up(user);
     }
 
-    /// The next look, of a user who is not busy otherwise. Until [`Heals::finish`] he is busy with this.
-    pub fn next(&mut self, now_ms: u64, is_busy: impl Fn(&str) -> bool) -> Option<(Arc<str>, Look)> {
+    /// The next look, of a user who is not busy otherwise. Until [`Heals::finish`] he is busy with this. `may_retry`: also
+    /// one that failed before.
+    pub fn next(&mut self, now_ms: u64, may_retry: bool, is_busy: impl Fn(&str) -> bool) -> Option<(Arc<str>, Look)> {
         while self.waiting.first().is_some_and(|(until, _)| *until <= now_ms) {
             let Some((_, name)) = self.waiting.pop_first() else { break };
             if let Some(user) = self.users.get_mut(&name) {
@@ -190,9 +194,18 @@ impl Heals {
                     continue;
                 }
             }
+            let is_again = !user.error.is_empty();
+            if is_again && !may_retry {
+                // Not in the line: others are not behind him.
+                user.wait_until_ms = Some(now_ms + PAUSE_MS_MIN);
+                self.waiting.insert((now_ms + PAUSE_MS_MIN, name));
+                continue;
+            }
             let look = std::mem::take(&mut user.wanted);
             user.running = Some(look.clone());
+            user.is_again = is_again;
             self.running += 1;
+            self.running_again += usize::from(is_again);
             return Some((name, look));
         }
         None
@@ -224,6 +237,7 @@ impl Heals {
         let user = self.users.get_mut(name)?;
         let running = user.running.take()?;
         self.running -= 1;
+        self.running_again -= usize::from(user.is_again);
         if std::mem::take(&mut user.found_rebuilt) {
             if self.rebuilt.len() >= REBUILT_MAX {
                 self.rebuilt.clear();
@@ -259,9 +273,9 @@ impl Heals {
         self.waiting.first().map(|(until, _)| *until)
     }
 
-    /// Whether nobody is to be looked at now; there may be users whose pause is not over.
+    /// Whether nobody is to be looked at now but for users for whom it failed before.
     pub fn is_idle(&self) -> bool {
-        self.line.is_empty() && self.running == 0
+        self.line.is_empty() && self.running == self.running_again
     }
 
     pub fn is_running(&self, user: &str) -> bool {
@@ -271,6 +285,11 @@ impl Heals {
     /// Looks under way.
     pub fn running(&self) -> usize {
         self.running
+    }
+
+    /// Of these, such as failed before.
+    pub fn running_again(&self) -> usize {
+        self.running_again
     }
 
     /// Users who are looked at, or will be.
@@ -319,13 +338,16 @@ mod tests {
         heals.want(&jane, &[1; 16], Some((2, 50)));
         heals.want(&jane, &[2; 16], Some((2, 50)));
         heals.want(&jane, &[2; 16], None);
-        assert_eq!(heals.next(0, |_| false), Some((jane.clone(), look(&[(1, Some((2, 100))), (2, None)], false))));
-        assert_eq!(heals.next(0, |user| user == "jane"), None);
+        assert_eq!(
+            heals.next(0, true, |_| false),
+            Some((jane.clone(), look(&[(1, Some((2, 100))), (2, None)], false)))
+        );
+        assert_eq!(heals.next(0, true, |user| user == "jane"), None);
         heals.want_all(&jane);
-        assert_eq!(heals.next(0, |_| false), None, "one at a time");
+        assert_eq!(heals.next(0, true, |_| false), None, "one at a time");
         assert_eq!((heals.running(), heals.pending()), (1, 1));
         heals.finish(&jane, Ok(()), 0);
-        assert_eq!(heals.next(0, |_| false), Some((jane.clone(), look(&[], true))));
+        assert_eq!(heals.next(0, true, |_| false), Some((jane.clone(), look(&[], true))));
         heals.finish(&jane, Ok(()), 0);
         assert_eq!((heals.running(), heals.pending()), (0, 0));
     }
@@ -339,7 +361,7 @@ mod tests {
         assert!(!heals.is_anew(&jane, &[2; 16], 1_000));
         assert!(!heals.is_anew(&jane, &[1; 16], 1_000 + ANEW_MS));
         heals.want_anew(&jane, &[1; 16]);
-        let (_, look) = heals.next(0, |_| false).unwrap();
+        let (_, look) = heals.next(0, true, |_| false).unwrap();
         assert!(look.anew.contains(&[1; 16][..]) && look.mailboxes.contains_key(&[1; 16][..]));
     }
 
@@ -351,7 +373,7 @@ mod tests {
             let mut looks = 0;
             for now_ms in (from_ms..from_ms + 600_000).step_by(10) {
                 heals.want(user, &[1; 16], None);
-                while let Some((user, _)) = heals.next(now_ms, |_| false) {
+                while let Some((user, _)) = heals.next(now_ms, true, |_| false) {
                     looks += 1;
                     if is_rebuilt {
                         heals.note_rebuilt(&user, &[1], now_ms);
@@ -372,16 +394,35 @@ mod tests {
         let mut heals = Heals::default();
         let (jane, joe): (Arc<str>, Arc<str>) = ("jane".into(), "joe".into());
         heals.want(&jane, &[1; 16], None);
-        heals.next(0, |_| false);
+        heals.next(0, true, |_| false);
         heals.want(&jane, &[2; 16], None);
         assert_eq!(heals.finish(&jane, Err("locked".into()), 0), Some(1_000));
         assert_eq!(heals.error(), Some(("jane", "locked")));
         heals.want(&joe, &[1; 16], None);
-        assert_eq!(heals.next(999, |_| false).unwrap().0, joe, "others go on");
-        assert_eq!(heals.next(1_000, |_| false), Some((jane.clone(), look(&[(1, None), (2, None)], false))));
+        assert_eq!(heals.next(999, true, |_| false).unwrap().0, joe, "others go on");
+        assert_eq!(heals.next(1_000, true, |_| false), Some((jane.clone(), look(&[(1, None), (2, None)], false))));
         assert_eq!(heals.finish(&jane, Err("locked".into()), 1_000), None, "no news");
         assert_eq!(heals.wake_up_ms(), Some(3_000));
         let failed: Vec<_> = heals.failed().map(|failing| (failing.user, failing.error, failing.since_ms)).collect();
         assert_eq!(failed, [("jane", "locked", 0)]);
+    }
+
+    #[test]
+    fn who_failed_before_holds_up_nobody_while_he_may_not_be_tried_again() {
+        let mut heals = Heals::default();
+        let (jane, joe): (Arc<str>, Arc<str>) = ("jane".into(), "joe".into());
+        heals.want_all(&jane);
+        heals.next(0, true, |_| false);
+        heals.finish(&jane, Err("locked".into()), 0);
+        heals.want_all(&joe);
+        assert_eq!(heals.next(1_000, false, |_| false).map(|(user, _)| user), Some(joe.clone()));
+        assert_eq!(heals.next(1_000, false, |_| false), None);
+        heals.finish(&joe, Ok(()), 1_000);
+        assert!(heals.is_idle());
+        assert_eq!(heals.wake_up_ms(), Some(2_000));
+        assert_eq!(heals.next(2_000, true, |_| false).map(|(user, _)| user), Some(jane.clone()));
+        assert_eq!((heals.running(), heals.running_again()), (1, 1));
+        heals.finish(&jane, Ok(()), 2_000);
+        assert_eq!((heals.running(), heals.running_again(), heals.failed().count()), (0, 0, 0));
     }
 }

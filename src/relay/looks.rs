@@ -42,7 +42,10 @@ impl Engine {
             self.sweep_unheard();
             let (work, redos) = (&self.work, &self.redos);
             let is_busy = |user: &str| work.is_busy(user) || redos.is_running(user);
-            let Some((user, look)) = self.heals.next(self.now_ms, is_busy) else { return self.ask_for_users() };
+            let may_retry = self.may_retry();
+            let Some((user, look)) = self.heals.next(self.now_ms, may_retry, is_busy) else {
+                return self.ask_for_users();
+            };
             if let Err(error) = self.begin_look(index, user, &look) {
                 return self.fail(error);
             }

@@ -79,9 +79,10 @@ impl Redos {
         waiting.map(|user| user.due_ms).filter(|due_ms| *due_ms > now_ms).min()
     }
 
-    fn next(&mut self, now_ms: u64, is_busy: impl Fn(&str) -> bool) -> Option<Arc<str>> {
-        let is_next =
-            |(name, user): &(&Arc<str>, &mut User)| !user.is_running && user.due_ms <= now_ms && !is_busy(name);
+    /// `may_retry`: also what failed before.
+    fn next(&mut self, now_ms: u64, may_retry: bool, is_busy: impl Fn(&str) -> bool) -> Option<Arc<str>> {
+        let is_due = |user: &User| !user.is_running && user.due_ms <= now_ms && (may_retry || user.tries == 0);
+        let is_next = |(name, user): &(&Arc<str>, &mut User)| is_due(user) && !is_busy(name);
         let (name, user) = self.users.iter_mut().find(is_next)?;
         user.is_running = true;
         user.waiting.clear();
@@ -126,6 +127,8 @@ pub struct RedoJob {
     user: Arc<str>,
     /// Up to this one, as the journal counts them.
     last: i64,
+    /// It failed before.
+    pub again: bool,
 }
 
 impl RedoJob {
@@ -160,7 +163,7 @@ impl Engine {
         while let Some(index) = self.workers.iter().position(Worker::may_work) {
             let (work, heals) = (&self.work, &self.heals);
             let is_busy = |user: &str| work.is_busy(user) || heals.is_running(user);
-            let Some(user) = self.redos.next(self.now_ms, is_busy) else { return };
+            let Some(user) = self.redos.next(self.now_ms, self.may_retry(), is_busy) else { return };
             if let Err(error) = self.begin_redo(index, user) {
                 return self.fail(error);
             }
@@ -190,7 +193,8 @@ impl Engine {
             let first = Apply { aliases: self.lists.aliases(&user), me, ..Default::default() };
             apply_frames(self.last_job, &user, first, elsewhere, changes.into_iter())
         };
-        self.workers[index].task = Task::Redo(RedoJob { id: self.last_job, user, last });
+        let again = self.redos.failed().any(|failing| *failing.user == *user);
+        self.workers[index].task = Task::Redo(RedoJob { id: self.last_job, user, last, again });
         let Some(token) = self.workers[index].token else { return Ok(()) };
         for frame in frames {
             self.send(token, &frame);
@@ -256,13 +260,13 @@ mod tests {
         assert!(redos.want(&jane, 7, vec![1]));
         assert!(!redos.want(&jane, 9, vec![1]), "it waits already");
         assert_eq!((redos.first_clock(), redos.wake_up_ms(0)), (Some(7), None));
-        assert_eq!(redos.next(0, |_| true), None, "he is busy otherwise");
-        assert_eq!(redos.next(0, |_| false), Some(jane.clone()));
-        assert!(redos.is_running("jane") && redos.next(0, |_| false).is_none());
+        assert_eq!(redos.next(0, true, |_| true), None, "he is busy otherwise");
+        assert_eq!(redos.next(0, true, |_| false), Some(jane.clone()));
+        assert!(redos.is_running("jane") && redos.next(0, true, |_| false).is_none());
         assert_eq!(redos.has_failed("jane", "full", 100), 1);
-        assert_eq!((redos.next(100, |_| false), redos.wake_up_ms(100)), (None, Some(100 + RETRY_MS_MIN)));
+        assert_eq!((redos.next(100, true, |_| false), redos.wake_up_ms(100)), (None, Some(100 + RETRY_MS_MIN)));
         assert_eq!(redos.wake_up_ms(100 + RETRY_MS_MIN), None, "a job's end wakes up, too");
-        assert_eq!(redos.next(100 + RETRY_MS_MIN, |_| false), Some(jane.clone()));
+        assert_eq!(redos.next(100 + RETRY_MS_MIN, true, |_| false), Some(jane.clone()));
         redos.are_made("jane", false);
         assert!(redos.has("jane"), "more came meanwhile");
         redos.are_made("jane", true);

@@ -27,8 +27,8 @@ use crate::wire::proto::{self, Applied, Apply, Change, Frame, Refused, SeqOf, Sp
 
 /// Encoded changes in one frame of a job; a single change may have more.
 const APPLY_BYTES_MAX: usize = 60_000;
-/// Users whose last refusal is remembered, so that its reason is logged once.
-const REFUSALS_MAX: usize = 1_000;
+/// Users whose last refusal is remembered, so that its reason is logged once, and they share workers.
+const REFUSALS_MAX: usize = 10_000;
 /// Pauses between attempts to connect, and to make again what failed.
 pub const RETRY_MS_MIN: u64 = 50;
 pub const RETRY_MS_MAX: u64 = 5_000;
@@ -87,6 +87,8 @@ pub struct Job {
     items: Vec<Item>,
     /// The first so many are applied.
     done: usize,
+    /// Of a user whose changes could not be applied before.
+    again: bool,
 }
 
 #[derive(Default)]
@@ -144,6 +146,15 @@ impl Worker {
         }
     }
 
+    /// Tries what failed before.
+    fn tries_again(&self) -> bool {
+        match &self.task {
+            Task::Apply(job) => job.again,
+            Task::Redo(job) => job.again,
+            _ => false,
+        }
+    }
+
     pub fn may_work(&self) -> bool {
         self.is_idle() && !self.only_reads
     }
@@ -185,7 +196,7 @@ impl Engine {
         self.dispatch_looks();
         while let Some(index) = self.workers.iter().position(Worker::may_work) {
             let (heals, redos, failed) = (&self.heals, &self.redos, Cell::new(None));
-            let poison = &self.poison;
+            let (poison, refusals, may_retry) = (&self.poison, &self.last_refusals, self.may_retry());
             let context = causes::Context {
                 peers: &self.peers,
                 journal: &self.journal,
@@ -200,7 +211,8 @@ impl Engine {
                 let unmet = causes::unmet(received, before, &context).map_err(|error| failed.set(Some(error)));
                 matches!(unmet, Ok(Some(_)))
             };
-            let is_busy = |user: &str| heals.is_running(user) || redos.has(user);
+            let has_to_wait = |user: &str| !may_retry && refusals.contains_key(user);
+            let is_busy = |user: &str| heals.is_running(user) || redos.has(user) || has_to_wait(user);
             let job = self.work.next_job(self.now_ms, is_busy, waits);
             if let Some(error) = failed.into_inner() {
                 return self.fail(error);
@@ -208,6 +220,13 @@ impl Engine {
             let Some((user, received)) = job else { return };
             self.begin_job(index, user, received);
         }
+    }
+
+    /// Whether a worker may try again what failed before. Each try may take as long as Dovecot waits for a lock: so there are
+    /// always workers for those of whom nothing failed.
+    pub fn may_retry(&self) -> bool {
+        let trying = self.workers.iter().filter(|worker| worker.tries_again()).count() + self.heals.running_again();
+        trying < (self.config.workers / 2).max(1)
     }
 
     /// A worker for a body: the one that is kept for it, or any idle one. If there is none, the one that is kept for it
@@ -341,8 +360,8 @@ impl Engine {
             return self.work.finish(&user);
         };
         self.last_job += 1;
-        let again = match self.note_coming(&user, &items) {
-            Ok(again) => again,
+        let told_before = match self.note_coming(&user, &items) {
+            Ok(told_before) => told_before,
             Err(error) => return self.fail(error),
         };
         let elsewhere = match self.elsewhere(&origin, &user, received.iter().map(|received| &received.change)) {
@@ -350,14 +369,16 @@ impl Engine {
             Err(error) => return self.fail(error),
         };
         let aliases = self.lists.aliases(&user);
-        let job = Job { id: self.last_job, user, peer, origin, items, done: 0 };
+        let again = self.last_refusals.contains_key(&user);
+        let job = Job { id: self.last_job, user, peer, origin, items, done: 0, again };
         let resolves = match self.servers_of(&job.user) {
             // Whether this server is the acting resolver where UIDs clash: see [`crate::merge::uid`].
             Ok(servers) => servers.iter().all(|server| self.me.server < *server),
             Err(error) => return self.fail(error),
         };
         let from = self.peers[peer].name.clone();
-        let first = Apply { resolves, from, again, aliases, me: self.me.server.clone(), ..Default::default() };
+        let (again, me) = (told_before, self.me.server.clone());
+        let first = Apply { resolves, from, again, aliases, me, ..Default::default() };
         let frames = apply_frames(job.id, &job.user, first, elsewhere, received.into_iter().map(|r| r.change));
         self.workers[index].task = Task::Apply(job);
         let Some(token) = self.workers[index].token else { return };
@@ -628,7 +649,7 @@ impl Engine {
         let item = Item { whole, ..Item::of(&received, false, None) };
         let user: Arc<str> = received.change.user.chars().take(USER_BYTES_MAX).collect::<String>().into();
         let origin = item.made.origin.as_str().into();
-        let job = Job { id: 0, user, peer: received.peer, origin, items: vec![item], done: 0 };
+        let job = Job { id: 0, user, peer: received.peer, origin, items: vec![item], done: 0, again: false };
         self.set_aside(&job, &format!("malformed change: {error}"));
         self.is_over(&job.user, job.peer, &job.items[0]);
     }

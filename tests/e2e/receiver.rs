@@ -179,6 +179,33 @@ fn a_mailbox_that_is_locked_on_the_peer_holds_up_its_user_only_and_resumes_maild
     });
 }
 
+/// A try takes as long as Dovecot waits for the lock, some times.
+#[test]
+fn users_whose_maildirs_are_locked_on_the_peer_do_not_hold_all_of_its_workers() {
+    let t = Scene::on(Cluster::pair(Format::Maildir, Format::Maildir), "story-locked-some-0");
+    t.expects_in_log("story-locked-some");
+    // As many as there are workers.
+    let users: Vec<String> = (0..3).map(|n| format!("story-locked-some-{n}")).collect();
+    for user in &users {
+        t.a().deliver(user, &mail("first"));
+        t.converged(user);
+    }
+    let locks: Vec<DotLocked> =
+        users.iter().map(|user| DotLocked::hold(in_home(t.b(), user, "Maildir/dovecot-uidlist.lock"))).collect();
+    users.iter().for_each(|user| t.a().deliver(user, &mail("second")));
+    wait_until(DEADLINE, "all of them wait", || {
+        let waiting = t.a().doveadm(&["-f", "tab", "dovetail", "waiting"]);
+        users.iter().all(|user| waiting.lines().any(|line| line.starts_with(&format!("{user}\tb\tsend\t"))))
+    });
+    let tries = t.b().counters().refused;
+    another_goes_on(&t, "story-locked-some-other");
+    wait_until(DEADLINE, "they were tried again", || t.b().counters().refused > tries);
+    another_goes_on(&t, "story-locked-some-third");
+    drop(locks);
+    users.iter().for_each(|user| assert_eq!(t.converged_within(DEADLINE, user).messages("INBOX").len(), 2));
+    all_arrives(&t, 2);
+}
+
 /// The status has one row for each peer, with one reason.
 #[test]
 fn of_two_users_who_wait_the_status_names_who_waits_longer_and_then_the_other() {
