@@ -496,10 +496,12 @@ fn a_name_is_told_again_to_who_finds_the_mailbox_under_an_older_one() {
     on_a.send(Kind::Record(create()));
     let (worker, apply) = b.next_job();
     worker.applied(&apply);
+    until("it is made", || a.peer("b").pending == 0);
     let renamed = What::Rename(MailboxRename { new_path: at("Play").path, back: vec![] });
     on_b.send(Kind::Record(Record { change: Some(change("jane", at("Work"), renamed.clone())), ..Default::default() }));
     let (worker, apply) = a.next_job();
     worker.applied(&apply);
+    until("it is renamed", || b.peer("a").pending == 0);
 
     on_a.send(Kind::Record(create()));
     let (worker, apply) = b.next_job();
