@@ -349,6 +349,10 @@ fn what_the_journal_has_no_room_for_is_dropped_for_the_slow_peer_and_said() {
     let mut b = Wire::accept(&listener);
     b.greet("b");
     assert_eq!(b.next_change().seq, dropped + 1);
+
+    // Compared by a person.
+    assert_eq!(a.clear_failed(None), 1);
+    assert_eq!((a.peer("b").dropped, a.peer("b").last_error.as_str()), (0, ""));
 }
 
 #[test]
