@@ -187,11 +187,15 @@ pub fn fetch<S: Storage, C: Read + Write>(
     let mut size: u64 = 0;
     let mut consumed: u32 = 0;
     loop {
-        let Kind::BodyChunk(chunk) =
-            connection.wait(|kind| matches!(kind, Kind::BodyChunk(chunk) if chunk.id == id))?
-        else {
-            continue;
+        let next = match connection.wait(|kind| matches!(kind, Kind::BodyChunk(chunk) if chunk.id == id)) {
+            // Who reads it may wait for a lock. It is no reason for this process to go: that would look like a crash.
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                connection.send(Kind::BodyCancel(proto::BodyCancel { id }))?;
+                return Ok(Err("it did not come in time".into()));
+            }
+            next => next?,
         };
+        let Kind::BodyChunk(chunk) = next else { continue };
         if !chunk.error.is_empty() {
             return Ok(Err(chunk.error));
         }
@@ -217,5 +221,46 @@ pub fn fetch<S: Storage, C: Read + Write>(
             connection.send(Kind::BodyMore(proto::BodyMore { id, bytes: consumed }))?;
             consumed = 0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake::FakeStorage;
+    use super::*;
+    use crate::wire::frame::Decoder;
+
+    /// A relay that hears and says nothing.
+    #[derive(Default)]
+    struct Silent {
+        heard: Vec<u8>,
+    }
+
+    impl Read for &mut Silent {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+    }
+
+    impl Write for &mut Silent {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.heard.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_body_that_does_not_come_is_an_error_of_its_change() {
+        let mut relay = Silent::default();
+        let request = proto::BodyRequest { id: 7, ..Default::default() };
+        let fetched = fetch(&mut FakeStorage::default(), &mut Connection::new(&mut relay), request);
+        assert_eq!(fetched.unwrap().unwrap_err(), "it did not come in time");
+        let mut decoder = Decoder::new();
+        decoder.push(&relay.heard);
+        assert!(matches!(decoder.next().unwrap().unwrap().kind, Some(Kind::BodyRequest(_))));
+        assert_eq!(decoder.next().unwrap().unwrap().kind, Some(Kind::BodyCancel(proto::BodyCancel { id: 7 })));
     }
 }
