@@ -671,7 +671,7 @@ fn of_two_names_the_later_holds_and_what_was_named_later_goes_back() {
     assert_eq!(ask(&mut a, theirs(5, FAR_AHEAD, None, named(1, &["News"]), unsubscribed.clone())), unsubscribed);
     let counters = b.status().counters.unwrap();
     let count = |kind: &str| counters.notes.iter().find(|note| note.name == kind).map_or(0, |note| note.count);
-    assert_eq!((count("rename_conflict"), count("subscription_conflict")), (1, 1));
+    assert_eq!((count("rename_conflict"), count("subscription_conflict")), (2, 1));
 }
 
 #[test]

@@ -206,6 +206,8 @@ extern "C" {
     pub fn dt_capture_deinit();
     pub fn dt_doveadm_init();
     pub fn dt_log(level: c_int, text: *const c_char);
+    /// `fields`: keys and values in turn.
+    pub fn dt_event(name: *const c_char, fields: *const *const c_char, count: usize, text: *const c_char);
     /// `mail_generate_guid_128_hash()`.
     pub fn mail_generate_guid_128_hash(guid: *const c_char, guid_128_r: *mut u8);
     pub static dt_abi_version: c_char;

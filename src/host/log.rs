@@ -1,11 +1,15 @@
-//! From the `log` crate to Dovecot's log. Dovecot's functions belong to its main thread: what other threads say waits
-//! here until the main thread comes by. In a service it is woken for it.
+//! From the `log` crate to Dovecot's log and events. Dovecot's functions belong to its main thread: what other threads say
+//! waits here until the main thread comes by. In a service it is woken for it.
+//!
+//! What is logged with key-values is an event: its target is the event's name, they are its fields. Dovecot's `metric`,
+//! `event_exporter` and `log_debug` decide what becomes of it.
 
 use super::ffi;
 use crate::guard::guard;
+use ::log::kv::{self, Key, Value, VisitSource};
 use ::log::{Level, LevelFilter, Log, Metadata, Record};
 use crossbeam_channel::{bounded, Receiver, Sender};
-use std::ffi::{c_int, CString};
+use std::ffi::{c_char, c_int, CString};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -14,6 +18,8 @@ use std::sync::OnceLock;
 use std::thread::ThreadId;
 
 const LINES_MAX: usize = 256;
+/// In a service: a mailbox whose two halves become one brings an event for each message.
+const SERVICE_LINES_MAX: usize = 4096;
 /// Dovecot cuts lines at 8 kB.
 const LINE_CHARS_MAX: usize = 2000;
 
@@ -26,10 +32,21 @@ extern "C" {
     fn dt_service_unwatch();
 }
 
+struct Line {
+    level: Level,
+    text: String,
+    event: Option<Event>,
+}
+
+struct Event {
+    name: String,
+    fields: Vec<(String, String)>,
+}
+
 struct Logger {
     main: ThreadId,
-    sender: Sender<(Level, String)>,
-    receiver: Receiver<(Level, String)>,
+    sender: Sender<Line>,
+    receiver: Receiver<Line>,
     /// Lines that did not fit.
     dropped: AtomicU64,
     /// Of a service: connections that have ended and that its main thread does not know of yet.
@@ -42,9 +59,13 @@ static LOGGER: OnceLock<Logger> = OnceLock::new();
 /// An eventfd that the main thread's ioloop watches, in a service.
 static WAKEUP: OnceLock<File> = OnceLock::new();
 
-/// Once per process, on the main thread.
+/// On the main thread. What comes first in a process decides.
 pub fn init() {
-    let (sender, receiver) = bounded(LINES_MAX);
+    init_for(LINES_MAX);
+}
+
+fn init_for(lines_max: usize) {
+    let (sender, receiver) = bounded(lines_max);
     let logger = LOGGER.get_or_init(|| Logger {
         main: std::thread::current().id(),
         sender,
@@ -54,7 +75,7 @@ pub fn init() {
         stop: AtomicBool::new(false),
     });
     if ::log::set_logger(logger).is_ok() {
-        ::log::set_max_level(LevelFilter::Info);
+        ::log::set_max_level(LevelFilter::Debug);
         // The guard logs the reason. Standard error, where Rust would tell the place, may be anything here.
         std::panic::set_hook(Box::new(|info| {
             if let Some(place) = info.location() {
@@ -67,12 +88,15 @@ pub fn init() {
 /// Writes what other threads said. Main thread only.
 pub fn drain() {
     if let Some(logger) = LOGGER.get() {
-        for (level, line) in logger.receiver.try_iter() {
-            write(level, &line);
+        for line in logger.receiver.try_iter() {
+            write(&line);
         }
         match logger.dropped.swap(0, Ordering::Relaxed) {
             0 => {}
-            n => write(Level::Warn, &format!("{n} log lines were too many at once and are lost")),
+            n => {
+                let text = format!("{n} log lines were too many at once and are lost");
+                write(&Line { level: Level::Warn, text, event: None });
+            }
         }
     }
 }
@@ -81,7 +105,7 @@ pub fn drain() {
 #[no_mangle]
 extern "C" fn dt_rs_service_init() {
     guard("service_init", (), || {
-        init();
+        init_for(SERVICE_LINES_MAX);
         // SAFETY: takes numbers only.
         let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         if fd == -1 {
@@ -154,13 +178,17 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record) {
-        let line = record.args().to_string();
+        let line = Line { level: record.level(), text: record.args().to_string(), event: event(record) };
+        // Whatever else a library says at this level is not for Dovecot's log.
+        if line.level >= Level::Debug && line.event.is_none() {
+            return;
+        }
         if std::thread::current().id() == self.main {
-            write(record.level(), &line);
+            write(&line);
             return;
         }
         // A full queue loses lines, never the mail.
-        if self.sender.try_send((record.level(), line)).is_err() {
+        if self.sender.try_send(line).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
         wake();
@@ -169,16 +197,42 @@ impl Log for Logger {
     fn flush(&self) {}
 }
 
-fn write(level: Level, line: &str) {
-    let level = match level {
+struct Fields(Vec<(String, String)>);
+
+impl<'kvs> VisitSource<'kvs> for Fields {
+    fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), kv::Error> {
+        self.0.push((key.to_string(), value.to_string()));
+        Ok(())
+    }
+}
+
+fn event(record: &Record) -> Option<Event> {
+    let mut fields = Fields(Vec::new());
+    record.key_values().visit(&mut fields).ok()?;
+    (!fields.0.is_empty()).then(|| Event { name: record.target().into(), fields: fields.0 })
+}
+
+fn write(line: &Line) {
+    let level = match line.level {
         Level::Error => 3,
         Level::Warn => 2,
         Level::Info => 1,
         Level::Debug | Level::Trace => 0,
     };
-    let line: String = line.chars().take(LINE_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
-    if let Ok(line) = CString::new(line) {
+    let Some(text) = c_string(&line.text) else { return };
+    let Some(event) = &line.event else {
         // SAFETY: a terminated string; the main thread.
-        unsafe { ffi::dt_log(level, line.as_ptr()) };
-    }
+        return unsafe { ffi::dt_log(level, text.as_ptr()) };
+    };
+    let Some(name) = c_string(&event.name) else { return };
+    let fields: Option<Vec<_>> = event.fields.iter().map(|(key, value)| c_string(key).zip(c_string(value))).collect();
+    let Some(fields) = fields else { return };
+    let pairs: Vec<*const c_char> = fields.iter().flat_map(|(key, value)| [key.as_ptr(), value.as_ptr()]).collect();
+    // SAFETY: terminated strings, which are copied, and as many as are said; the main thread.
+    unsafe { ffi::dt_event(name.as_ptr(), pairs.as_ptr(), fields.len(), text.as_ptr()) };
+}
+
+fn c_string(text: &str) -> Option<CString> {
+    let text: String = text.chars().take(LINE_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    CString::new(text).ok()
 }

@@ -5,4 +5,5 @@
 
 pub mod flags;
 pub mod mailbox;
+pub mod rule;
 pub mod uid;

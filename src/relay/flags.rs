@@ -15,6 +15,7 @@ use super::spans::Place;
 use crate::change;
 use crate::journal::{FlagChange, JournalError};
 use crate::merge::flags::{Range, Update};
+use crate::merge::rule::Rule;
 use crate::wire::proto::op::What;
 use crate::wire::proto::{Change, FlagUpdate, Mailbox, MessageRange, Op, SeqOf, Span, Stamp};
 
@@ -239,7 +240,7 @@ impl Engine {
                     apart.insert(range.guid.clone());
                 }
             }
-            self.take_out(change, &later, &apart);
+            self.take_out(user, change, &later, &apart);
             let mailbox = Mailbox { guid, ..change.mailbox.clone().unwrap_or_default() };
             self.races.is_applied(user, made, mailbox, updates(change), self.now_ms);
         }
@@ -283,7 +284,7 @@ impl Engine {
     }
 
     /// `apart`: GUIDs of messages that are not here at the UIDs that they have there: of those only GUIDs are compared.
-    fn take_out(&mut self, change: &mut Change, later: &[Update], apart: &HashSet<String>) {
+    fn take_out(&mut self, user: &str, change: &mut Change, later: &[Update], apart: &HashSet<String>) {
         let mut ops = Vec::with_capacity(change.ops.len());
         let mut is_less = false;
         for op in &change.ops {
@@ -318,7 +319,8 @@ impl Engine {
         if !is_less {
             return;
         }
-        self.counts.note("flags_conflict", 1);
+        let path = change.mailbox.as_ref().map(|mailbox| &mailbox.path[..]).unwrap_or_default();
+        self.counts.solved(user, path, Rule::LaterFlag);
         if ops.is_empty() {
             ops.push(Op { what: Some(change::nothing()) });
         }

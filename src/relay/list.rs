@@ -12,6 +12,7 @@ use super::order::Release;
 use crate::change;
 use crate::journal::{self, JournalError, NamedMailbox};
 use crate::merge::mailbox::{along, Along, Named};
+use crate::merge::rule::Rule;
 use crate::wire::proto::op::What;
 use crate::wire::proto::{Alias, BodyRequest, Change, Mailbox, MailboxRename, Op, SeqOf, Span, Stamp};
 
@@ -254,7 +255,7 @@ impl Engine {
         for change in changes.filter(|change| change::is_of_list(change)) {
             let (Some(stamp), Some(mailbox)) = (&change.stamp, &change.mailbox) else { continue };
             self.lists.is_applied(user, self.now_ms);
-            let mut notes = Vec::new();
+            let mut rules = Vec::new();
             for op in &mut change.ops {
                 match &mut op.what {
                     Some(What::Subscription(theirs)) => {
@@ -262,24 +263,24 @@ impl Engine {
                         let later = known.filter(|(_, at)| *at > named(stamp)).map(|(subscribed, _)| subscribed);
                         if let Some(ours) = later.filter(|ours| *ours != theirs.subscribed) {
                             theirs.subscribed = ours;
-                            notes.push("subscription_conflict");
+                            rules.push(Rule::LaterSubscription);
                         }
                     }
                     Some(What::Create(theirs)) => {
                         theirs.later_name = self.later_name(user, stamp, mailbox, &theirs.was)?.unwrap_or_default();
                     }
-                    Some(What::Rename(theirs)) => notes.extend(self.reduce_rename(user, stamp, mailbox, theirs)?),
+                    Some(What::Rename(theirs)) => rules.extend(self.reduce_rename(user, stamp, mailbox, theirs)?),
                     Some(What::Delete(theirs)) => {
                         let guid = self.lists.canonical(user, &mailbox.guid);
                         let known = self.journal.named_mailbox(user, guid)?;
                         theirs.keeps = known.is_some_and(|known| known.own_seq > self.heard_of_us(stamp));
                         theirs.known = self.journal.log(user, guid, "")?.map(look_at);
-                        notes.extend(theirs.keeps.then_some("delete_conflict"));
+                        rules.extend(theirs.keeps.then_some(Rule::MailStays));
                     }
                     _ => {}
                 }
             }
-            notes.into_iter().for_each(|note| self.counts.note(note, 1));
+            rules.into_iter().for_each(|rule| self.counts.solved(user, &mailbox.path, rule));
         }
         Ok(())
     }
@@ -316,14 +317,14 @@ impl Engine {
         stamp: &Stamp,
         mailbox: &Mailbox,
         rename: &mut MailboxRename,
-    ) -> Result<Option<&'static str>, JournalError> {
+    ) -> Result<Option<Rule>, JournalError> {
         let theirs = named(stamp);
         let known = self.journal.named_mailbox(user, self.lists.canonical(user, &mailbox.guid))?;
         if let Some(ours) = known.as_ref().filter(|ours| ours.named > theirs) {
             // It stays, or goes back, where it was put later.
             let is_other = ours.path != rename.new_path;
             rename.new_path.clone_from(&ours.path);
-            return Ok(is_other.then_some("rename_conflict"));
+            return Ok(is_other.then_some(Rule::LaterName));
         }
         let all = self.journal.named_mailboxes(user)?;
         let from = known.as_ref().map_or(&mailbox.path, |known| &known.path);
@@ -335,7 +336,7 @@ impl Engine {
             ..Default::default()
         };
         rename.back = children.take(change::MAILBOXES_MAX).map(back).collect();
-        Ok(None)
+        Ok((!rename.back.is_empty()).then_some(Rule::NamedBack))
     }
 
     /// What a change of this server comes after, which its process made at this time (0: not known).

@@ -15,6 +15,7 @@ use super::poison::{Tried, TRIES_MAX};
 use super::workers::{apply_frames, Task, Worker, RETRY_MS_MAX, RETRY_MS_MIN};
 use crate::change;
 use crate::journal::{Failed, JournalError};
+use crate::merge::rule::Rule;
 use crate::wire::proto::op::What;
 use crate::wire::proto::{Applied, Apply, Change};
 
@@ -154,7 +155,8 @@ impl Engine {
         if !self.redos.want(user, clock, encoded.clone()) {
             return Ok(());
         }
-        self.counts.note("flags_conflict", 1);
+        let path = change.mailbox.as_ref().map(|mailbox| &mailbox.path[..]).unwrap_or_default();
+        self.counts.solved(user, path, Rule::FlagMadeAgain);
         self.journal.note_redo(user, &encoded)
     }
 

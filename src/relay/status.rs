@@ -6,10 +6,13 @@ use super::engine::Engine;
 use super::peers::PeerState;
 use super::waiting;
 use crate::change;
+use crate::merge::rule::Rule;
 use crate::wire::proto::{Counters, NamedCount, PeerStatus, Status, WaitingEntry};
 
 /// Kinds of notes that are counted apart; further ones count as "other".
 const NOTES_MAX: usize = 64;
+/// Its name in Dovecot.
+const CONFLICT_EVENT: &str = "dovetail_conflict_resolved";
 
 /// Counts since the start.
 #[derive(Default)]
@@ -23,6 +26,16 @@ impl Counts {
     pub fn note(&mut self, name: &str, count: u64) {
         let is_known = self.notes.contains_key(name) || self.notes.len() < NOTES_MAX && name.len() <= 64;
         *self.notes.entry(if is_known { name } else { "other" }.to_owned()).or_default() += count;
+    }
+
+    /// Counts a conflict by its kind, and tells of it: the host makes an event of what is logged so.
+    pub fn solved(&mut self, user: &str, path: &[String], rule: Rule) {
+        let (kind, mailbox) = (rule.kind(), change::printable(&path.join("/")));
+        self.note(&format!("{kind}_conflict"), 1);
+        log::debug!(
+            target: CONFLICT_EVENT, user = user, mailbox = mailbox.as_str(), kind = kind, rule = rule.name();
+            "User {user}: mailbox {mailbox}: a conflict was resolved: {kind}: {}", rule.name()
+        );
     }
 }
 

@@ -22,6 +22,7 @@ use super::torn;
 use super::work::Received;
 use crate::change::{self, ELSEWHERE_MAX, USER_BYTES_MAX};
 use crate::journal::{Elsewhere, Failed, JournalError};
+use crate::merge::rule::Rule;
 use crate::wire::proto::frame::Kind;
 use crate::wire::proto::{self, Applied, Apply, Change, Frame, Refused, SeqOf, Span};
 
@@ -556,6 +557,12 @@ impl Engine {
         }
         for note in &applied.notes {
             self.counts.note(note, 1);
+        }
+        for conflict in &applied.conflicts {
+            match Rule::named(&conflict.rule) {
+                Some(rule) => self.counts.solved(&job.user, &conflict.path, rule),
+                None => self.counts.note("other", 1),
+            }
         }
         self.take_own_spans(index, applied.spans.clone());
         self.name_mailboxes(&job.user, &job.items[newly]);

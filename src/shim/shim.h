@@ -17,5 +17,7 @@ int dt_settings_each(struct mail_user *user, dt_setting_each each, void *context
 
 enum dt_log_level { DT_LOG_DEBUG, DT_LOG_INFO, DT_LOG_WARNING, DT_LOG_ERROR };
 void dt_log(int level, const char *text);
+/* An event of Dovecot's, whose text is logged only if log_debug asks for it. fields: `count` keys and values in turn. */
+void dt_event(const char *name, const char *const *fields, size_t count, const char *text);
 
 #endif

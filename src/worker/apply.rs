@@ -17,6 +17,7 @@ use super::name;
 use super::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Storage, Update};
 use crate::change;
 use crate::indexlog::Delta;
+use crate::merge::rule::Rule;
 use crate::merge::uid::{self, Put, There};
 use crate::wire::proto::{self, op::What};
 
@@ -184,6 +185,8 @@ pub struct Apply<'a, S, C> {
     /// Changes that are applied durably.
     pub done: u32,
     pub notes: Vec<String>,
+    /// What was solved on the way.
+    pub conflicts: Vec<proto::Conflict>,
     /// What must be compared.
     pub doubts: Vec<proto::Doubt>,
     /// This server's name.
@@ -239,6 +242,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             next_body,
             done: 0,
             notes: Vec::new(),
+            conflicts: Vec::new(),
             doubts: Vec::new(),
             me: String::new(),
             resolves,
@@ -347,6 +351,16 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         self.notes.push(note.into());
     }
 
+    /// A conflict in the open mailbox was solved.
+    fn solved(&mut self, rule: Rule) {
+        let path = self.open.as_ref().map(|open| open.path.clone()).unwrap_or_default();
+        self.solved_in(path, rule);
+    }
+
+    fn solved_in(&mut self, path: Vec<String>, rule: Rule) {
+        self.conflicts.push(proto::Conflict { rule: rule.name().into(), path });
+    }
+
     // ---- Transactions ------------------------------------------------------------------------------------------------
 
     /// Commits what is pending.
@@ -410,7 +424,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             self.storage.commit()?;
         }
         for (asked, uid) in asked.iter().zip(saved).filter(|(asked, uid)| asked.there != 0 && asked.there != *uid) {
-            self.note("uid_conflict");
+            self.solved(Rule::UidTaken);
             self.note_elsewhere(asked.there, &asked.guid, uid, false);
             self.tell_uid(
                 &asked.guid,
@@ -637,7 +651,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         self.pending = Pending::Changes;
         if uid != wanted {
             self.diverge();
-            self.note("uid_conflict");
+            self.solved(Rule::UidTaken);
             self.note_elsewhere(wanted, &save.guid, uid, false);
             self.tell_uid(&save.guid, uid, There { uid: wanted, next: 0, raised: 0 }, (vec![], wanted), true);
         }
@@ -691,7 +705,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 } else if wanted != 0 && !self.has_diverged() {
                     // What a killed worker left in a maildir: nobody has said where it stands, and until now it did not matter.
                     self.diverge();
-                    self.note("uid_conflict");
+                    self.solved(Rule::UidTaken);
                     self.note_elsewhere(wanted, guid, stands, false);
                     self.tell_uid(guid, stands, There { uid: wanted, next: 0, raised: 0 }, (vec![], wanted), true);
                     return Ok(None);
@@ -1067,7 +1081,8 @@ mod tests {
             Apply::new(storage, &mut connection, "jane", resolves, known, &mut next_body, &mut on_commit).unwrap();
         (apply.again, apply.me) = (again, me);
         let result = apply.run(changes);
-        let (done, notes, rest) = (apply.done, apply.notes.clone(), std::mem::take(&mut apply.tell));
+        let (done, mut notes, rest) = (apply.done, apply.notes.clone(), std::mem::take(&mut apply.tell));
+        notes.extend(apply.conflicts.iter().map(|conflict| conflict.rule.clone()));
         let noted = apply.elsewhere.take_new();
         told.extend(rest);
         elsewhere.extend(noted);
@@ -1284,7 +1299,7 @@ mod tests {
         storage.set_logs("Work", &[log]);
         let deleted = What::Delete(proto::MailboxDelete { known: Some(known), ..Default::default() });
         let outcome = apply(&mut storage, Script::default(), &[of((5, "Work"), 10, change(1, deleted))]);
-        assert_eq!((outcome.error, outcome.notes), (None, vec!["delete_conflict".to_owned()]));
+        assert_eq!((outcome.error, outcome.notes), (None, vec!["mail_stays".to_owned()]));
         assert_eq!(storage.messages("Work"), named(&[(1, "one")]));
     }
 
@@ -1318,7 +1333,7 @@ mod tests {
         let mut storage = FakeStorage::default();
         let outcome =
             apply(&mut storage, Script::default(), &[save(1, 2, "two"), save(2, 1, "one"), expunge(3, 1, "one")]);
-        assert_eq!(outcome.notes, ["uid_conflict"]);
+        assert_eq!(outcome.notes, ["uid_taken"]);
         assert_eq!(storage.messages("INBOX"), [(2, "two".to_string())]);
     }
 
@@ -1560,7 +1575,7 @@ mod tests {
         storage.set_logs("INBOX", &[log]);
         let outcome = apply(&mut storage, Script::default(), &[save(1, 1, "one")]);
         assert_eq!(storage.messages("INBOX"), named(&[(2, "one")]));
-        assert_eq!(outcome.notes, ["uid_conflict"]);
+        assert_eq!(outcome.notes, ["uid_taken"]);
         assert_eq!(outcome.told.len(), 1, "{:?}", outcome.told);
         storage.open("INBOX", false).unwrap();
         assert!(Marks::parse(&storage.mark().unwrap()).has_diverged());
@@ -1571,7 +1586,7 @@ mod tests {
         let mut storage = FakeStorage::default();
         apply(&mut storage, Script::default(), &[save(1, 2, "two")]);
         let outcome = apply(&mut storage, Script::default(), &[save(2, 1, "one")]);
-        assert_eq!(outcome.notes, ["uid_conflict"]);
+        assert_eq!(outcome.notes, ["uid_taken"]);
         assert_eq!(storage.messages("INBOX"), [(2, "two".to_string()), (3, "one".to_string())]);
     }
 
@@ -1580,7 +1595,7 @@ mod tests {
         let mut storage = FakeStorage::default();
         apply(&mut storage, Script::default(), &[save(1, 1, "ours")]);
         let outcome = apply(&mut storage, Script::default(), &[save(2, 1, "theirs")]);
-        assert_eq!(outcome.notes, ["uid_conflict"]);
+        assert_eq!(outcome.notes, ["uid_taken"]);
         assert_eq!(storage.messages("INBOX"), [(1, "ours".to_string()), (2, "theirs".to_string())]);
 
         apply(&mut storage, Script::default(), &[expunge(3, 1, "theirs")]);
@@ -1592,7 +1607,7 @@ mod tests {
         let mut storage = FakeStorage::default();
         storage.add("INBOX", [9; 16], 9, &[(1, "ours")]);
         let outcome = apply(&mut storage, Script::default(), &[save(1, 1, "theirs"), expunge(2, 1, "")]);
-        assert_eq!(outcome.notes, ["uid_conflict"]);
+        assert_eq!(outcome.notes, ["uid_taken"]);
         assert_eq!(storage.messages("INBOX"), named(&[(1, "ours")]));
     }
 
@@ -1612,7 +1627,7 @@ mod tests {
         let mut theirs = save(1, 2, "theirs");
         theirs.mailbox.as_mut().unwrap().guid = INBOX_GUID.to_vec();
         let outcome = apply(&mut storage, Script::default(), &[theirs]);
-        assert_eq!((outcome.error, outcome.notes), (None, vec!["guid_adopted".to_string()]));
+        assert_eq!((outcome.error, outcome.notes), (None, vec!["one_name".to_string()]));
         assert_eq!(storage.guid("INBOX"), INBOX_GUID);
         assert_eq!(storage.messages("INBOX"), [(1, "ours".to_string()), (2, "theirs".to_string())]);
     }
@@ -1709,7 +1724,7 @@ mod tests {
 
         storage.add("INBOX", GUID, 9, &[(1, "other"), (2, "stray one")]);
         let outcome = apply(&mut storage, Script::default(), &[save(3, 1, "one")]);
-        assert_eq!(outcome.notes, ["uid_conflict"]);
+        assert_eq!(outcome.notes, ["uid_taken"]);
         assert_eq!(storage.messages("INBOX"), named(&[(1, "other"), (2, "one")]));
     }
 

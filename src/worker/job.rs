@@ -22,6 +22,8 @@ const SPANS_DELAY_MAX: Duration = Duration::from_millis(20);
 const SPANS_MAX: usize = 32;
 /// Changes named by the spans of one frame at most.
 const SPANS_APPLIED_MAX: usize = 512;
+/// Conflicts told in one frame at most, each with its mailbox's name.
+const CONFLICTS_MAX: usize = 32;
 
 /// What a connection has asked for so far.
 pub struct Jobs {
@@ -248,6 +250,7 @@ impl Jobs {
         let result = apply.run(&changes);
         answer.done = apply.done;
         answer.notes = std::mem::take(&mut apply.notes);
+        answer.conflicts = std::mem::take(&mut apply.conflicts);
         answer.doubts = std::mem::take(&mut apply.doubts);
         let news = apply.take_news();
         send_news(connection, job, before, news).map_err(Failure::Link)?;
@@ -284,6 +287,10 @@ fn send_applied<S: Storage, C: Read + Write>(
 ) -> Link<()> {
     answer.spans.extend(storage.take_spans());
     let notes = std::mem::take(&mut answer.notes);
+    for some in std::mem::take(&mut answer.conflicts).chunks(CONFLICTS_MAX) {
+        let (job, done, conflicts) = (answer.job, answer.done, some.to_vec());
+        connection.send(Kind::Applied(proto::Applied { job, done, more: true, conflicts, ..Default::default() }))?;
+    }
     let (error, never) = (std::mem::take(&mut answer.error), std::mem::take(&mut answer.never));
     for doubt in std::mem::take(&mut answer.doubts) {
         let (job, done, doubts) = (answer.job, answer.done, vec![doubt]);

@@ -1,6 +1,9 @@
-//! `doveadm dovetail status`, and that applied changes are not sent back.
+//! `doveadm dovetail status`, the events of conflicts, and that applied changes are not sent back.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::cluster::server::signal;
+use crate::cluster::snapshot::table;
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup};
 use crate::scene::{mail, mail_of_size, Scene, SOON};
 
@@ -143,4 +146,92 @@ fn applied_changes_are_not_sent_back(format: Format) {
     for (name, mailbox) in &settled.mailboxes {
         assert_eq!(mailbox.highest_modseq, now.mailboxes[name].highest_modseq, "HIGHESTMODSEQ of {name} moved");
     }
+}
+
+/// As an admin may count them: by the fields of the event. Each: kind, rule, mailbox.
+const CONFLICTS: [(&str, &str, &str); 8] = [
+    ("uid", "uid_taken", "INBOX"),
+    ("flags", "later_flag", "INBOX"),
+    ("rename", "later_name", "Work"),
+    ("rename", "name_taken", "Taken"),
+    ("subscription", "later_subscription", "News"),
+    ("delete", "mail_stays", "Kept"),
+    ("mailbox", "one_name", "Twice"),
+    ("uidvalidity", "higher_uidvalidity", "Twice"),
+];
+
+fn metrics(user: &str) -> String {
+    let mut text = "log_debug = event=dovetail_conflict_resolved\n".to_owned();
+    for (kind, rule, mailbox) in CONFLICTS {
+        let fields = format!("user={user} and kind={kind} and rule={rule} and mailbox={mailbox}");
+        text += &format!("metric {rule} {{\n  filter = event=dovetail_conflict_resolved and {fields}\n}}\n");
+    }
+    for kind in BTreeSet::from(CONFLICTS.map(|(kind, ..)| kind)) {
+        text += &format!("metric kind_{kind} {{\n  filter = event=dovetail_conflict_resolved and kind={kind}\n}}\n");
+    }
+    text
+}
+
+/// By the metrics' names.
+fn counted(server: &Server) -> BTreeMap<String, u64> {
+    let rows = server.doveadm(&["-f", "tab", "stats", "dump"]);
+    let rows = table(&rows).filter(|row| row["field"] == "duration");
+    rows.map(|row| (row["metric_name"].clone(), row["count"].parse().expect("a number"))).collect()
+}
+
+#[test]
+fn conflicts_are_counted_by_kind_and_each_is_an_event_with_its_rule() {
+    let user = "story-conflicts";
+    let setup = |name| Setup::new(name, Format::Sdbox).over_a_line().extra(&metrics(user), &metrics(user));
+    let t = Scene::on(Cluster::start(vec![setup("a"), setup("b")]), user);
+    t.expects_in_log("Peer ");
+    t.a().deliver(user, &mail("welcome"));
+    let mut a = t.a().imap(user);
+    for mailbox in ["Work", "Play", "News", "Kept"] {
+        a.ok(&format!("CREATE {mailbox}"));
+        a.append(mailbox, &mail(mailbox));
+    }
+    t.settled();
+
+    // Given all kinds of conflicts.
+    t.lines.iter().for_each(|line| line.hang(true));
+    let mut a = t.a().imap(user).select("INBOX");
+    a.ok("STORE 1 +FLAGS (\\Flagged)");
+    a.ok("RENAME Work Job");
+    a.ok("RENAME Play Taken");
+    a.ok("SUBSCRIBE News");
+    a.ok("DELETE Kept");
+    a.ok("CREATE Twice");
+    a.append("Twice", &mail("a"));
+    t.a().deliver(user, &mail("a"));
+    wait_until(SOON, "what a did is told", || t.a().status()[0]["pending"].parse::<u64>().is_ok_and(|n| n >= 9));
+    let mut b = t.b().imap(user).select("INBOX");
+    b.ok("STORE 1 +FLAGS (\\Flagged)");
+    b.ok("STORE 1 -FLAGS (\\Flagged)");
+    b.ok("RENAME Work Toil");
+    b.ok("CREATE Taken");
+    b.append("Taken", &mail("b"));
+    b.ok("SUBSCRIBE News");
+    b.ok("UNSUBSCRIBE News");
+    b.append("Kept", &mail("b"));
+    b.ok("CREATE Twice");
+    b.append("Twice", &mail("b"));
+    t.b().deliver(user, &mail("b"));
+    t.lines.iter().for_each(|line| line.hang(false));
+    t.settled();
+    wait_until(SOON, "nothing is pending", || t.servers().iter().all(Server::has_nothing_pending));
+
+    // Then each is an event, with user and mailbox, and those of a kind are as many as the status says.
+    let of = |name: &str| -> u64 { t.servers().iter().filter_map(|server| counted(server).get(name).copied()).sum() };
+    for (_, rule, mailbox) in CONFLICTS {
+        wait_until(SOON, &format!("an event says {rule} of {mailbox}"), || of(rule) > 0);
+    }
+    for server in t.servers() {
+        let kinds = server.status()[0]["conflicts"].clone();
+        for (kind, count) in kinds.split(',').filter_map(|kind| kind.split_once(':')) {
+            let what = format!("{} counts {count} events of kind {kind} of {kinds}", server.name());
+            wait_until(SOON, &what, || counted(server)[&format!("kind_{kind}")].to_string() == count);
+        }
+    }
+    t.a().wait_for_log("mailbox INBOX: a conflict was resolved: uid: uid_taken");
 }

@@ -9,6 +9,7 @@ use super::super::name;
 use super::super::storage::{Existence, Guid, Result, Storage, Update};
 use super::{guid_of, locate, Apply, Marks, Open, Outcome, Pending, Reason, GONE_MAX, NO_GUID};
 use crate::merge::mailbox::{merge, Identity};
+use crate::merge::rule::Rule;
 use crate::wire::proto::{self, op::What};
 
 impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
@@ -159,14 +160,18 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let merged = merge(ours, theirs, born);
         let (guid, uid_validity) = (merged.guid, merged.uid_validity);
         let mut update = Update::default();
+        let path = name::path(vname, &self.namespace).unwrap_or_default();
         if guid != ours.guid {
             update.guid = guid;
-            self.notes.push("guid_adopted".into());
+            match ours.guid {
+                NO_GUID => self.note("guid_adopted"),
+                _ => self.solved_in(path.clone(), Rule::OneName),
+            }
         }
         if uid_validity != ours.uid_validity {
             update.uid_validity = uid_validity;
             if ours.had_mail {
-                self.notes.push("uidvalidity_adopted".into());
+                self.solved_in(path, Rule::HigherUidValidity);
             }
         }
         if update.guid != NO_GUID || update.uid_validity != 0 {
@@ -306,7 +311,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             self.rename_children(stamp, &aside, from)?;
             return self.rename_to(stamp, &aside, to);
         }
-        self.note("mailbox_merged");
+        self.solved_in(name::path(to, &self.namespace).unwrap_or_default(), Rule::NameTaken);
         self.rename_children(stamp, from, to)?;
         match self.storage.existence(from)? {
             Existence::Mailbox => self.move_messages(stamp, from, to),
@@ -389,8 +394,12 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
 
     pub(super) fn delete(&mut self, mailbox: &proto::Mailbox, delete: &proto::MailboxDelete) -> Outcome<()> {
         let guid = guid_of(mailbox)?;
+        if delete.keeps {
+            return self.keep(mailbox);
+        }
         // Who deleted one of the two had not heard of the other.
-        if delete.keeps || self.merged.contains(self.aliases.get(&guid).unwrap_or(&guid)) {
+        if self.merged.contains(self.aliases.get(&guid).unwrap_or(&guid)) {
+            self.solved_in(mailbox.path.clone(), Rule::MailStays);
             return self.keep(mailbox);
         }
         self.leave()?;
@@ -413,7 +422,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 return Ok(());
             }
         }
-        self.note("delete_conflict");
+        self.solved_in(mailbox.path.clone(), Rule::MailStays);
         self.storage.close();
         self.keep(mailbox)
     }
