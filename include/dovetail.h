@@ -65,6 +65,10 @@ struct dt_mailbox {
    */
   char separator;
   /*
+   By what the storage separates, if that cannot be in a name; otherwise 0.
+   */
+  char storage_separator;
+  /*
    0: not known, like the next two.
    */
   uint32_t uid_validity;

@@ -2,11 +2,13 @@
 
 use super::ffi;
 use super::settings::{read, text};
-use super::worker::{read_bounded, StringList};
+use super::worker::{read_bounded, storage_separator, StringList};
 use crate::capture::{mailbox_change, Capture, Commit, Done, LinkConfig, Place, Saved, Transaction};
 use crate::guard::guard;
 use crate::wire::proto;
 use crate::worker::mark::moves;
+use crate::worker::name;
+use crate::worker::storage::Namespace;
 use std::cell::RefCell;
 use std::ffi::{c_char, c_int, c_void, CStr};
 use std::path::Path;
@@ -28,8 +30,8 @@ struct Process {
 #[derive(Default)]
 struct Last {
     user: Option<Rc<str>>,
-    /// With the name and the separator that it was made of.
-    place: Option<(Rc<Place>, Vec<u8>, c_char)>,
+    /// With the name and the separators that it was made of.
+    place: Option<(Rc<Place>, Vec<u8>, [c_char; 2])>,
 }
 
 thread_local! {
@@ -61,18 +63,16 @@ impl Last {
     unsafe fn place(&mut self, mailbox: &ffi::DtMailbox) -> Rc<Place> {
         // SAFETY: see above.
         let (user, name) = unsafe { (bytes(mailbox.user), bytes(mailbox.name)) };
-        if let Some((place, last_name, separator)) = &self.place {
-            let same = place.guid == mailbox.guid && *separator == mailbox.separator;
+        let separators = [mailbox.separator, mailbox.storage_separator];
+        if let Some((place, last_name, last_separators)) = &self.place {
+            let same = place.guid == mailbox.guid && *last_separators == separators;
             if same && last_name == name && place.user.as_bytes() == user {
                 return Rc::clone(place);
             }
         }
-        let place = Rc::new(Place {
-            user: text(mailbox.user),
-            guid: mailbox.guid,
-            path: path(&text(mailbox.name), mailbox.separator),
-        });
-        self.place = Some((Rc::clone(&place), name.to_vec(), mailbox.separator));
+        let place =
+            Rc::new(Place { user: text(mailbox.user), guid: mailbox.guid, path: path(&text(mailbox.name), mailbox) });
+        self.place = Some((Rc::clone(&place), name.to_vec(), separators));
         place
     }
 }
@@ -266,14 +266,14 @@ extern "C" fn dt_rs_rollback(txn: *mut c_void) {
 extern "C" fn dt_rs_mailbox_op(op: c_int, mailbox: *const ffi::DtMailbox, new_name: *const c_char, directory: bool) {
     guard("mailbox_op", (), || {
         // SAFETY: valid during the call.
-        let (mailbox, separator) = unsafe { (&*mailbox, (*mailbox).separator) };
+        let names = unsafe { &*mailbox };
         // SAFETY: as above.
-        let (user, mailbox) = unsafe { owned_mailbox(mailbox) };
+        let (user, mailbox) = unsafe { owned_mailbox(names) };
         let what = match op {
             ffi::DT_MAILBOX_CREATE => proto::op::What::Create(proto::MailboxCreate { directory, ..Default::default() }),
             ffi::DT_MAILBOX_DELETE => proto::op::What::Delete(proto::MailboxDelete { directory, ..Default::default() }),
             ffi::DT_MAILBOX_RENAME => {
-                let new_path = path(&text(new_name), separator);
+                let new_path = path(&text(new_name), names);
                 proto::op::What::Rename(proto::MailboxRename { new_path, back: vec![] })
             }
             ffi::DT_MAILBOX_SUBSCRIBE => proto::op::What::Subscription(proto::Subscription { subscribed: true }),
@@ -405,7 +405,7 @@ unsafe fn owned_mailbox(mailbox: &ffi::DtMailbox) -> (String, proto::Mailbox) {
     let guid = if mailbox.guid == [0; 16] { Vec::new() } else { mailbox.guid.to_vec() };
     let owned = proto::Mailbox {
         guid,
-        path: path(&text(mailbox.name), mailbox.separator),
+        path: path(&text(mailbox.name), mailbox),
         uid_validity: mailbox.uid_validity,
         uid_next: mailbox.uid_next,
         highest_modseq: mailbox.highest_modseq,
@@ -466,13 +466,14 @@ fn optional_text(string: *const c_char) -> Option<String> {
     (!string.is_null()).then(|| text(string)).filter(|s| !s.is_empty())
 }
 
-/// The parts of a mailbox name; INBOX in any case is INBOX.
-fn path(name: &str, separator: c_char) -> Vec<String> {
-    let mut parts: Vec<String> = name.split(char::from(separator as u8)).map(str::to_owned).collect();
-    if parts[0].eq_ignore_ascii_case("INBOX") {
-        parts[0] = "INBOX".into();
-    }
-    parts
+/// The parts of a name in the mailbox's namespace, without its prefix.
+fn path(name: &str, mailbox: &ffi::DtMailbox) -> Vec<String> {
+    let namespace = Namespace {
+        prefix: String::new(),
+        separator: char::from(mailbox.separator as u8),
+        storage_separator: storage_separator(mailbox.storage_separator),
+    };
+    name::path(name, &namespace).unwrap_or_default()
 }
 
 fn birth_guid(guid: &str) -> Vec<u8> {

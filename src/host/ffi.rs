@@ -19,6 +19,8 @@ pub struct DtMailbox {
     pub name: *const c_char,
     /// Between the parts of `name`.
     pub separator: c_char,
+    /// By what the storage separates, if that cannot be in a name; otherwise 0.
+    pub storage_separator: c_char,
     /// 0: not known, like the next two.
     pub uid_validity: u32,
     pub uid_next: u32,

@@ -129,6 +129,7 @@ extern "C" {
     fn dt_worker_was_written_since(username: *const c_char, since: i64) -> c_int;
     fn dt_worker_namespace_prefix() -> *const c_char;
     fn dt_worker_namespace_separator() -> c_char;
+    fn dt_worker_namespace_storage_separator() -> c_char;
     fn dt_worker_inbox_guid(guid_r: *mut u8);
     fn dt_worker_temp_file() -> c_int;
     fn dt_worker_existence(vname: *const c_char, existence_r: *mut c_int) -> c_int;
@@ -363,6 +364,11 @@ impl Worker {
 
 // ---- Conversions ----------------------------------------------------------------------------------------------------
 
+/// 0: there is none that matters.
+pub(super) fn storage_separator(separator: c_char) -> Option<char> {
+    Some(char::from(separator as u8)).filter(|separator| *separator != '\0')
+}
+
 fn c_string(text: &str) -> Result<CString> {
     CString::new(text).map_err(|_| "malformed text: it has a NUL character".into())
 }
@@ -559,6 +565,7 @@ impl Storage for DovecotStorage {
             Ok(Namespace {
                 prefix: text(dt_worker_namespace_prefix()),
                 separator: char::from(dt_worker_namespace_separator() as u8),
+                storage_separator: storage_separator(dt_worker_namespace_storage_separator()),
             })
         }
     }

@@ -3,6 +3,7 @@
 
    Runs inside the user's session: nothing here may block, fail the caller's operation or leave an error behind in the
    mailbox. */
+#define DT_COMPAT_NAMES
 #define DT_COMPAT_NOTIFY
 #include "compat.h"
 #include "array.h"
@@ -195,6 +196,7 @@ static void capture_box_names(struct mailbox *box, const char *vname, struct dt_
 	i_zero(ref_r);
 	ref_r->user = ns->owner->username;
 	ref_r->separator = mail_namespace_get_sep(capture_namespace(box));
+	ref_r->storage_separator = compat_storage_separator(ns);
 	if (box->inbox_any && vname == box->vname) {
 		/* Another's INBOX may have no name but its namespace's. */
 		ref_r->name = "INBOX";

@@ -205,6 +205,31 @@ static inline int compat_settings_each(struct mail_user *user, dt_setting_each e
 #endif
 #endif
 
+/* ---- names of mailboxes ---- */
+
+#ifdef DT_COMPAT_NAMES
+#include "mail-namespace.h"
+#include "mail-storage-settings.h"
+#include "mailbox-list-private.h"
+
+/* What the storage separates by, if Dovecot refuses names that have it (mailbox_verify_name(), mailbox_list_is_valid_fs_name()):
+   its hierarchy separator, or the "/" of its files; otherwise 0. */
+static inline char compat_storage_separator(const struct mail_namespace *ns)
+{
+	char ns_separator = mail_namespace_get_sep((struct mail_namespace *)ns);
+	char separator = mailbox_list_get_hierarchy_sep(ns->list);
+#ifdef DOVETAIL_DOVECOT_24
+	bool escapes = ns->list->mail_set->mailbox_list_storage_escape_char[0] != '\0';
+#else
+	bool escapes = ns->list->set.storage_name_escape_char != '\0';
+#endif
+
+	if (separator == ns_separator && (ns->list->props & MAILBOX_LIST_PROP_NO_ROOT) == 0)
+		separator = '/';
+	return escapes || separator == ns_separator ? '\0' : separator;
+}
+#endif
+
 /* ---- service.c and worker.c ---- */
 
 #ifdef DT_COMPAT_SERVICE

@@ -39,6 +39,13 @@ static int inbox_create_box(struct mailbox *box, const struct mailbox_update *up
 	return ctx->super.create_box(box, update, directory);
 }
 
+/* As a maildir has it. A dbox would take the INBOX's GUID along, and the next INBOX is born with the same. */
+static int inbox_rename_box(struct mailbox *src, struct mailbox *dest ATTR_UNUSED)
+{
+	mail_storage_set_error(src->storage, MAIL_ERROR_NOTPOSSIBLE, "Renaming INBOX isn't supported.");
+	return -1;
+}
+
 static void inbox_mailbox_allocated(struct mailbox *box)
 {
 	struct mailbox_vfuncs *v = box->vlast;
@@ -50,6 +57,7 @@ static void inbox_mailbox_allocated(struct mailbox *box)
 	ctx->super = *v;
 	box->vlast = &ctx->super;
 	v->create_box = inbox_create_box;
+	v->rename_box = inbox_rename_box;
 	MODULE_CONTEXT_SET_SELF(box, inbox_storage_module, ctx);
 }
 

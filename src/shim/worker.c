@@ -1,3 +1,4 @@
+#define DT_COMPAT_NAMES
 #define DT_COMPAT_WORKER
 #include "compat.h"
 #include "array.h"
@@ -19,6 +20,7 @@
 #include "stray.h"
 #include "worker.h"
 
+#include <limits.h>
 #include <unistd.h>
 #include <sys/stat.h>
 
@@ -243,6 +245,11 @@ char dt_worker_namespace_separator(void)
 	return mail_namespace_get_sep(w.ns);
 }
 
+char dt_worker_namespace_storage_separator(void)
+{
+	return compat_storage_separator(w.ns);
+}
+
 void dt_worker_inbox_guid(unsigned char guid_r[16])
 {
 	dt_inbox_guid(w.user, guid_r);
@@ -447,6 +454,20 @@ dt_worker_convert_update(const struct dt_mailbox_update *src,
 	dest_r->min_highest_modseq = src->min_highest_modseq;
 }
 
+/* A file's name has its limits, and Dovecot takes a mailbox whose path is beyond for one that is not there. */
+static bool worker_is_too_long(struct mailbox *box)
+{
+	const char *path, *const *names;
+
+	if (mailbox_list_get_path(box->list, box->name, MAILBOX_LIST_PATH_TYPE_DIR, &path) <= 0)
+		return FALSE;
+	for (names = t_strsplit(path, "/"); *names != NULL; names++) {
+		if (strlen(*names) > NAME_MAX)
+			return TRUE;
+	}
+	return FALSE;
+}
+
 static int worker_create(const char *vname, bool directory, const struct mailbox_update *update, bool *vanished_r)
 {
 	struct mailbox *box = dt_worker_alloc(vname, 0);
@@ -458,8 +479,14 @@ static int worker_create(const char *vname, bool directory, const struct mailbox
 	mailbox_skip_create_name_restrictions(box, TRUE);
 	if (mailbox_create(box, directory ? NULL : update, directory) < 0) {
 		error = mailbox_get_last_mail_error(box);
-		*vanished_r = error == MAIL_ERROR_NOTFOUND;
-		ret = error == MAIL_ERROR_EXISTS ? 0 : dt_worker_set_box_error(box, "mailbox_create()");
+		if (error == MAIL_ERROR_EXISTS)
+			ret = 0;
+		else if (worker_is_too_long(box))
+			ret = dt_worker_set_error("impossible here: its name is too long for the storage");
+		else {
+			*vanished_r = error == MAIL_ERROR_NOTFOUND;
+			ret = dt_worker_set_box_error(box, "mailbox_create()");
+		}
 	}
 	mailbox_free(&box);
 	return ret;
@@ -489,6 +516,7 @@ int dt_worker_rename(const char *from, const char *to)
 	struct mailbox *src, *dest;
 	enum mail_error error;
 	const char *errstr;
+	bool never;
 	int ret = 1;
 
 	T_BEGIN {
@@ -500,9 +528,13 @@ int dt_worker_rename(const char *from, const char *to)
 			if (error == MAIL_ERROR_NOTFOUND ||
 			    error == MAIL_ERROR_EXISTS)
 				ret = 0;
-			else
-				ret = dt_worker_set_error("mailbox_rename(%s): %s",
+			else if (worker_is_too_long(dest))
+				ret = dt_worker_set_error("impossible here: its name is too long for the storage");
+			else {
+				never = error == MAIL_ERROR_PARAMS || error == MAIL_ERROR_NOTPOSSIBLE;
+				ret = dt_worker_set_error("%smailbox_rename(%s): %s", never ? "impossible here: " : "",
 							  to, errstr);
+			}
 		}
 		mailbox_free(&dest);
 		mailbox_free(&src);

@@ -67,6 +67,8 @@ void dt_worker_user_close(void);
 /* The private namespace with the INBOX. */
 const char *dt_worker_namespace_prefix(void);
 char dt_worker_namespace_separator(void);
+/* By what the storage separates, if that cannot be in a name; otherwise 0. */
+char dt_worker_namespace_storage_separator(void);
 /* The GUID with which the user's INBOX is born. */
 void dt_worker_inbox_guid(unsigned char guid_r[16]);
 /* All whom the userdb lists; no user is open. 1 = all listed */

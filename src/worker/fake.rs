@@ -130,7 +130,7 @@ impl Storage for FakeStorage {
         self.close();
     }
     fn namespace(&self) -> Result<Namespace> {
-        Ok(Namespace { prefix: String::new(), separator: '/' })
+        Ok(Namespace { prefix: String::new(), separator: '/', storage_separator: None })
     }
     fn inbox_guid(&self) -> Result<Guid> {
         Ok(INBOX_GUID)

@@ -6,8 +6,10 @@ use crate::change::MESSAGE_GUID_BYTES_MAX;
 const PARTS_MAX: usize = 64;
 /// Bytes of a virtual name at most; Dovecot's MAILBOX_LIST_NAME_MAX_LENGTH.
 const NAME_BYTES_MAX: usize = 4096;
-/// Stands for our separator inside of a part; dsync's default is the same.
-const SEPARATOR_REPLACEMENT: char = '_';
+/// Before the hexadecimal number of a character that cannot be in a part of a name here.
+const ESCAPE: char = '%';
+/// Its own number.
+const ESCAPE_HEX: &str = "25";
 
 /// The virtual name of the mailbox with this path, e.g. `Archive/2024` for `["Archive", "2024"]`.
 pub fn vname(path: &[String], namespace: &Namespace) -> Result<String> {
@@ -21,13 +23,14 @@ pub fn vname(path: &[String], namespace: &Namespace) -> Result<String> {
     }
     let mut vname = namespace.prefix.clone();
     for (i, part) in path.iter().enumerate() {
-        if part.is_empty() || part.chars().any(char::is_control) {
+        // Dovecot allows the other control characters that Unicode knows.
+        if part.is_empty() || part.chars().any(|c| c < ' ') {
             return Err("malformed mailbox path: a part is empty or has control characters".into());
         }
         if i > 0 {
             vname.push(namespace.separator);
         }
-        vname.extend(part.chars().map(|c| if c == namespace.separator { SEPARATOR_REPLACEMENT } else { c }));
+        escape(part, namespace, &mut vname);
     }
     if vname.len() > NAME_BYTES_MAX {
         return Err(format!("malformed mailbox path: {} bytes", vname.len()));
@@ -41,7 +44,65 @@ pub fn path(vname: &str, namespace: &Namespace) -> Option<Vec<String>> {
         return Some(vec!["INBOX".into()]);
     }
     let name = vname.strip_prefix(namespace.prefix.as_str())?;
-    Some(name.split(namespace.separator).map(str::to_owned).collect())
+    let mut path: Vec<String> = name.split(namespace.separator).map(|part| unescape(part, namespace)).collect();
+    if path[0].eq_ignore_ascii_case("INBOX") {
+        path[0] = "INBOX".into();
+    }
+    Some(path)
+}
+
+/// A part as it can stand in a name here: `a%2eb` for `a.b` where the dot separates. What looks so by itself gets a number
+/// more, `%252e` for `%2e`: so two parts never get one name, and each name stands for one part.
+fn escape(part: &str, namespace: &Namespace, name: &mut String) {
+    for (at, c) in part.char_indices() {
+        if is_unusable(c, namespace) {
+            name.push(ESCAPE);
+            name.push_str(&hex(c));
+            continue;
+        }
+        name.push(c);
+        if c == ESCAPE && escaped(&part[at + 1..], namespace).is_some() {
+            name.push_str(ESCAPE_HEX);
+        }
+    }
+}
+
+fn unescape(part: &str, namespace: &Namespace) -> String {
+    let mut whole = String::with_capacity(part.len());
+    let mut rest = part;
+    while let Some(c) = rest.chars().next() {
+        rest = &rest[c.len_utf8()..];
+        match escaped(rest, namespace).filter(|_| c == ESCAPE) {
+            Some((true, of)) => {
+                whole.push(of);
+                rest = &rest[hex(of).len()..];
+            }
+            Some((false, _)) => {
+                whole.push(c);
+                rest = &rest[ESCAPE_HEX.len()..];
+                let next = rest.find(ESCAPE).unwrap_or(rest.len());
+                whole.push_str(&rest[..next]);
+                rest = &rest[next..];
+            }
+            None => whole.push(c),
+        }
+    }
+    whole
+}
+
+/// What stands behind an escape: the number of this character, at once (true) or behind numbers of the escape itself.
+fn escaped(rest: &str, namespace: &Namespace) -> Option<(bool, char)> {
+    let number = rest.trim_start_matches(ESCAPE_HEX);
+    let mut unusable = [Some(namespace.separator), namespace.storage_separator].into_iter().flatten();
+    unusable.find(|c| number.starts_with(&hex(*c))).map(|c| (number.len() == rest.len(), c))
+}
+
+fn is_unusable(c: char, namespace: &Namespace) -> bool {
+    c == namespace.separator || Some(c) == namespace.storage_separator
+}
+
+fn hex(c: char) -> String {
+    format!("{:02x}", u32::from(c))
 }
 
 /// Checks a message's GUID: maildir makes it the name of a file.
@@ -59,7 +120,7 @@ mod tests {
 
     fn name(path: &[&str], prefix: &str, separator: char) -> Result<String> {
         let path: Vec<String> = path.iter().map(|p| p.to_string()).collect();
-        vname(&path, &Namespace { prefix: prefix.into(), separator })
+        vname(&path, &Namespace { prefix: prefix.into(), separator, storage_separator: None })
     }
 
     #[test]
@@ -73,7 +134,8 @@ mod tests {
     #[test]
     fn a_virtual_name_has_its_path() {
         let path = |vname: &str, prefix: &str, separator| {
-            path(vname, &Namespace { prefix: prefix.into(), separator }).map(|path| path.join(" "))
+            let namespace = Namespace { prefix: prefix.into(), separator, storage_separator: None };
+            path(vname, &namespace).map(|path| path.join(" "))
         };
         assert_eq!(path("a/b c", "", '/').unwrap(), "a b c");
         assert_eq!(path("INBOX.a.b", "INBOX.", '.').unwrap(), "a b");
@@ -83,7 +145,44 @@ mod tests {
 
     #[test]
     fn a_part_cannot_become_two() {
-        assert_eq!(name(&["a.b", "c/d"], "", '.').unwrap(), "a_b.c/d");
+        assert_eq!(name(&["a.b", "c/d"], "", '.').unwrap(), "a%2eb.c/d");
+    }
+
+    fn maildir() -> Namespace {
+        Namespace { prefix: String::new(), separator: '/', storage_separator: Some('.') }
+    }
+
+    #[test]
+    fn what_a_storage_cannot_have_in_a_name_is_escaped() {
+        for (part, name) in [
+            ("a.b/c", "a%2eb%2fc"),
+            (".", "%2e"),
+            ("100%", "100%"),
+            ("%41", "%41"),
+            ("%2e", "%252e"),
+            ("%252e", "%25252e"),
+            ("%25", "%25"),
+            ("%2.", "%2%2e"),
+            ("%2f.%2E", "%252f%2e%2E"),
+        ] {
+            assert_eq!(vname(&[part.into()], &maildir()).unwrap(), name);
+            assert_eq!(path(name, &maildir()).unwrap(), [part]);
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn each_path_has_a_name_of_its_own(path in proptest::collection::vec("[%./25ef ]{1,8}", 1..4)) {
+            let name = vname(&path, &maildir()).unwrap();
+            proptest::prop_assert_eq!(super::path(&name, &maildir()).unwrap(), path);
+        }
+
+        #[test]
+        fn each_name_has_a_path_of_its_own(parts in proptest::collection::vec("[%25ef ]{1,8}", 1..4)) {
+            let name = parts.join("/");
+            let path = super::path(&name, &maildir()).unwrap();
+            proptest::prop_assert_eq!(vname(&path, &maildir()).unwrap(), name);
+        }
     }
 
     #[test]

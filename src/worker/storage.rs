@@ -71,6 +71,8 @@ pub const MARK_BYTES: usize = 200;
 pub struct Namespace {
     pub prefix: String,
     pub separator: char,
+    /// By what the storage separates, where that is another one and cannot be in a name: the dot of a maildir, mostly.
+    pub storage_separator: Option<char>,
 }
 
 /// A message to be saved.

@@ -20,6 +20,7 @@ mod loopback;
 mod mailboxes;
 mod merge;
 mod mesh;
+mod names;
 mod plain;
 mod receiver;
 mod status;

@@ -146,7 +146,7 @@ impl Storage for ModelStorage {
         Ok(proto::UserPeers { all: true, ..Default::default() })
     }
     fn namespace(&self) -> Result<Namespace> {
-        Ok(Namespace { prefix: String::new(), separator: '/' })
+        Ok(Namespace { prefix: String::new(), separator: '/', storage_separator: None })
     }
     fn inbox_guid(&self) -> Result<Guid> {
         Ok(Local::inbox_guid(self.user.as_deref().unwrap_or_default()))

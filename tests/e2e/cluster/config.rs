@@ -79,7 +79,7 @@ impl Server<'_> {
     fn basics_23(&self) -> String {
         let dir = self.dir;
         let Ports { imap, pop3, lmtp, .. } = self.ports;
-        let name = &self.setup.name;
+        let Setup { name, separator, prefix, .. } = self.setup;
         let location = match self.setup.format {
             Format::Sdbox => "sdbox:~/sdbox",
             Format::Mdbox => "mdbox:~/mdbox",
@@ -107,7 +107,8 @@ mail_location = {location}
 mail_max_userip_connections = 100
 namespace inbox {{
   inbox = yes
-  separator = /
+  separator = {separator}
+  prefix = {prefix}
 }}
 passdb {{
   driver = static
@@ -141,7 +142,7 @@ service lmtp {{
     fn basics_24(&self) -> String {
         let dir = self.dir;
         let Ports { imap, pop3, lmtp, .. } = self.ports;
-        let name = &self.setup.name;
+        let Setup { name, separator, prefix, .. } = self.setup;
         let (driver, path) = match self.setup.format {
             Format::Sdbox => ("sdbox", "sdbox"),
             Format::Mdbox => ("mdbox", "mdbox"),
@@ -173,7 +174,8 @@ mail_gid = mail
 mail_max_userip_connections = 100
 namespace inbox {{
   inbox = yes
-  separator = /
+  separator = {separator}
+  prefix = {prefix}
 }}
 passdb static {{
   password = pass

@@ -70,6 +70,9 @@ pub struct Setup {
     pub line: bool,
     /// Who is not in the file of users does not exist.
     pub has_no_other_users: bool,
+    /// Of the namespace with the INBOX.
+    pub separator: char,
+    pub prefix: String,
 }
 
 impl Setup {
@@ -85,6 +88,8 @@ impl Setup {
             only_with: None,
             line: false,
             has_no_other_users: false,
+            separator: '/',
+            prefix: String::new(),
         }
     }
 
@@ -106,6 +111,12 @@ impl Setup {
 
     fn has_peer(&self, name: &str) -> bool {
         self.name != name && self.only_with.as_ref().is_none_or(|peers| peers.iter().any(|peer| peer == name))
+    }
+
+    /// Names of mailboxes, as this server has them.
+    pub fn names(mut self, prefix: &str, separator: char) -> Setup {
+        (self.prefix, self.separator) = (prefix.into(), separator);
+        self
     }
 
     pub fn over_a_line(mut self) -> Setup {

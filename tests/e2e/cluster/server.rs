@@ -22,6 +22,9 @@ use super::{holds_within, wait_until, Format, Setup, Version};
 /// Where the distribution keeps Dovecot's programs and modules; ours are added there.
 const PKGLIBDIR: &str = "/usr/lib/dovecot";
 
+/// What is said in the place of what where a part of a name may have no dots; no more is made of dots in the tests.
+const ESCAPES: [(&str, &str); 3] = [(".", "%2e"), ("%2e", "%252e"), ("%252e", "%25252e")];
+
 const START_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Where a server's Dovecot is installed.
@@ -266,6 +269,43 @@ impl Server {
         format!("{}/dovecot.conf", self.dir)
     }
 
+    /// The name of a mailbox of these parts here. A dot in a part is said otherwise where Dovecot allows none.
+    pub fn mailbox(&self, parts: &[&str]) -> String {
+        let Setup { separator, prefix, .. } = &self.setup;
+        let escaped = |part: &&str| match self.has_dots() {
+            true => (*part).to_owned(),
+            false => ESCAPES.iter().rev().fold((*part).to_owned(), |part, (from, to)| part.replace(from, to)),
+        };
+        match parts {
+            ["INBOX"] => "INBOX".into(),
+            _ => prefix.clone() + &parts.iter().map(escaped).collect::<Vec<_>>().join(&separator.to_string()),
+        }
+    }
+
+    /// The name as a server has it that separates by slashes and allows dots, from the one that it has here.
+    pub fn common_name(&self, name: &str) -> String {
+        let Setup { separator, prefix, .. } = &self.setup;
+        let parts = name.strip_prefix(prefix).unwrap_or(name).split(*separator);
+        let unescaped = |part: &str| match self.has_dots() {
+            true => part.to_owned(),
+            false => ESCAPES.iter().fold(part.to_owned(), |part, (to, from)| part.replace(from, to)),
+        };
+        parts.map(unescaped).collect::<Vec<_>>().join("/")
+    }
+
+    /// Patterns that match all mailboxes: doveadm's "*" does not pass a namespace's prefix.
+    pub fn all_mailboxes(&self) -> Vec<String> {
+        match self.setup.prefix.as_str() {
+            "" => vec!["*".into()],
+            prefix => vec!["INBOX".into(), format!("{prefix}*")],
+        }
+    }
+
+    /// Whether a part of a name may have them.
+    fn has_dots(&self) -> bool {
+        self.setup.separator != '.' && self.setup.format != Format::Maildir
+    }
+
     /// Whether the user's INBOX exists here, asked without touching it (any program of Dovecot would create it).
     pub fn has_inbox(&self, user: &str) -> bool {
         let index = match self.format() {
@@ -348,8 +388,14 @@ impl Server {
 
     /// Delivers by the real dovecot-lda.
     pub fn lda(&self, user: &str, mail: &[u8]) {
+        self.lda_to(user, "INBOX", mail);
+    }
+
+    /// Into a mailbox that exists.
+    pub fn lda_to(&self, user: &str, mailbox: &str, mail: &[u8]) {
         let program = format!("{PKGLIBDIR}/dovecot-lda");
-        let output = self.run_with_input(self.command(&program).args(["-c", &self.conf(), "-d", user]), mail);
+        let args = ["-c", &self.conf(), "-d", user, "-m", mailbox];
+        let output = self.run_with_input(self.command(&program).args(args), mail);
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{}: dovecot-lda -d {user} failed ({}): {stderr}", self.name(), output.status);
     }

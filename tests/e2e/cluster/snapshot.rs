@@ -11,7 +11,7 @@ use super::Server;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     server: String,
-    /// Existing names, also those that hold only children.
+    /// Existing names, also those that hold only children; all as [`Server::common_name`] says them.
     pub names: Vec<String>,
     pub subscriptions: Vec<String>,
     pub mailboxes: BTreeMap<String, Mailbox>,
@@ -53,16 +53,20 @@ impl Snapshot {
                 false => Err(format!("{}: doveadm {args:?}: {}", server.name(), text(&output.stderr))),
             }
         };
-        let lines = |args: &[&str]| -> Result<Vec<String>, String> {
-            let mut lines: Vec<String> = doveadm(args)?.lines().map(str::to_owned).collect();
-            lines.sort();
-            Ok(lines)
+        let listed = |args: &[&str]| -> Result<Vec<String>, String> {
+            let mut names: Vec<String> = doveadm(args)?.lines().map(|name| server.common_name(name)).collect();
+            names.sort();
+            // Below a prefix there may be INBOX twice: once as what is above its children.
+            names.dedup();
+            Ok(names)
         };
-        let names = lines(&["mailbox", "list", "-u", user])?;
-        let subscriptions = lines(&["mailbox", "list", "-s", "-u", user])?;
+        let names = listed(&["mailbox", "list", "-u", user])?;
+        let subscriptions = listed(&["mailbox", "list", "-s", "-u", user])?;
 
         let fields = "guid uidvalidity uidnext highestmodseq";
-        let status = doveadm(&["-f", "tab", "mailbox", "status", "-u", user, fields, "*"])?;
+        let patterns = server.all_mailboxes();
+        let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
+        let status = doveadm(&[&["-f", "tab", "mailbox", "status", "-u", user, fields], &patterns[..]].concat())?;
         let mut mailboxes: BTreeMap<String, Mailbox> = table(&status)
             .map(|row| {
                 let mailbox = Mailbox {
@@ -72,13 +76,14 @@ impl Snapshot {
                     highest_modseq: row["highestmodseq"].parse().unwrap_or(0),
                     messages: BTreeMap::new(),
                 };
-                (row["mailbox"].clone(), mailbox)
+                (server.common_name(&row["mailbox"]), mailbox)
             })
             .collect();
 
         let fields = "mailbox uid guid flags date.received.unixtime date.saved.unixtime size.virtual";
-        let fetched = doveadm(&["-f", "tab", "fetch", "-u", user, fields, "mailbox", "*", "all"])?;
-        for row in table(&fetched) {
+        let fetch = |pattern: &&str| doveadm(&["-f", "tab", "fetch", "-u", user, fields, "mailbox", pattern, "all"]);
+        let fetched = patterns.iter().map(fetch).collect::<Result<Vec<String>, String>>()?;
+        for row in fetched.iter().flat_map(|fetched| table(fetched)) {
             let mut flags: Vec<String> =
                 row["flags"].split(' ').filter(|f| !f.is_empty() && *f != "\\Recent").map(str::to_owned).collect();
             flags.sort();
@@ -91,7 +96,7 @@ impl Snapshot {
                 virtual_size: row["size.virtual"].clone(),
             };
             // A mailbox that came into being between the two questions is seen the next time.
-            if let Some(mailbox) = mailboxes.get_mut(&row["mailbox"]) {
+            if let Some(mailbox) = mailboxes.get_mut(&server.common_name(&row["mailbox"])) {
                 mailbox.messages.insert(row["uid"].parse().expect("UID"), message);
             }
         }
@@ -172,10 +177,19 @@ impl Body {
     /// All mails of a user, ordered by mailbox and UID.
     pub fn fetch_all(server: &Server, user: &str) -> Vec<Body> {
         let fields = "text mailbox uid size.physical";
-        let output = server.doveadm_bytes(&["-f", "tab", "fetch", "-u", user, fields, "mailbox", "*", "all"], b"");
+        let mut bodies = Vec::new();
+        for pattern in &server.all_mailboxes() {
+            let args = ["-f", "tab", "fetch", "-u", user, fields, "mailbox", pattern, "all"];
+            bodies.extend(Body::read_all(server, &server.doveadm_bytes(&args, b"")));
+        }
+        bodies.sort();
+        bodies
+    }
+
+    fn read_all(server: &Server, output: &[u8]) -> Vec<Body> {
         let mut bodies = Vec::new();
         // The text comes first in each row and may hold anything; the row's end tells its size. So: from the end.
-        let mut rest = &output[..];
+        let mut rest = output;
         while let Some(stripped) = rest.strip_suffix(b"\n") {
             let row_start = stripped.len() - tail_fields(stripped, 3);
             let tail = String::from_utf8_lossy(&stripped[row_start..]).into_owned();
@@ -187,7 +201,7 @@ impl Body {
             let text_start = row_start.checked_sub(size).expect("the text is in front of its size");
             let mut hasher = DefaultHasher::new();
             stripped[text_start..row_start].hash(&mut hasher);
-            bodies.push(Body { mailbox: mailbox.into(), uid, size, hash: hasher.finish() });
+            bodies.push(Body { mailbox: server.common_name(mailbox), uid, size, hash: hasher.finish() });
             rest = &rest[..text_start];
         }
         assert!(
@@ -196,7 +210,6 @@ impl Body {
             server.name(),
             String::from_utf8_lossy(&rest[rest.len().saturating_sub(100)..])
         );
-        bodies.sort();
         bodies
     }
 }
