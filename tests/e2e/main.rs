@@ -22,6 +22,8 @@ mod merge;
 mod mesh;
 mod names;
 mod plain;
+mod qresync;
 mod receiver;
+mod split;
 mod status;
 mod trouble;

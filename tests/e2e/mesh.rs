@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crate::cluster::server::signal;
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
 use crate::scene::{mail, mail_of_size, Scene};
 
@@ -103,6 +104,11 @@ fn two_that_are_cut_from_each_other_converge_through_the_third(cut: usize, user:
 #[test]
 fn a_and_b_that_are_cut_from_each_other_converge_through_c() {
     two_that_are_cut_from_each_other_converge_through_the_third(0, "story-cut-ab");
+}
+
+#[test]
+fn a_and_c_that_are_cut_from_each_other_converge_through_b() {
+    two_that_are_cut_from_each_other_converge_through_the_third(1, "story-cut-ac");
 }
 
 #[test]
@@ -231,4 +237,30 @@ fn a_change_from_a_server_that_is_not_a_users_peer_is_refused_with_the_reason() 
             .any(|peer| peer["peer"] == "c" && peer["last_error"].contains("server a is not among the user's peers"))
     });
     assert!(!t.servers()[2].has_inbox(user));
+}
+
+/// The relay knows of whom his mail is for from the worker that finds it.
+#[test]
+fn a_new_users_mail_that_nobody_told_of_goes_to_his_peers_only() {
+    let (known, new) = ("story-peers-known", "story-peers-new");
+    let setups = setups([Format::Sdbox; 3]).into_iter().map(|setup| {
+        let peers = match setup.name.as_str() {
+            "a" => "b",
+            "b" => "a",
+            _ => "-",
+        };
+        setup.user_with_peers(new, peers)
+    });
+    let t = Scene::on(Cluster::start(setups.collect()), new);
+    t.expects_in_log("dovetail");
+    t.expects_in_log("killed with signal 9");
+    t.a().deliver(known, &mail("so that the relays know each other"));
+    t.converged(known);
+    t.a().pids("dovetail").iter().for_each(|pid| signal(*pid, "STOP"));
+    t.a().deliver(new, &mail("one"));
+    t.a().deliver(new, &mail_of_size(100_000));
+    assert!(t.a().kill("lmtp") + t.a().kill("dovetail") >= 2);
+    has_mails(t.b(), new, 2);
+    wait_until(CUT_DEADLINE, "nothing is pending", || t.servers().iter().all(Server::has_nothing_pending));
+    assert!(!t.servers()[2].has_inbox(new), "a server that is not in a user's set never gets his mail");
 }
