@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use crate::cluster::pop3::Pop3;
 use crate::cluster::server::signal;
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
 use crate::scene::{mail, stories, Scene, SOON};
@@ -205,4 +206,35 @@ fn what_is_found_in_the_log_of_a_follows_mails_that_are_given_other_uids() {
 #[test]
 fn what_is_found_in_the_log_of_b_follows_mails_that_are_given_other_uids() {
     what_is_found_in_the_log_follows_mails_that_are_given_other_uids(1, "story-found-b");
+}
+
+/// A session that has listed its mails does not hear that they were given other UIDs until it ends.
+fn what_a_pop3_session_deletes_follows_mails_that_are_given_other_uids(format: Format, user: &str) {
+    let t = pair_over_lines(format, format, user);
+    t.expects_in_log("dovetail");
+    t.expects_in_log("Recent flags state corrupted");
+    t.a().deliver(user, &mail("before"));
+    t.settled();
+    t.lines.iter().for_each(|line| line.hang(true));
+    t.servers().iter().for_each(|server| deliver(server, user, 0..3));
+    let mut sessions: Vec<Pop3> = t.servers().iter().map(|server| server.pop3(user)).collect();
+    for session in &mut sessions {
+        assert_eq!(session.command_lines("UIDL").len(), 4);
+        session.command("DELE 3");
+    }
+    t.lines.iter().for_each(|line| line.hang(false));
+    wait_until(KILLED_DEADLINE, "all is heard", || t.servers().iter().all(Server::has_nothing_pending));
+    assert_each_once(&t, &t.settled(), 7);
+    sessions.iter_mut().for_each(|session| drop(session.command("QUIT")));
+    wait_until(KILLED_DEADLINE, "both are gone", || t.settled().messages("INBOX").len() == 5);
+}
+
+#[test]
+fn what_a_pop3_session_deletes_follows_mails_that_are_given_other_uids_sdbox() {
+    what_a_pop3_session_deletes_follows_mails_that_are_given_other_uids(Format::Sdbox, "story-pop3-sdbox");
+}
+
+#[test]
+fn what_a_pop3_session_deletes_follows_mails_that_are_given_other_uids_maildir() {
+    what_a_pop3_session_deletes_follows_mails_that_are_given_other_uids(Format::Maildir, "story-pop3-maildir");
 }

@@ -236,6 +236,16 @@ fn a_client_that_comes_back_after_a_cut_has_the_right_view(formats: [Format; 2],
     for server in t.servers() {
         assert_eq!(Client::select(server, user, before.clone()).view.messages, all, "on {}", server.name());
     }
+    // Whichever of the two has used up more modseqs meanwhile.
+    for (from, to) in [(t.a(), t.b()), (t.b(), t.a())] {
+        let view = Client::select(from, user, before.clone()).view;
+        to.imap(user).select("INBOX").ok("STORE 1:2 -FLAGS (\\Flagged \\Answered)");
+        to.imap(user).select("INBOX").ok("STORE 2 +FLAGS (\\Draft)");
+        let moved = Client::select(to, user, view).view;
+        assert_eq!(moved.messages, flags_of(&settled(&t)), "from {} to {}", from.name(), to.name());
+        to.imap(user).select("INBOX").ok("STORE 1:2 -FLAGS (\\Draft)");
+        settled(&t);
+    }
     let healed = t.servers().iter().map(highest);
     assert!(healed.zip(in_the_cut).all(|(now, then)| now >= then), "HIGHESTMODSEQ fell");
 }
