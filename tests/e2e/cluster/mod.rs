@@ -73,6 +73,8 @@ pub struct Setup {
     /// Of the namespace with the INBOX.
     pub separator: char,
     pub prefix: String,
+    /// Mail and the relay's journal lie on disks that can be filled.
+    pub small_disks: bool,
 }
 
 impl Setup {
@@ -90,6 +92,7 @@ impl Setup {
             has_no_other_users: false,
             separator: '/',
             prefix: String::new(),
+            small_disks: false,
         }
     }
 
@@ -121,6 +124,12 @@ impl Setup {
 
     pub fn over_a_line(mut self) -> Setup {
         self.line = true;
+        self
+    }
+
+    /// See [`Server::fill`].
+    pub fn on_small_disks(mut self) -> Setup {
+        self.small_disks = true;
         self
     }
 

@@ -1,8 +1,8 @@
 //! One Dovecot under test: its folder, its namespace, starting and stopping it, running programs in it.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::{self, Write};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -26,6 +26,10 @@ const PKGLIBDIR: &str = "/usr/lib/dovecot";
 const ESCAPES: [(&str, &str); 3] = [(".", "%2e"), ("%2e", "%252e"), ("%252e", "%25252e")];
 
 const START_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Folders that may be disks of their own, each with room for all that the tests write: mail, and what the relay remembers.
+pub const SMALL_DISKS: [&str; 2] = ["home", "state"];
+const SMALL_DISK: &str = "size=48m";
 
 /// Where a server's Dovecot is installed.
 pub struct Root {
@@ -115,6 +119,12 @@ impl Server {
         let dir = self.outside("");
         for part in ["run", "state", "home", "bin"] {
             fs::create_dir_all(dir.join(part)).unwrap_or_else(|e| panic!("mkdir {}/{part}: {e}", dir.display()));
+        }
+        // The janitor unmounts them.
+        for disk in SMALL_DISKS.iter().filter(|_| self.setup.small_disks) {
+            let options = ["-t", "tmpfs", "-o", SMALL_DISK, "tmpfs"].map(std::ffi::OsStr::new);
+            run("mount", &[&options[..], &[dir.join(disk).as_os_str()]].concat());
+            fs::set_permissions(dir.join(disk), std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("chmod");
         }
         for (path, text) in &self.setup.files {
             use std::os::unix::fs::PermissionsExt;
@@ -430,6 +440,31 @@ impl Server {
             signal(*pid, "KILL");
         }
         pids.len()
+    }
+
+    // ---- Disks ------------------------------------------------------------------------------------------------------
+
+    /// Leaves so many bytes free on one of [`SMALL_DISKS`].
+    pub fn fill(&self, disk: &str, room: u64) {
+        let mut ballast = File::create(self.ballast(disk)).expect("its directory has room");
+        let mut size = 0;
+        loop {
+            match ballast.write(&[0; 64 << 10]) {
+                Ok(written) => size += written as u64,
+                Err(error) if error.kind() == ErrorKind::StorageFull => break,
+                Err(error) => panic!("{}: cannot fill {disk}: {error}", self.name()),
+            }
+        }
+        ballast.set_len(size.saturating_sub(room)).expect("truncate");
+    }
+
+    /// The disk has room again.
+    pub fn free(&self, disk: &str) {
+        let _ = fs::remove_file(self.ballast(disk));
+    }
+
+    fn ballast(&self, disk: &str) -> PathBuf {
+        self.outside(&format!("/{disk}/ballast"))
     }
 
     // ---- Mail -------------------------------------------------------------------------------------------------------
