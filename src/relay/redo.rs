@@ -210,11 +210,12 @@ impl Engine {
         }
         change::check_spans(&applied.spans).map_err(|error| Close::Malformed(error.to_string()))?;
         self.take_own_spans(index, applied.spans);
-        if !applied.error.is_empty() {
-            self.redo_failed(&job, &change::printable(&applied.error), applied.never);
-        } else if applied.more {
+        if applied.more {
             self.workers[index].task = Task::Redo(job);
             return Ok(());
+        }
+        if !applied.error.is_empty() {
+            self.redo_failed(&job, &change::printable(&applied.error), applied.never);
         } else if let Err(error) = self.are_redone(&job.user, job.last) {
             self.fail(error);
         }

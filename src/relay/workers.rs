@@ -90,6 +90,8 @@ pub struct Job {
     done: usize,
     /// Of a user whose changes could not be applied before.
     again: bool,
+    /// Why the worker could not go on: it may go away over that.
+    error: String,
 }
 
 #[derive(Default)]
@@ -272,9 +274,12 @@ impl Engine {
                     let sent = (job.peer, item.epoch, item.seq);
                     self.torn.note(&user, sent, &item.mailbox, std::mem::take(&mut item.saves));
                 }
-                let error = format!("the worker that applied it went away ({reason})");
+                // What it said of a job that it could not go on with tells more, and that it went away over it is no crash.
+                let said = std::mem::take(&mut job.error);
+                let is_crash = said.is_empty();
+                let error = if is_crash { format!("the worker that applied it went away ({reason})") } else { said };
                 let with: Vec<Tried> = job.items[job.done..].iter().map(|item| item.tried(job.peer)).collect();
-                match self.poison.crash(&with) {
+                match is_crash && self.poison.crash(&with) {
                     true => self.set_aside_next(job, &format!("{error}, as {CRASHES_MAX} did")),
                     false => self.refuse_rest(job, &error),
                 }
@@ -371,7 +376,7 @@ impl Engine {
         };
         let aliases = self.lists.aliases(&user);
         let again = self.last_refusals.contains_key(&user);
-        let job = Job { id: self.last_job, user, peer, origin, items, done: 0, again };
+        let job = Job { id: self.last_job, user, peer, origin, items, done: 0, again, error: String::new() };
         let resolves = match self.servers_of(&job.user) {
             // Whether this server is the acting resolver where UIDs clash: see [`crate::merge::uid`].
             Ok(servers) => servers.iter().all(|server| self.me.server < *server),
@@ -471,8 +476,13 @@ impl Engine {
             Task::Redo(job) => return self.worker_redid(index, job, applied),
             _ => return Err(Close::Malformed(format!("it applied job {}, which it was not given", applied.job))),
         };
+        if applied.more && !applied.error.is_empty() && applied.job == job.id {
+            job.error = change::printable(&applied.error);
+            self.workers[index].task = Task::Apply(job);
+            return Ok(());
+        }
         let outcome = self.advance_job(index, &mut job, &applied);
-        let is_over = outcome.is_ok() && !(applied.more && applied.error.is_empty());
+        let is_over = outcome.is_ok() && !applied.more;
         if !is_over {
             self.workers[index].task = Task::Apply(job);
             return outcome;
@@ -656,7 +666,8 @@ impl Engine {
         let item = Item { whole, ..Item::of(&received, false, None) };
         let user: Arc<str> = received.change.user.chars().take(USER_BYTES_MAX).collect::<String>().into();
         let origin = item.made.origin.as_str().into();
-        let job = Job { id: 0, user, peer: received.peer, origin, items: vec![item], done: 0, again: false };
+        let items = vec![item];
+        let job = Job { id: 0, user, peer: received.peer, origin, items, done: 0, again: false, error: String::new() };
         self.set_aside(&job, &format!("malformed change: {error}"));
         self.is_over(&job.user, job.peer, &job.items[0]);
     }

@@ -25,6 +25,8 @@ const SPANS_APPLIED_MAX: usize = 512;
 /// Conflicts told in one frame at most, each with its mailbox's name.
 const CONFLICTS_MAX: usize = 32;
 
+const ERROR_CHARS_MAX: usize = 1000;
+
 /// What a connection has asked for so far.
 pub struct Jobs {
     time: Box<dyn Time>,
@@ -181,6 +183,16 @@ impl Jobs {
             Some(error) => Err(Failure::User(error)),
             None => self.apply_changes(storage, connection, whole, &mut answer),
         };
+        if let Err(Failure::User(reason) | Failure::Never(reason)) = &result {
+            // Dovecot may panic over what it has open of the user then.
+            let error = reason.chars().take(ERROR_CHARS_MAX).collect();
+            connection.send(Kind::Applied(proto::Applied {
+                job: answer.job,
+                more: true,
+                error,
+                ..Default::default()
+            }))?;
+        }
         storage.close_user();
         storage.unlock_user();
         match result {
@@ -300,7 +312,7 @@ fn send_applied<S: Storage, C: Read + Write>(
     let mut last = send_spans(connection, answer)?;
     last.more = false;
     last.never = never;
-    last.error = error.chars().take(1000).collect();
+    last.error = error.chars().take(ERROR_CHARS_MAX).collect();
     last.notes = notes;
     last.notes.truncate(CHANGES_MAX / 10);
     connection.send(Kind::Applied(last))

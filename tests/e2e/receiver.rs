@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
-use crate::scene::{mail, Scene, SOON};
+use crate::scene::{mail, mail_of_size, Scene, SOON};
 
 /// For what has been refused some times: the pauses between the tries grow.
 const DEADLINE: Duration = Duration::from_secs(90);
@@ -352,4 +352,34 @@ fn a_map_that_is_overwritten_on_the_peer_loses_no_mail() {
 #[test]
 fn a_maps_log_that_is_overwritten_behind_its_header_on_the_peer_loses_no_mail() {
     a_map_that_is_overwritten("story-map-header", LOG_HEADER);
+}
+
+/// More than the last pages of its files have room for: flags and keywords of what is there, and a mail.
+fn a_disk_that_is_full_on_the_peer(format: Format, user: &str) {
+    let setups = vec![Setup::new("a", format), Setup::new("b", format).on_small_disks()];
+    let t = Scene::on(Cluster::start(setups), user);
+    t.expects_in_log(user);
+    (1..=3).for_each(|n| t.a().deliver(user, &mail(&format!("mail {n}"))));
+    t.settled();
+    t.b().fill("home", 0);
+    let mut imap = t.a().imap(user).select("INBOX");
+    for n in 0..60 {
+        imap.ok(&format!("STORE 1 +FLAGS (keyword-{})", n % 20));
+        imap.ok(&format!("STORE 2 +FLAGS (\\Seen keyword-{})", n % 3));
+        imap.ok("STORE 2 -FLAGS (\\Seen)");
+    }
+    t.a().deliver(user, &mail_of_size(20_000));
+    wait_for_reason(&t, &[user, "mailbox INBOX"]);
+    t.b().free("home");
+    all_arrives(&t, 4);
+}
+
+#[test]
+fn a_disk_that_is_full_on_the_peer_keeps_its_user_waiting_with_the_reason_sdbox() {
+    a_disk_that_is_full_on_the_peer(Format::Sdbox, "story-full-sdbox");
+}
+
+#[test]
+fn a_disk_that_is_full_on_the_peer_keeps_its_user_waiting_with_the_reason_mdbox() {
+    a_disk_that_is_full_on_the_peer(Format::Mdbox, "story-full-mdbox");
 }
