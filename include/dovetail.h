@@ -405,6 +405,11 @@ void dt_rs_commit(void *txn,
                   const struct dt_saved *saved,
                   uintptr_t saved_count);
 
+/*
+ The same, for a mailbox whose index is in memory only because its disk is full.
+ */
+void dt_rs_commit_in_memory(void *txn);
+
 void dt_rs_rollback(void *txn);
 
 void dt_rs_mailbox_op(int op,

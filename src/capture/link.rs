@@ -262,11 +262,11 @@ impl Link {
 
     fn queue(&mut self, record: proto::Record) {
         self.start();
-        let size = record.encoded_len() as u64;
+        let (size, dropped) = (record.encoded_len() as u64, record.dropped);
         let queued = self.shared.queued_bytes.fetch_add(size, Ordering::Relaxed);
         if queued + size > self.config.queue_size || self.unusable || self.sender.try_send(record).is_err() {
             self.shared.queued_bytes.fetch_sub(size, Ordering::Relaxed);
-            if self.shared.dropped.fetch_add(1, Ordering::Relaxed) == 0 {
+            if self.shared.dropped.fetch_add(dropped.max(1), Ordering::Relaxed) == 0 {
                 log::error!(
                     "{}: the queue of {} bytes to the relay is full (dovetail_process_queue_size) - \
                      changes are dropped until it takes them again, and are then read from the mailboxes' logs",

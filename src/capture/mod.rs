@@ -97,6 +97,7 @@ pub struct Written {
 enum Note {
     Begin(Guid),
     Commit(Rc<Place>, Transaction, Commit),
+    CommitInMemory(Guid),
     Rollback(Guid),
     Mailbox(proto::Change),
     Written(Written),
@@ -194,6 +195,12 @@ impl Capture {
         self.notes.push(Note::Commit(place, transaction, commit));
     }
 
+    /// The transaction was committed to an index in memory, which ends with the session. What of it lasts, as maildir's files do, is to be
+    /// looked for: told as a change it would be on the peers alone.
+    pub fn commit_in_memory(&mut self, place: &Place) {
+        self.notes.push(Note::CommitInMemory(place.guid));
+    }
+
     /// The transaction that `begin` announced did not happen.
     pub fn rollback(&mut self, place: &Place) {
         self.notes.push(Note::Rollback(place.guid));
@@ -232,6 +239,7 @@ impl Capture {
             match note {
                 Note::Begin(guid) => self.records.begin(guid),
                 Note::Commit(place, transaction, commit) => self.records.commit(&place, transaction, &commit),
+                Note::CommitInMemory(guid) => self.records.commit_in_memory(guid),
                 Note::Rollback(guid) => self.records.rollback(guid),
                 Note::Mailbox(change) => self.records.mailbox(change),
                 Note::Written(written) => self.records.written(&written),

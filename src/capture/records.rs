@@ -75,6 +75,12 @@ impl Records {
         self.keep_spans(spans);
     }
 
+    /// The transaction that `begin` announced was committed where nothing lasts.
+    pub fn commit_in_memory(&mut self, mailbox: Guid) {
+        self.rollback(mailbox);
+        self.ready.push(proto::Record { change: None, spans: Vec::new(), dropped: 1 });
+    }
+
     /// The transaction that `begin` announced did not happen.
     pub fn rollback(&mut self, mailbox: Guid) {
         let spans = self.end(mailbox);

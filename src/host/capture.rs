@@ -250,6 +250,19 @@ extern "C" fn dt_rs_commit(
     });
 }
 
+/// The same, for a mailbox whose index is in memory only because its disk is full.
+#[no_mangle]
+extern "C" fn dt_rs_commit_in_memory(txn: *mut c_void) {
+    guard("commit_in_memory", (), || {
+        if txn.is_null() {
+            return;
+        }
+        // SAFETY: from dt_rs_transaction_begin(); C forgets it now.
+        let open = unsafe { Box::from_raw(txn.cast::<OpenTransaction>()) };
+        with_process(|process| process.capture.commit_in_memory(&open.place));
+    });
+}
+
 #[no_mangle]
 extern "C" fn dt_rs_rollback(txn: *mut c_void) {
     guard("rollback", (), || {

@@ -29,6 +29,7 @@
 #include "inbox.h"
 #include "mark.h"
 #include "follow.h"
+#include "full.h"
 #include "service.h"
 #include "spans.h"
 #include "shim.h"
@@ -480,7 +481,10 @@ static void capture_transaction_commit(void *_txn, struct mail_transaction_commi
 {
 	struct capture_txn *txn = _txn;
 
-	if (txn->rs != NULL) T_BEGIN {
+	if (txn->rs != NULL && dt_full_is_in_memory(txn->box)) {
+		dt_rs_commit_in_memory(txn->rs);
+		capture_noted();
+	} else if (txn->rs != NULL) T_BEGIN {
 		capture_committed(txn, changes);
 	} T_END;
 	i_free(txn);
@@ -879,12 +883,14 @@ void dt_capture_init(struct module *module)
 	mail_storage_hooks_add(module, &capture_hooks);
 	dt_inbox_init(module);
 	dt_spans_init(module, capture_span);
+	dt_full_init(module);
 }
 
 void dt_capture_deinit(void)
 {
 	if (capture_notify == NULL)
 		return;
+	dt_full_deinit(capture_module);
 	dt_spans_deinit(capture_module);
 	dt_inbox_deinit(capture_module);
 	compat_notify_unregister(&capture_notify);

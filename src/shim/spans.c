@@ -10,6 +10,7 @@
 #include "mail-index-transaction-private.h"
 #include "mail-transaction-log-private.h"
 #include "maildir-storage.h"
+#include "full.h"
 #include "spans.h"
 
 #include <unistd.h>
@@ -354,6 +355,20 @@ dt_spans_committed(struct dt_spans_mailbox *sbox, bool private,
 	dt_spans_report(&span);
 }
 
+static bool dt_spans_would_lose(struct mail_index_transaction *t)
+{
+	struct dt_spans_mailbox *sbox;
+	bool ret = FALSE;
+
+	/* Of the mailboxes that are opened on the index, one is being synced. */
+	for (sbox = dt_spans_mailboxes; sbox != NULL && !ret; sbox = sbox->next) {
+		if (sbox->box->index == t->view->index && dt_spans_is_maildir(sbox->box)) T_BEGIN {
+			ret = dt_full_would_lose(t, sbox->box);
+		} T_END;
+	}
+	return ret;
+}
+
 static int
 dt_spans_trans_commit(struct mail_index_transaction *t,
 		      struct mail_index_transaction_commit_result *result_r)
@@ -366,6 +381,11 @@ dt_spans_trans_commit(struct mail_index_transaction *t,
 	bool private;
 	int ret;
 
+	if ((touched & DT_SPAN_EXPUNGES) != 0 && dt_spans_would_lose(t)) {
+		strans->module_ctx.super.rollback(t);
+		i_free(strans);
+		return -1;
+	}
 	/* This frees the transaction. */
 	ret = strans->module_ctx.super.commit(t, result_r);
 	i_free(strans);

@@ -17,6 +17,7 @@
 #include "index-mail.h"
 #include "inbox.h"
 #include "spans.h"
+#include "full.h"
 #include "stray.h"
 #include "worker.h"
 
@@ -1265,6 +1266,7 @@ int dt_worker_init(struct mail_storage_service_ctx *storage_service,
 	w.result = str_new(default_pool, 128);
 	dt_inbox_init(NULL);
 	dt_spans_init(NULL, dt_worker_span);
+	dt_full_init(NULL);
 	return 0;
 }
 
@@ -1272,6 +1274,7 @@ void dt_worker_deinit(void)
 {
 	dt_rs_worker_disconnect();
 	dt_worker_user_close();
+	dt_full_deinit(NULL);
 	dt_spans_deinit(NULL);
 	dt_inbox_deinit(NULL);
 	str_free(&w.result);

@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::cluster::imap::Appended;
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
 use crate::scene::{mail, mail_of_size, Scene, SOON};
 
@@ -382,4 +383,64 @@ fn a_disk_that_is_full_on_the_peer_keeps_its_user_waiting_with_the_reason_sdbox(
 #[test]
 fn a_disk_that_is_full_on_the_peer_keeps_its_user_waiting_with_the_reason_mdbox() {
     a_disk_that_is_full_on_the_peer(Format::Mdbox, "story-full-mdbox");
+}
+
+#[test]
+fn a_disk_that_is_full_on_the_peer_keeps_its_user_waiting_with_the_reason_maildir() {
+    a_disk_that_is_full_on_the_peer(Format::Maildir, "story-full-maildir");
+}
+
+/// What Dovecot goes on with in memory is not on the peer alone in the end.
+#[test]
+fn what_a_session_does_in_memory_while_its_disk_is_full_makes_no_difference() {
+    let user = "story-full-memory";
+    let setups = vec![Setup::new("a", Format::Maildir).on_small_disks(), Setup::new("b", Format::Sdbox)];
+    let t = Scene::on(Cluster::start(setups), user);
+    t.expects_in_log("No space left");
+    (1..=12).for_each(|n| t.a().deliver(user, &mail(&format!("mail {n}"))));
+    t.settled();
+    let mut imap = t.a().imap(user).select("INBOX");
+    t.a().fill("home", 0);
+    for _ in 0..20 {
+        imap.ok("UID STORE 5 +FLAGS (\\Seen)");
+        imap.ok("UID STORE 5 -FLAGS (\\Seen)");
+    }
+    imap.ok("UID STORE 2,12 +FLAGS (\\Deleted)");
+    imap.ok("EXPUNGE");
+    t.a().free("home");
+    imap.ok("LOGOUT");
+    assert_eq!(t.converged_within(DEADLINE, user).messages("INBOX").len(), 10);
+}
+
+/// Without us this ends with an empty mailbox, and files that nobody finds.
+#[test]
+fn a_maildir_whose_list_of_uids_cannot_be_written_takes_no_mail_for_expunged() {
+    let user = "story-full-uidlist";
+    let setups = vec![Setup::new("a", Format::Maildir).on_small_disks(), Setup::new("b", Format::Sdbox)];
+    let t = Scene::on(Cluster::start(setups), user);
+    t.expects_in_log(user);
+    let mut there = 0;
+    for round in 0..8 {
+        (1..=12).for_each(|n| t.a().deliver(user, &mail(&format!("mail {n}"))));
+        there += 12;
+        let mut imap = t.a().imap(user).select("INBOX");
+        let mut uids = imap.uids();
+        t.a().fill("home", 0);
+        for _ in 0..6 {
+            let uid = uids.remove((round * 3 + 1) % uids.len());
+            let asked = [format!("UID STORE {uid} +FLAGS (\\Deleted)"), format!("UID EXPUNGE {uid}"), "NOOP".into()];
+            let answers = asked.map(|command| imap.command(&command));
+            let told =
+                answers.iter().flat_map(|answer| answer.lines()).filter(|line| line.ends_with(" EXPUNGE")).count();
+            assert!(told <= 1, "{told} messages were expunged instead of one");
+            there -= told;
+            let message = Appended { flags: "", date: "", mail: &mail("while it is full") };
+            there += usize::from(imap.try_append_all("INBOX", &[message]).is_ok());
+            // Whoever opens it may be who breaks it.
+            t.a().imap(user).command("SELECT INBOX");
+        }
+        t.a().free("home");
+    }
+    let found = t.converged_within(DEADLINE, user).messages("INBOX").len();
+    assert!(found >= there, "{found} of {there} messages are left");
 }
