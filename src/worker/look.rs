@@ -394,7 +394,13 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
             return Ok(());
         }
     };
-    let rebuilt = read.rebuilt.then(|| rebuilt(&read.deltas));
+    // Maildir: dovecot-uidlist was lost, and the messages' files were found again as new ones.
+    let renumbered = read.renumbered && storage.is_torn_when_killed();
+    let rebuilt = match read.rebuilt {
+        true => Some(rebuilt(&read.deltas)),
+        false if renumbered => Some(all_present(storage, status.uid_next)?),
+        false => None,
+    };
     let mailbox = match target.until_seq {
         0 => Mailbox {
             uid_next: status.uid_next.max(uid_next(&read.deltas)),
@@ -415,6 +421,10 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
     let moves: Option<Vec<(u32, u32)>> = diverged.then(|| files.iter().flat_map(|file| moves(file)).collect());
     let mut deltas = read.deltas;
     deltas.retain(|delta| !is_end_of_move(delta, moves.as_deref().unwrap_or_default()));
+    if renumbered {
+        // What went there is told by the peers once more.
+        deltas.retain(|delta| !matches!(delta, Delta::Expunge { guid: None, .. }));
+    }
     let has_come = uid_next(&deltas) > 0;
     let (mut of_messages, expunges) = operations(storage, deltas, moves.as_deref(), target.was_told)?;
     let saves = of_messages.iter_mut().filter_map(|what| match what {
@@ -487,6 +497,8 @@ pub fn has_untold_saves<S: Storage>(storage: &mut S, known: &LookAt) -> Result<b
 struct LogRead {
     deltas: Vec<Delta>,
     rebuilt: bool,
+    /// Messages may have been given other UIDs.
+    renumbered: bool,
     /// When the index was made once more, if that is not longer ago than the log reaches: seconds since 1970.
     anew_at: Option<u32>,
     /// From where to where it was read.
@@ -544,7 +556,24 @@ fn read_log(files: &[Vec<u8>], target: &LookAt) -> std::result::Result<LogRead, 
     }
     let (header, _) = logs[first];
     let anew_at = (header.begins_anew() && header.file_seq > FIRST_LOG_MAX).then_some(header.create_stamp);
-    Ok(LogRead { deltas, rebuilt, anew_at, known: known(&logs, target, begin, end) })
+    let unasked = deltas.iter().filter_map(|delta| match delta {
+        Delta::Expunge { first_uid, guid: None, .. } => Some(*first_uid),
+        _ => None,
+    });
+    let unasked: BTreeSet<u32> = unasked.collect();
+    let renumbered = commits.iter().any(|commit| is_renumbering(commit, &unasked));
+    Ok(LogRead { deltas, rebuilt, renumbered, anew_at, known: known(&logs, target, begin, end) })
+}
+
+/// One sync that brings messages and takes others, without anybody having asked for it.
+fn is_renumbering(commit: &Commit, unasked: &BTreeSet<u32>) -> bool {
+    let is_taking = |what: &Written| match what {
+        Written::ExpungeGuid(gone) => gone.iter().any(|gone| unasked.contains(&gone.uid)),
+        _ => false,
+    };
+    let mut records = commit.records.iter().filter(|record| record.external);
+    records.clone().any(|record| matches!(record.what, Written::Append(_)))
+        && records.any(|record| is_taking(&record.what))
 }
 
 /// Who asks for an expunge tells of it; whose sync carries it out later does not matter. What was asked for before `end`.
@@ -608,6 +637,16 @@ fn known_anyway(files: &[Vec<u8>], target: &LookAt) -> Option<proto::Span> {
     Some(known(&[(header, bytes)], target, end, end))
 }
 
+fn one(uid: u32) -> MessageRange {
+    MessageRange { first_uid: uid, last_uid: uid, ..Default::default() }
+}
+
+fn all_present<S: Storage>(storage: &mut S, uid_next: u32) -> Result<proto::MailboxRebuilt> {
+    let mut present: Vec<MessageRange> = Vec::new();
+    storage.uids()?.into_iter().for_each(|uid| append(&mut present, one(uid)));
+    Ok(proto::MailboxRebuilt { present, uid_next })
+}
+
 /// Which messages were there when the index was made anew, and are still.
 fn rebuilt(deltas: &[Delta]) -> proto::MailboxRebuilt {
     let mut uids = BTreeSet::new();
@@ -621,9 +660,7 @@ fn rebuilt(deltas: &[Delta]) -> proto::MailboxRebuilt {
         }
     }
     let mut present: Vec<MessageRange> = Vec::new();
-    for uid in uids {
-        append(&mut present, MessageRange { first_uid: uid, last_uid: uid, ..Default::default() });
-    }
+    uids.into_iter().for_each(|uid| append(&mut present, one(uid)));
     proto::MailboxRebuilt { present, uid_next: next.max(uid_next(deltas)) }
 }
 
@@ -1191,6 +1228,20 @@ mod tests {
         };
         assert_eq!(look(101), (true, false));
         assert_eq!(look(100), (false, true));
+    }
+
+    #[test]
+    fn what_one_sync_finds_while_it_misses_others_may_be_the_same_messages() {
+        use crate::indexlog::{Append, ExpungeGuid, Record};
+        let record = |what| Record { offset: 0, external: true, sync: false, what };
+        let commit = |records| Commit { begin: 0, end: 0, records };
+        let comes = record(Written::Append(vec![Append { uid: 7, flags: 0 }]));
+        let goes = record(Written::ExpungeGuid(vec![ExpungeGuid { uid: 1, guid_128: [0; 16] }]));
+        let both = commit(vec![comes.clone(), goes.clone()]);
+        let unasked = BTreeSet::from([1]);
+        assert!(is_renumbering(&both, &unasked));
+        assert!(!is_renumbering(&both, &BTreeSet::new()), "somebody asked for it");
+        assert!([comes, goes].map(|record| commit(vec![record])).iter().all(|one| !is_renumbering(one, &unasked)));
     }
 
     #[test]

@@ -444,3 +444,26 @@ fn a_maildir_whose_list_of_uids_cannot_be_written_takes_no_mail_for_expunged() {
     let found = t.converged_within(DEADLINE, user).messages("INBOX").len();
     assert!(found >= there, "{found} of {there} messages are left");
 }
+
+/// Dovecot finds the files again and gives them other UIDs.
+fn an_uidlist_that_is_lost_on_the_peer(a: Format, user: &str) {
+    let t = Scene::on(Cluster::pair(a, Format::Maildir), user);
+    t.expects_in_log(user);
+    (1..=5).for_each(|n| t.a().deliver(user, &mail(&format!("mail {n}"))));
+    t.a().imap(user).select("INBOX").ok("STORE 1 +FLAGS (\\Seen)");
+    t.settled();
+    fs::remove_file(in_home(t.b(), user, "Maildir/dovecot-uidlist")).expect("remove");
+    t.b().deliver(user, &mail("mail 6"));
+    // That it happened stands in the list of what failed.
+    assert_eq!(t.converged_within(DEADLINE, user).messages("INBOX").len(), 6);
+}
+
+#[test]
+fn an_uidlist_that_is_lost_on_the_peer_loses_no_mail_maildir() {
+    an_uidlist_that_is_lost_on_the_peer(Format::Maildir, "story-uidlist-maildir");
+}
+
+#[test]
+fn an_uidlist_that_is_lost_on_the_peer_loses_no_mail_sdbox() {
+    an_uidlist_that_is_lost_on_the_peer(Format::Sdbox, "story-uidlist-sdbox");
+}
