@@ -9,7 +9,8 @@ use crate::cluster::{holds_within, Server, PASSWORD};
 /// Far above any answer's time, the locks included that Dovecot respects when their process was killed: maildir's
 /// dovecot-uidlist.lock for two minutes, the lock of a new dovecot.index.log for three.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(240);
-const CONNECT_DEADLINE: Duration = Duration::from_secs(60);
+/// While this server is stopped, clients of the other one may do their steps.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(120);
 
 /// The connection ended before the answer came.
 #[derive(Debug)]

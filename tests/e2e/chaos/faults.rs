@@ -1,6 +1,7 @@
 //! What happens to the servers while the clients write: by the number of steps that the clients have done, never by time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use super::plan::{Event, Fault};
 use crate::cluster::server::signal;
 use crate::cluster::{Cluster, Line, Server};
 
-/// What is paused or stopped goes on when no client has got an answer for so long: they may all wait for its locks.
+/// What is paused, stopped or full goes on when no client has got an answer for so long: they may all wait for its locks.
 const STALL: Duration = Duration::from_secs(5);
 
 #[derive(Default)]
@@ -22,6 +23,7 @@ struct Done {
 pub struct Progress {
     done: Mutex<Done>,
     changed: Condvar,
+    had_no_room: [AtomicBool; 2],
 }
 
 impl Progress {
@@ -43,6 +45,19 @@ impl Progress {
 
     pub fn step(&self) {
         self.change(|done| done.steps += 1);
+    }
+
+    /// Waits for a step behind so many; how many there are then. None: the clients are at their end.
+    pub fn next(&self, steps: usize) -> Option<usize> {
+        let done = self.done.lock().unwrap_or_else(|e| e.into_inner());
+        let nothing_new = |done: &mut Done| done.steps <= steps && done.clients > 0;
+        let done = self.changed.wait_while(done, nothing_new).unwrap_or_else(|e| e.into_inner());
+        (done.clients > 0).then_some(done.steps)
+    }
+
+    /// Whether the mail of this server had no room in this phase. Sessions that Dovecot went on with in memory remain.
+    pub fn had_no_room(&self, side: usize) -> bool {
+        self.had_no_room[side].load(Ordering::Relaxed)
     }
 
     fn change(&self, change: impl FnOnce(&mut Done)) {
@@ -70,17 +85,27 @@ pub struct Faults<'a> {
     line: &'a Line,
     paused: BTreeMap<(usize, &'static str), Vec<u32>>,
     stopped: [bool; 2],
+    full: BTreeSet<(usize, &'static str)>,
 }
 
 impl<'a> Faults<'a> {
     pub fn on(cluster: &'a Cluster) -> Faults<'a> {
-        Faults { servers: cluster.servers(), line: &cluster.lines[0], paused: BTreeMap::new(), stopped: [false; 2] }
+        Faults {
+            servers: cluster.servers(),
+            line: &cluster.lines[0],
+            paused: BTreeMap::new(),
+            stopped: [false; 2],
+            full: BTreeSet::new(),
+        }
     }
 
     pub fn play(&mut self, events: &[Event], progress: &Progress) {
         for Event { after, fault } in events {
-            let anything_rests = !self.paused.is_empty() || self.stopped.contains(&true);
+            let anything_rests = !self.paused.is_empty() || self.stopped.contains(&true) || !self.full.is_empty();
             progress.wait_for(*after, anything_rests);
+            if let Fault::Fill { side, disk: "home", .. } = fault {
+                progress.had_no_room[*side].store(true, Ordering::Relaxed);
+            }
             self.cause(fault);
         }
     }
@@ -121,6 +146,15 @@ impl<'a> Faults<'a> {
                     self.servers[*side].try_doveadm(&["reload"]);
                 }
             }
+            Fault::Fill { side, disk, room } => {
+                self.full.insert((*side, disk));
+                self.servers[*side].fill(disk, *room);
+                eprintln!("{fault}");
+            }
+            Fault::Free { side, disk } => {
+                self.full.remove(&(*side, *disk));
+                self.servers[*side].free(disk);
+            }
         }
     }
 
@@ -142,6 +176,7 @@ impl Drop for Faults<'_> {
     fn drop(&mut self) {
         self.line.hang(false);
         self.line.delay(Duration::ZERO);
+        std::mem::take(&mut self.full).iter().for_each(|(side, disk)| self.servers[*side].free(disk));
         for ((side, service), _) in self.paused.clone() {
             self.resume(side, service);
         }

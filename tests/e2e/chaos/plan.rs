@@ -86,6 +86,17 @@ pub enum Fault {
     Reload {
         side: usize,
     },
+    /// The disk of its mail, or of its relay's journal, has only so much room left.
+    Fill {
+        side: usize,
+        disk: &'static str,
+        room: u64,
+    },
+    /// It has room again.
+    Free {
+        side: usize,
+        disk: &'static str,
+    },
     /// The line between the relays breaks in the middle of a frame.
     Cut,
     /// Nothing passes, and nobody is told.
@@ -108,6 +119,12 @@ impl Plan {
         let phases = (1..=phases).map(|phase| Phase::of(seed, phase as u64, users)).collect();
         Plan { seed, formats: pairs[(seed % 4) as usize], apart: seed / 4 % 2 == 1, users, phases }
     }
+
+    /// Whether one of a server's disks is filled some time.
+    pub fn fills(&self, server: usize) -> bool {
+        let mut events = self.phases.iter().flat_map(|phase| &phase.events);
+        events.any(|event| matches!(event.fault, Fault::Fill { side, .. } if side == server))
+    }
 }
 
 impl Phase {
@@ -125,12 +142,13 @@ impl Phase {
         for _ in 0..dice.between(2, 7) {
             Fault::add(&mut dice, writer, steps, &mut events);
         }
+        // Dice of their own: what was there before stays as it was.
+        let mut dice = Dice::new(seed, phase * 100 + 50);
+        for _ in 0..dice.between(1, 3) {
+            Fault::add_to_servers(&mut dice, writer, steps, &mut events);
+        }
         events.sort_by_key(|event| event.after);
         let both = seed / 8 % 2 == 1;
-        if both {
-            // Clients need a server.
-            events.retain(|event| !matches!(event.fault, Fault::Stop { .. } | Fault::Start { .. }));
-        }
         Phase { writer, both, clients, events }
     }
 
@@ -226,6 +244,28 @@ impl Fault {
             }
         }
     }
+
+    fn add_to_servers(dice: &mut Dice, writer: usize, steps: usize, events: &mut Vec<Event>) {
+        let after = dice.between(1, steps - 1);
+        let until = (after + dice.between(3, 25)).min(steps);
+        let side = dice.between(0, 1);
+        // In pages, of which some are enough for a small mail.
+        let room = dice.between(0, 8) as u64 * 4096;
+        let one = if dice.percent(70) { Some(dice.roll()) } else { None };
+        let mut push = |after, fault| events.push(Event { after, fault });
+        match dice.between(0, 99) {
+            0..=24 => {
+                push(after, Fault::Stop { side: writer });
+                push(until, Fault::Start { side: writer });
+            }
+            25..=74 => {
+                let disk = dice.pick(&["home", "home", "home", "state"]);
+                push(after, Fault::Fill { side, disk, room });
+                push(until, Fault::Free { side, disk });
+            }
+            _ => push(after, Fault::Kill { side: 1 - writer, service: dice.pick(&["imap", "imap", "lmtp"]), one }),
+        }
+    }
 }
 
 pub fn side_name(side: usize) -> &'static str {
@@ -245,6 +285,10 @@ impl Display for Fault {
             Fault::Hang { hangs } => write!(f, "the line {}", if *hangs { "hangs" } else { "works again" }),
             Fault::Slow { millis } => write!(f, "the line takes {millis} ms longer"),
             Fault::Reload { side } => write!(f, "doveadm reload on {}", side_name(*side)),
+            Fault::Fill { side, disk, room } => {
+                write!(f, "the disk of {disk} on {} is full but for {room} bytes", side_name(*side))
+            }
+            Fault::Free { side, disk } => write!(f, "the disk of {disk} on {} has room again", side_name(*side)),
         }
     }
 }

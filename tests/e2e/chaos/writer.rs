@@ -15,6 +15,8 @@ pub struct Writer<'a> {
     pub ledger: &'a Mutex<Ledger>,
     pub progress: &'a Progress,
     pub number: usize,
+    /// Index of the server.
+    pub side: usize,
     /// The other server is written to as well.
     pub both: bool,
     pub connections: BTreeMap<usize, Imap>,
@@ -213,21 +215,28 @@ impl Writer<'_> {
     fn exists(&mut self, user: usize, name: &str) -> bool {
         // A look needs an answer.
         for _ in 0..20 {
-            if let Ok(answer) = self.ask(user, |imap| imap.command(&format!("LIST \"\" {name}"))) {
+            let answer = self.ask(user, |imap| imap.command(&format!("LIST \"\" {name}")));
+            if let Some(answer) = answer.ok().filter(Answer::is_ok) {
                 // Who is killed while he creates it may leave its folder.
                 return !answer.untagged.is_empty()
                     && !answer.untagged.iter().any(|line| String::from_utf8_lossy(line).contains("\\Noselect"));
             }
         }
-        panic!("20 connections were lost in a row");
+        panic!("20 times in a row a LIST was not answered OK");
     }
 
     /// Selects a mailbox: (UID, token) of this client's mails in it. None if the connection was lost.
     fn select(&mut self, user: usize, mailbox: &Mailbox) -> Option<Vec<(u32, String)>> {
         let selected = self.ask(user, |imap| imap.command(&format!("SELECT {}", mailbox.name))).ok()?;
+        if !selected.is_ok() && self.progress.had_no_room(self.side) {
+            return None;
+        }
         assert!(selected.is_ok(), "SELECT {} was answered {}", mailbox.name, selected.result);
         let fields = format!("UID FETCH 1:* (BODY.PEEK[HEADER.FIELDS ({TOKEN_HEADER})])");
         let fetched = self.ask(user, |imap| imap.command(&fields)).ok()?;
+        if !fetched.is_ok() && self.progress.had_no_room(self.side) {
+            return None;
+        }
         assert!(fetched.is_ok(), "UID FETCH in {} was answered {}", mailbox.name, fetched.result);
         let mut all: Vec<(u32, String)> = fetched.untagged.iter().filter_map(|line| uid_and_token(line)).collect();
         let mut ledger = self.ledger();
@@ -238,7 +247,8 @@ impl Writer<'_> {
         } else {
             let tokens: Vec<String> = all.iter().map(|(_, token)| token.clone()).collect();
             if let Err(fault) = ledger.seen(user, self.number, &mailbox.id, &tokens) {
-                assert!(was_rebuilt(self.server, &self.users[user]), "{fault}");
+                let user = &self.users[user];
+                assert!(was_rebuilt(self.server, user) || has_lost_uids(self.server, user), "{fault}");
             }
         }
         Some(all.into_iter().filter(|(_, token)| ledger.owns(self.number, token)).collect())
@@ -252,6 +262,15 @@ pub fn was_rebuilt(server: &Server, user: &str) -> bool {
     server.log().lines().any(|line| line.contains(&of_user) && line.to_lowercase().contains("rebuilding index"))
 }
 
+/// Whether the disk was too full for a maildir's dovecot-uidlist. Dovecot then goes on with one that lacks messages
+/// (maildir_uidlist_reset()), takes them for expunged, and finds their files as new ones later; who expunges one meanwhile may
+/// miss it, and a peer may tell it again.
+pub fn has_lost_uids(server: &Server, user: &str) -> bool {
+    let of_user = format!("({user})");
+    let is_it = |line: &str| line.contains("/dovecot-uidlist") && line.contains("No space left");
+    server.log().lines().any(|line| line.contains(&of_user) && is_it(line))
+}
+
 fn change_once(change: impl FnOnce(&mut Extra)) -> impl FnMut(&mut Extra) {
     let mut change = Some(change);
     move |extra| {
@@ -261,7 +280,7 @@ fn change_once(change: impl FnOnce(&mut Extra)) -> impl FnMut(&mut Extra) {
     }
 }
 
-fn uid_and_token(line: &[u8]) -> Option<(u32, String)> {
+pub fn uid_and_token(line: &[u8]) -> Option<(u32, String)> {
     let text = String::from_utf8_lossy(line);
     let uid = text.split_once("FETCH (")?.1.split_once("UID ")?.1;
     let uid = uid.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?;
