@@ -22,7 +22,7 @@ use self::faults::{Faults, Progress};
 use self::ledger::Ledger;
 use self::plan::{Phase, Plan};
 use self::reader::Reader;
-use self::writer::{has_lost_uids, token, was_rebuilt, Writer};
+use self::writer::{has_lost_uids, resync_what_is_corrupted, token, was_rebuilt, Writer};
 use crate::cluster::{holds_within_slowly, wait_until, Cluster, Server, Setup};
 use crate::scene::Scene;
 
@@ -173,6 +173,7 @@ fn check(scene: &Scene, users: &[String], ledger: &Mutex<Ledger>) -> bool {
     let mut all = true;
     for (number, user) in users.iter().enumerate() {
         if rebuilt_on(user).is_some() {
+            scene.servers().iter().for_each(|server| resync_what_is_corrupted(server, user));
             scene.servers().iter().for_each(|server| wait_until_nothing_is_lost(server, user, number, ledger));
             all = false;
             continue;

@@ -259,7 +259,19 @@ impl Writer<'_> {
 /// writing: whatever lies there becomes a mail then.
 pub fn was_rebuilt(server: &Server, user: &str) -> bool {
     let of_user = format!("({user})");
-    server.log().lines().any(|line| line.contains(&of_user) && line.to_lowercase().contains("rebuilding index"))
+    let is_it = |line: &str| line.to_lowercase().contains("rebuilding index") || line.contains(CORRUPTED);
+    server.log().lines().any(|line| line.contains(&of_user) && is_it(line))
+}
+
+/// A dbox whose index was broken, in 2.3 also by a full disk: the next one knows no mail before somebody asks for a resync.
+const CORRUPTED: &str = "dovecot.index.log: marked corrupted";
+
+/// What a person does about what stands in the list of what failed.
+pub fn resync_what_is_corrupted(server: &Server, user: &str) {
+    let of_user = format!("({user})");
+    if server.log().lines().any(|line| line.contains(&of_user) && line.contains(CORRUPTED)) {
+        server.try_doveadm(&["force-resync", "-u", user, "*"]);
+    }
 }
 
 /// Whether the disk was too full for a maildir's dovecot-uidlist. Dovecot then goes on with one that lacks messages
