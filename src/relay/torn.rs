@@ -1,4 +1,4 @@
-//! What a worker that went away may have put into a mailbox without saying so.
+//! What a worker that failed or went away may have put into a mailbox without saying so.
 //!
 //! In a maildir a message's file is there before Dovecot's index says whose commit brought it: whoever syncs next finds it, and a
 //! look at the log takes it for a message that nobody told of. Told as such it would be there twice in the end, as the peer

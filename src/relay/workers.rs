@@ -270,10 +270,7 @@ impl Engine {
             Task::Apply(mut job) => {
                 let user = job.user.clone();
                 let reason = why.reason();
-                for item in &mut job.items[job.done..] {
-                    let sent = (job.peer, item.epoch, item.seq);
-                    self.torn.note(&user, sent, &item.mailbox, std::mem::take(&mut item.saves));
-                }
+                self.note_torn(&mut job);
                 // What it said of a job that it could not go on with tells more, and that it went away over it is no crash.
                 let said = std::mem::take(&mut job.error);
                 let is_crash = said.is_empty();
@@ -490,6 +487,8 @@ impl Engine {
         self.workers[index].backoff.reset();
         let user = job.user.clone();
         if !applied.error.is_empty() {
+            // A maildir that could not commit to its index may have the messages all the same.
+            self.note_torn(&mut job);
             self.fail_rest(job, &change::printable(&applied.error), applied.never);
         } else if job.done < job.items.len() {
             self.refuse_rest(job, "the worker ended the job without applying it");
@@ -617,6 +616,14 @@ impl Engine {
         let mut released = Vec::new();
         self.arrive(Arrival { connection: token.0, user, change: None }, spans, &mut released);
         self.ship_all(released);
+    }
+
+    /// What of the job is not applied may be in its mailboxes.
+    fn note_torn(&mut self, job: &mut Job) {
+        for item in &mut job.items[job.done..] {
+            let sent = (job.peer, item.epoch, item.seq);
+            self.torn.note(&job.user, sent, &item.mailbox, std::mem::take(&mut item.saves));
+        }
     }
 
     /// The job's first change that is not applied could not be. Its peer is told and will send it and the user's later
