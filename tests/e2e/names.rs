@@ -233,6 +233,7 @@ stories! {
             t.a().doveadm(&[&["mailbox"], verb, &["-u", &t.user], &names].concat());
         };
         doveadm(&["create", "-s"], &[made]);
+        t.settled();
         t.b().lda_to(&t.user, &t.b().mailbox(&[made]), &mail("draft"));
         assert_eq!(t.settled().messages(made).len(), 1);
         doveadm(&["rename", "-s"], &[made, renamed]);
