@@ -52,10 +52,10 @@ demo: stage ## Two Dovecots that replicate to each other, until Ctrl-C (ONCE=1: 
 	DOVETAIL_TEST_STAGE=$(STAGE) DOVETAIL_DEMO_ONCE=$(ONCE) $(TARGET_DIR)/debug/examples/demo | (trap '' INT; exec cat)
 
 .PHONY: test
-test: stage ## All tests, end-to-end tests against this machine's Dovecot included
+test: stage ## All tests, end-to-end tests against this machine's Dovecot included (TESTS="--lib --test e2e": only these)
 	@# Those against Dovecot wait most of their time.
 	DOVETAIL_TEST_STAGE=$(STAGE) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$((3 * $$(nproc)))} \
-	$(CARGO) test $(CARGO_FLAGS) --locked --no-default-features
+	$(CARGO) test $(CARGO_FLAGS) --locked --no-default-features $(TESTS)
 
 .PHONY: chaos
 chaos: stage ## Random schedules of writing and killing: seeds 1 to 12 (SEEDS=200 JOBS=8; SEED=17: that one, with its output)
