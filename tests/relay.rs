@@ -397,10 +397,8 @@ fn stragglers_are_put_in_order_and_holes_are_read_from_the_log() {
     let counters = a.status().counters.unwrap();
     assert_eq!((counters.gaps, counters.healed), (1, 1));
 
-    // What is told of a part that was read is known, if it is still the same log.
+    // What is told of a part that was read is known.
     first.save_with_span("jane", 5, (400, 500));
-    let (worker, look) = a.next_look();
-    worker.found(look.job, vec![], Some(((2, 600), (2, 600))));
     first.save_with_span("jane", 6, (600, 700));
     let (_, apply) = b.next_job();
     assert_eq!(uid_of(&apply.changes[0]), 6);
@@ -1141,46 +1139,6 @@ fn users_for_whom_something_failed_hold_a_part_of_the_workers_only() {
         assert_eq!(apply.user, *user);
         worker.applied(&apply);
     }
-}
-
-#[test]
-fn a_log_that_was_set_back_is_read_again_when_it_is_written_to_next() {
-    let house = House::new();
-    let (a, b) = house.pair();
-    let mut lmtp = a.process("lmtp");
-    let arrive = |count: usize| {
-        let mut uids = Vec::new();
-        while uids.len() < count {
-            let (worker, apply) = b.next_job();
-            uids.extend(apply.changes.iter().map(uid_of));
-            worker.applied(&apply);
-        }
-        uids
-    };
-    lmtp.save_with_span("jane", 1, (100, 200));
-    lmtp.save_with_span("jane", 2, (200, 300));
-    assert_eq!(arrive(2), [1, 2]);
-
-    // Given an older copy of the index, the next mail stands where the log is known.
-    lmtp.save_with_span("jane", 3, (200, 250));
-    let (worker, look) = a.next_look();
-    let wanted = &look.mailboxes[0];
-    assert_eq!((wanted.log_seq, wanted.end, wanted.until_seq, wanted.until), (2, 300, 2, 250));
-    worker.found(look.job, vec![save("jane", 33)], Some(((2, 40), (2, 250))));
-    lmtp.save_with_span("jane", 4, (250, 280));
-    assert_eq!(arrive(2), [33, 4], "what was read in the log, and what goes on from there");
-
-    let failed = a.failed();
-    assert!(failed.len() == 1 && failed[0].user == "jane" && failed[0].error.contains("set back"), "{failed:?}");
-
-    // One that is only told late is of the same log.
-    lmtp.save_with_span("jane", 5, (255, 260));
-    let (worker, look) = a.next_look();
-    assert_eq!((look.mailboxes[0].end, look.mailboxes[0].until), (280, 260));
-    worker.found(look.job, vec![], Some(((2, 280), (2, 280))));
-    lmtp.save_with_span("jane", 6, (280, 290));
-    assert_eq!(arrive(2), [5, 6]);
-    assert_eq!(a.status().counters.unwrap().gaps, 0);
 }
 
 #[test]

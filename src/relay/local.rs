@@ -258,7 +258,6 @@ impl Engine {
         }
         for span in &spans {
             self.recall_log(span);
-            self.doubt_if_set_back(span);
         }
         // No log says what happened to mailboxes themselves, whatever was written with it.
         let of_messages = arrival.change.as_ref().is_none_or(change::is_of_messages);
@@ -356,25 +355,6 @@ impl Engine {
             Ok(_) => {}
             Err(error) => self.fail(error),
         }
-    }
-
-    /// What is written where the log was known is told late, or the log was set back (an index that was restored from a copy):
-    /// a worker looks whether the log is still the one that was known. Until then nothing of it leaves.
-    fn doubt_if_set_back(&mut self, span: &Span) {
-        let need = Need::of(span);
-        if need.log.is_private() || !self.spans.is_written_again(&need) {
-            return;
-        }
-        if self.lists.aliases(&span.user).iter().any(|alias| alias.is == span.mailbox_guid) {
-            // It may be the log of a mailbox that has become one with it.
-            return;
-        }
-        self.counts.note("written_again", 1);
-        // What a worker has read there is not told again in any case.
-        if !self.spans.is_healed(span, &need) {
-            self.spans.doubt(&need);
-        }
-        self.heals.want(&span.user.as_str().into(), &span.mailbox_guid, Some((span.log_seq, span.end)));
     }
 
     /// One bad change does not cost the process its connection: the others on it are other people's mail.

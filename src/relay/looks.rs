@@ -314,43 +314,21 @@ impl Engine {
     fn take_known(&mut self, user: &Arc<str>, known: Span, path: &[String]) {
         let need = Need::of(&known);
         self.recall_healed(&known, &need);
-        let (from, to) = ((known.prev_log_seq, known.prev_log_end), (known.log_seq, known.end));
-        let is_set_back = self.was_set_back(&known);
-        match is_set_back {
-            true => self.spans.begin_again(&need, from, to),
-            false => self.spans.heal(&need, from, to),
-        }
-        if is_set_back && from != to && !self.is_after_boot {
-            // UIDs may have been given again, to other messages than the peers know by them. After a power failure too, but then
-            // all that was lost is told once more.
-            let reason = "its index was set back, perhaps restored from a copy".to_owned();
-            self.take_doubt(user, Doubt { guid: known.mailbox_guid.clone(), path: path.to_vec(), reason });
-        }
+        self.spans.heal(&need, (known.prev_log_seq, known.prev_log_end), (known.log_seq, known.end));
         match self.order.drop_healed(user, &self.spans) {
             0 => {}
             told => self.counts.note("told_late", told),
         }
+        let was_read = (known.prev_log_seq, known.prev_log_end) != (known.log_seq, known.end);
         let known = KnownLog { path: path.to_vec(), ..self.known_log(&known) };
-        // What was told since it was read stays known.
-        let outcome = if is_set_back { self.journal.set_log(&known) } else { self.journal.advance_log(&known) };
+        // What was told since it was read stays known; a log that was set back itself is known from its end on.
+        let outcome = if was_read { self.journal.advance_log(&known) } else { self.journal.set_log(&known) };
         if let Err(error) = outcome {
             self.fail(error);
         }
         let mut released = Vec::new();
         self.order.look_again(user, &self.spans, &mut released);
         self.ship_all(released);
-    }
-
-    /// Whether the log was read from before the place up to which it was known: what stands there is something else.
-    fn was_set_back(&mut self, known: &Span) -> bool {
-        let from = (known.prev_log_seq, known.prev_log_end);
-        match self.journal.log(&known.user, &known.mailbox_guid, &known.private_user) {
-            Ok(log) => log.is_some_and(|log| log.index_id == known.index_id && from < (log.log_seq, log.end)),
-            Err(error) => {
-                self.fail(error);
-                false
-            }
-        }
     }
 
     /// What was read from the log before the last start, too, is not told a second time.

@@ -207,26 +207,6 @@ impl Spans {
         }
     }
 
-    /// Whether something was written where the log is known already: it was set back, or this is told late.
-    pub fn is_written_again(&self, need: &Need) -> bool {
-        let log = self.young.get(&need.log).or_else(|| self.old.get(&need.log));
-        log.is_some_and(|log| !log.is_lost && need.place < log.end)
-    }
-
-    /// It may have been set back: nothing of it counts as known until it is read.
-    pub fn doubt(&mut self, need: &Need) {
-        if let Some(log) = self.get(&need.log) {
-            log.is_lost = true;
-        }
-    }
-
-    /// It was set back, and read from one place to the other. What was told since goes on from there.
-    pub fn begin_again(&mut self, need: &Need, from: Place, to: Place) {
-        let Some(log) = self.get(&need.log) else { return self.recall(need, to, Some((from, to))) };
-        (log.end, log.healed, log.is_lost) = (to, vec![(from, to)], false);
-        log.advance();
-    }
-
     /// Another log is in the place of the one that was known: nothing of it is, until it is read.
     pub fn lose(&mut self, need: &Need) {
         self.recall(need, (0, 0), None);
@@ -367,21 +347,6 @@ mod tests {
         assert!(spans.has(&Need::of(&other)));
         let rotated = Span { user: "jim".into(), prev_log_seq: 1, prev_log_end: 900, ..span(2, 40, 100) };
         assert!(!insert(&mut spans, &rotated));
-    }
-
-    #[test]
-    fn a_log_that_was_set_back_begins_again_where_it_is_read() {
-        let mut spans = Spans::default();
-        insert(&mut spans, &span(2, 112, 600));
-        assert!(insert(&mut spans, &span(2, 600, 900)));
-        let again = span(2, 600, 650);
-        assert!(spans.is_written_again(&Need::of(&again)) && !spans.is_written_again(&Need::of(&span(2, 900, 901))));
-        spans.doubt(&Need::of(&again));
-        assert!(!insert(&mut spans, &again) && !insert(&mut spans, &span(2, 650, 700)));
-        assert!(!spans.is_written_again(&Need::of(&again)), "said once");
-        spans.begin_again(&Need::of(&again), (2, 40), (2, 650));
-        assert!(spans.has(&Need::of(&span(2, 700, 710))) && !spans.has(&Need::of(&span(2, 701, 710))));
-        assert!(spans.is_healed(&again, &Need::of(&again)));
     }
 
     #[test]

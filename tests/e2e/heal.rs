@@ -7,7 +7,6 @@ use std::path::PathBuf;
 
 use crate::cluster::server::signal;
 use crate::cluster::{wait_until, Cluster, Format, Server, Snapshot, CONVERGE_DEADLINE};
-use crate::receiver::is_open;
 use crate::scene::{mail, Scene, SOON};
 
 fn pair(format: Format, user: &str) -> Scene {
@@ -252,83 +251,4 @@ fn what_a_worker_writes_is_told_and_leaves_no_hole() {
     t.b().imap(&t.user).select("INBOX").ok("STORE 1 +FLAGS (\\Seen)");
     t.settled();
     assert_eq!(t.b().counters().gaps, 0);
-}
-
-/// Without a restart of the relay.
-fn an_index_put_back_from_an_older_copy_is_noticed(format: Format, name: &str, folder: &str) {
-    let t = pair(format, name);
-    t.expects_in_log(name);
-    t.expects_in_log("dovecot.index");
-    let folder = t.a().outside(&format!("/home/{name}/{folder}"));
-    let indexes = || {
-        let files = fs::read_dir(&folder).expect("its folder").map(|entry| entry.expect("a file").path());
-        let is_index =
-            |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("dovecot.index"));
-        let files: Vec<PathBuf> = files.filter(is_index).collect();
-        wait_until(CONVERGE_DEADLINE, "nobody has the index open", || !files.iter().any(|file| is_open(file)));
-        files
-    };
-    ["first", "second"].iter().for_each(|subject| t.a().deliver(name, &mail(subject)));
-    t.settled();
-    let copies: Vec<_> = indexes().into_iter().map(|file| (fs::read(&file).expect("read"), file)).collect();
-    ["third", "fourth"].iter().for_each(|subject| t.a().deliver(name, &mail(subject)));
-    t.settled();
-    let relays = t.a().pids("dovetail");
-
-    indexes().iter().for_each(|file| fs::remove_file(file).expect("remove"));
-    for (bytes, file) in &copies {
-        fs::write(file, bytes).expect("write");
-        chown(file, Some(8), Some(8)).expect("chown");
-    }
-    // Of an sdbox Dovecot refuses the first mail, because its file is there.
-    let deliver = |subject| {
-        wait_until(SOON, "it is delivered", || t.a().lmtp().try_deliver(&[name], &mail(subject))[0].starts_with("250"));
-    };
-    let guids = |server| {
-        let of = |snapshot: Snapshot| snapshot.messages("INBOX").iter().map(|message| message.guid.clone()).collect();
-        Snapshot::try_take(server, name, false).map(of).unwrap_or_default()
-    };
-    let arrives = |count| {
-        wait_until(CONVERGE_DEADLINE, "what A has is on B", || {
-            let [on_a, on_b]: [Vec<String>; 2] = [guids(t.a()), guids(t.b())];
-            on_a.len() >= count && on_b.len() == 2 + count && on_a.iter().all(|guid| on_b.contains(guid))
-        });
-    };
-    deliver("fifth");
-    arrives(3);
-    if format == Format::Sdbox {
-        // Dovecot has made the index anew, with all messages' files.
-        assert_eq!(guids(t.a()).len(), 5);
-    } else {
-        wait_until(SOON, "the mailbox is listed as one to be compared", || {
-            let failed = t.a().doveadm(&["-f", "tab", "dovetail", "failed"]);
-            failed.lines().any(|line| line.contains(name) && line.contains("its index was set back"))
-        });
-    }
-    deliver("sixth");
-    arrives(4);
-    assert_eq!(t.a().pids("dovetail"), relays);
-}
-
-#[test]
-fn an_index_put_back_from_an_older_copy_is_noticed_sdbox() {
-    an_index_put_back_from_an_older_copy_is_noticed(
-        Format::Sdbox,
-        "story-put-back-sdbox",
-        "sdbox/mailboxes/INBOX/dbox-Mails",
-    );
-}
-
-#[test]
-fn an_index_put_back_from_an_older_copy_is_noticed_mdbox() {
-    an_index_put_back_from_an_older_copy_is_noticed(
-        Format::Mdbox,
-        "story-put-back-mdbox",
-        "mdbox/mailboxes/INBOX/dbox-Mails",
-    );
-}
-
-#[test]
-fn an_index_put_back_from_an_older_copy_is_noticed_maildir() {
-    an_index_put_back_from_an_older_copy_is_noticed(Format::Maildir, "story-put-back-maildir", "Maildir");
 }

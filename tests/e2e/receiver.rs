@@ -240,7 +240,7 @@ fn of_two_users_who_wait_the_status_names_who_waits_longer_and_then_the_other() 
 /// `struct mail_transaction_log_header`.
 const LOG_HEADER: usize = 40;
 
-pub fn is_open(path: &Path) -> bool {
+fn is_open(path: &Path) -> bool {
     let processes = fs::read_dir("/proc").expect("/proc").flatten();
     let files = processes.flat_map(|process| fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten());
     files.flat_map(|file| fs::read_link(file.path())).any(|file| file == path)
