@@ -261,7 +261,9 @@ fn a_new_users_mail_that_nobody_told_of_goes_to_his_peers_only() {
     t.a().pids("dovetail").iter().for_each(|pid| signal(*pid, "STOP"));
     t.a().deliver(new, &mail("one"));
     t.a().deliver(new, &mail_of_size(100_000));
-    assert!(t.a().kill("lmtp") + t.a().kill("dovetail") >= 2);
+    // It may have ended by itself, which the relay that stands still does not hear either.
+    t.a().kill("lmtp");
+    assert!(t.a().kill("dovetail") >= 1);
     has_mails(t.b(), new, 2);
     wait_until(CUT_DEADLINE, "nothing is pending", || t.servers().iter().all(Server::has_nothing_pending));
     assert!(!t.servers()[2].has_inbox(new), "a server that is not in a user's set never gets his mail");
