@@ -12,12 +12,13 @@ use crate::cluster::{Cluster, Format, Server, Setup, Snapshot};
 pub const SOON: Duration = Duration::from_secs(10);
 
 /// What Dovecot says by itself: when it is stopped or reloaded while it lists its users, as after each start of a relay; and of a
-/// maildir that is renamed while another process opens it.
-const DOVECOTS_OWN: [&str; 4] = [
+/// mailbox that is renamed or deleted while another process opens it.
+const DOVECOTS_OWN: [&str; 5] = [
     "auth-worker: Aborted LIST request",
     "net_connect_unix(auth-worker) failed",
     "userdb list: User listing returned failure",
     "/dovecot-uidlist.lock was immediately deleted under us",
+    "/dbox-Mails/dovecot.index.log) failed: No such file or directory",
 ];
 
 pub struct Scene {
