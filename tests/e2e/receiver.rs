@@ -284,8 +284,14 @@ fn an_index_that_is_overwritten(format: Format, user: &str, kept: usize) {
         let failed = t.b().doveadm(&["-f", "tab", "dovetail", "failed"]);
         failed.lines().any(|line| line.contains(user) && line.contains("mailbox INBOX: its index was made anew"))
     });
-    // It goes on, both ways, and comes to an end.
+    // It goes on, both ways, and comes to an end. Dovecot's rebuild of an mdbox takes a mail that is in its file and not yet in
+    // the map for a lost one, so that a mail that is saved just then is there twice, also without us: B gets its own afterwards.
     t.a().deliver(user, &mail("mail 6"));
+    wait_until(DEADLINE, "A's new mails are on B", || {
+        let [a, b] = [t.a(), t.b()].map(|server| guids(server, user));
+        a.len() == 6 && a[3..].iter().all(|guid| b.contains(guid))
+    });
+    wait_until(DEADLINE, "nothing is left to do", || t.servers().iter().all(Server::has_nothing_pending));
     t.b().deliver(user, &mail("mail 7"));
     wait_until(DEADLINE, "new mails are on both servers", || {
         let [a, b] = [t.a(), t.b()].map(|server| guids(server, user));
@@ -294,7 +300,8 @@ fn an_index_that_is_overwritten(format: Format, user: &str, kept: usize) {
     wait_until(DEADLINE, "nothing is left to do", || t.servers().iter().all(Server::has_nothing_pending));
     for server in t.servers() {
         let guids = guids(server, user);
-        assert_eq!(guids.iter().collect::<BTreeSet<_>>().len(), guids.len(), "a mail is on {} twice", server.name());
+        let distinct: BTreeSet<_> = guids.iter().collect();
+        assert_eq!(distinct.len(), guids.len(), "a mail is on {} twice: {guids:?}", server.name());
     }
     assert_eq!((guids(t.a(), user).len(), t.b().status()[0]["failed"].as_str()), (7, "1"));
 
