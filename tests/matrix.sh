@@ -133,6 +133,7 @@ if [ "${1-}" = --pair ]; then
     test_pair "$@"
     exit
 fi
+if [ $# -gt 0 ]; then echo "usage: tests/matrix.sh [--in RELEASE COMMAND | --pair RELEASE [ARGUMENTS]]" >&2; exit 2; fi
 
 # Crates for the roots, which may not trust the registry's certificates.
 cargo fetch --locked
