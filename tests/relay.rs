@@ -92,6 +92,34 @@ fn a_refused_user_waits_and_holds_up_nobody_else() {
     assert_eq!(b.status().counters.unwrap().refused, 1);
 }
 
+/// It ends then: Dovecot may have left a lock in the name of its process.
+#[test]
+fn a_worker_whose_job_failed_is_given_nothing_more() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut a = b.connect_as_peer("a");
+    a.send_change("ann", 1);
+    let (other, of_ann) = b.next_job();
+    a.send_change("jane", 2);
+    let (mut worker, apply) = b.next_job();
+    a.send_change("joe", 3);
+    worker.send(Kind::Applied(Applied { job: apply.job, error: "disk full".into(), ..Default::default() }));
+    assert!(worker.is_closed());
+    let (worker, apply) = b.next_job();
+    assert_eq!(apply.user, "joe");
+    worker.applied(&apply);
+    other.applied(&of_ann);
+    assert_eq!(a.next_refusal().seq, 2);
+    assert_eq!(b.status().counters.unwrap().refused, 1, "joe's was not lost with the worker");
+
+    let mut lmtp = b.process("lmtp");
+    lmtp.send(Kind::Intent(Intent { user: "jim".into(), mailbox: None, peers: None }));
+    drop(lmtp);
+    let (mut worker, look) = b.next_look();
+    worker.send(Kind::Looked(Looked { job: look.job, error: "locked".into(), ..Default::default() }));
+    assert!(worker.is_closed());
+}
+
 #[test]
 fn a_worker_that_dies_in_mid_job_costs_nothing() {
     let house = House::new();

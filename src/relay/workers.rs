@@ -245,12 +245,20 @@ impl Engine {
     pub fn worker_frame(&mut self, index: usize, frame: Frame) -> Result<(), Close> {
         let from = Party::Worker(index);
         match frame.kind {
-            Some(Kind::Applied(applied)) => return self.worker_applied(index, applied),
+            Some(Kind::Applied(applied)) => {
+                let is_its_end = !applied.more && !applied.error.is_empty();
+                self.worker_applied(index, applied)?;
+                return self.ends_if(index, is_its_end);
+            }
             Some(Kind::BodyRequest(request)) => return self.body_request(from, request),
             Some(Kind::BodyChunk(chunk)) => return self.body_chunk(from, chunk),
             Some(Kind::BodyMore(more)) => return self.body_more(from, more),
             Some(Kind::BodyCancel(cancel)) => self.body_cancel(from, &cancel),
-            Some(Kind::Looked(looked)) => return self.worker_looked(index, looked),
+            Some(Kind::Looked(looked)) => {
+                let is_its_end = !looked.more && !looked.error.is_empty();
+                self.worker_looked(index, looked)?;
+                return self.ends_if(index, is_its_end);
+            }
             Some(Kind::Attach(_)) => {}
             // What it wrote although it applied nothing.
             Some(Kind::Record(record)) => {
@@ -260,6 +268,15 @@ impl Engine {
             _ => return Err(Close::Malformed("it sent a frame that a worker may not send".into())),
         }
         Ok(())
+    }
+
+    /// A worker ends after a job in which something failed: the next one is for another process.
+    fn ends_if(&mut self, index: usize, has_failed: bool) -> Result<(), Close> {
+        if !has_failed {
+            return Ok(());
+        }
+        self.workers[index].backoff.reset();
+        Err(Close::Ended("its job failed".into()))
     }
 
     pub fn worker_closed(&mut self, index: usize, why: &Close) {

@@ -63,8 +63,8 @@ impl Jobs {
         Jobs { time, collecting: None, wanted: None, next_body: 0, has_failed: false }
     }
 
-    /// Dovecot failed in one. It may have left a lock where nobody looks for it: that of a maildir which was renamed while
-    /// it was taken is held for as long as this process lives.
+    /// One failed: the relay gives this worker nothing more. Dovecot may have left a lock where nobody looks for it: that of a
+    /// maildir which was renamed while it was taken is held for as long as this process lives.
     pub fn has_failed(&self) -> bool {
         self.has_failed
     }

@@ -47,7 +47,7 @@ pub struct Wanted {
     pub users: bool,
 }
 
-/// Looks, and answers. False if Dovecot failed; fails only if the connection cannot be used any more.
+/// Looks, and answers. False if that failed; fails only if the connection cannot be used any more.
 pub fn look<S: Storage, C: Read + Write>(
     storage: &mut S,
     connection: &mut Connection<C>,
@@ -77,8 +77,8 @@ pub fn look<S: Storage, C: Read + Write>(
             connection.send(Kind::Looked(Looked { job, more: true, spans: vec![span], ..Default::default() }))?;
         }
     }
-    let is_done = outcome.is_ok();
-    let error = outcome.err().or(found.later).unwrap_or_default().chars().take(1000).collect();
+    let error: String = outcome.err().or(found.later).unwrap_or_default().chars().take(1000).collect();
+    let is_done = error.is_empty();
     let looked_at = if wanted.whole && !found.is_idle { now_secs } else { 0 };
     connection.send(Kind::Looked(Looked { job, error, looked_at, ..Default::default() }))?;
     Ok(is_done)
