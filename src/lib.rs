@@ -11,6 +11,7 @@
 //! | [`indexlog`] | what Dovecot wrote to a mailbox's index, read back from its log | nothing outside |
 //! | [`journal`] | the relay's memory on disk | files, SQLite |
 //! | [`peer`] | a session with a peer as a state machine: frames in, frames out | `change`, `wire` |
+//! | [`tls`] | who is at the other end of a connection between servers | `settings`, `time`, files |
 //! | [`relay`] | the hub between local processes, workers and peers | all above, sockets, threads |
 //! | [`capture`] | a transaction becomes a change; the thread that sends it to the relay | all above, sockets, threads |
 //! | [`guard`] | the panic boundary | nothing outside |
@@ -29,5 +30,6 @@ pub mod peer;
 pub mod relay;
 pub mod settings;
 pub mod time;
+pub mod tls;
 pub mod wire;
 pub mod worker;

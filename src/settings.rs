@@ -55,10 +55,23 @@ pub struct Settings {
     pub inline_body_size: u64,
     /// Allows plaintext connections outside of loopback.
     pub insecure_plaintext: bool,
+    /// None: servers talk in plaintext.
+    pub tls: Option<Tls>,
+}
+
+/// Where the relay finds what it proves itself with, and by what it knows its peers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tls {
+    /// Certificates of those who issue the peers'; none: each peer has a fingerprint.
+    pub ca: Option<PathBuf>,
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    /// Names of peers, and SHA-256 of a certificate that is theirs.
+    pub fingerprints: Vec<(String, [u8; 32])>,
 }
 
 /// Everything that can be set, for checks of unknown names and for the documentation.
-pub const NAMES: [&str; 13] = [
+pub const NAMES: [&str; 17] = [
     "dovetail_server",
     "dovetail_peers",
     "dovetail_socket",
@@ -71,6 +84,10 @@ pub const NAMES: [&str; 13] = [
     "dovetail_journal_size",
     "dovetail_journal_days",
     "dovetail_inline_body_size",
+    "dovetail_ca",
+    "dovetail_cert",
+    "dovetail_key",
+    "dovetail_peer_fingerprints",
     "dovetail_insecure_plaintext",
 ];
 
@@ -159,6 +176,15 @@ impl Settings {
                 false
             }
         };
+        let known = user_peers.is_none().then_some(&peers[..]);
+        let tls = parse_tls(get, known).unwrap_or_else(|error| {
+            errors.push(error);
+            None
+        });
+        if insecure_plaintext && tls.is_some() {
+            let why = "it makes no sense together with dovetail_cert, by which all connections are TLS";
+            errors.push(format!("Invalid setting dovetail_insecure_plaintext = yes: {why}"));
+        }
         let or = |value: &str, default: &str| if value.is_empty() { default.to_owned() } else { value.to_owned() };
         if !errors.is_empty() {
             return Err(errors);
@@ -181,12 +207,17 @@ impl Settings {
             journal_days,
             inline_body_size,
             insecure_plaintext,
+            tls,
         })
     }
 }
 
-/// A server's name stands in records, in status and in other servers' settings.
-fn check_server_name(name: &str) -> Result<(), &'static str> {
+/// A server's name stands in records, in status, in other servers' settings and in names of files.
+///
+/// # Errors
+///
+/// What it must be.
+pub fn check_server_name(name: &str) -> Result<(), &'static str> {
     if name.is_empty() || name.len() > 64 {
         return Err("a server's name has 1 to 64 characters");
     }
@@ -227,6 +258,56 @@ fn parse_peers(value: &str, server: &str) -> Result<Vec<Peer>, String> {
         ));
     }
     Ok(peers)
+}
+
+/// `known`: all peers, if it is these that are set.
+fn parse_tls<'a>(get: impl Fn(&str) -> &'a str, known: Option<&[Peer]>) -> Result<Option<Tls>, String> {
+    let file = |name: &str| match get(name) {
+        "" => Ok(None),
+        // What was in the file is not said: it may be the key.
+        value if !value.starts_with('/') || value.contains(char::is_control) => {
+            Err(format!("Invalid setting {name}: it must be the path of a file, from / on, without '<' in front"))
+        }
+        value => Ok(Some(PathBuf::from(value))),
+    };
+    let (ca, cert, key) = (file("dovetail_ca")?, file("dovetail_cert")?, file("dovetail_key")?);
+    let fingerprints = parse_fingerprints(get("dovetail_peer_fingerprints"), known)?;
+    let missing = |name: &str, why: &str| Err(format!("Invalid setting {name}: it is not set, and {why}"));
+    let (cert, key) = match (cert, key) {
+        (Some(cert), Some(key)) => (cert, key),
+        (None, Some(_)) => return missing("dovetail_cert", "dovetail_key is"),
+        (Some(_), None) => return missing("dovetail_key", "dovetail_cert is"),
+        (None, None) if ca.is_some() => return missing("dovetail_cert", "dovetail_ca is"),
+        (None, None) if !fingerprints.is_empty() => return missing("dovetail_cert", "dovetail_peer_fingerprints is"),
+        (None, None) => return Ok(None),
+    };
+    let without = |peer: &&Peer| !fingerprints.iter().any(|(name, _)| *name == peer.name);
+    match known.and_then(|known| known.iter().find(without)) {
+        Some(peer) if ca.is_none() => {
+            missing("dovetail_ca", &format!("peer {} has no fingerprint in dovetail_peer_fingerprints", peer.name))
+        }
+        _ => Ok(Some(Tls { ca, cert, key, fingerprints })),
+    }
+}
+
+fn parse_fingerprints(value: &str, known: Option<&[Peer]>) -> Result<Vec<(String, [u8; 32])>, String> {
+    let words = value.split([' ', '\t', ',']).filter(|word| !word.is_empty());
+    let parse = |word: &str| {
+        let wrong = |why: &str| format!("Invalid setting dovetail_peer_fingerprints: {word}: {why}");
+        let (name, digits) = word.split_once('=').ok_or_else(|| wrong("it is written as name=fingerprint"))?;
+        if known.is_some_and(|known| !known.iter().any(|peer| peer.name == name)) {
+            return Err(wrong("this peer is not in dovetail_peers"));
+        }
+        let digits: Vec<u8> = digits.bytes().filter(|byte| *byte != b':').collect();
+        let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+        let is_hex = digits.iter().all(u8::is_ascii_hexdigit);
+        let bytes: Option<Vec<u8>> = digits.chunks(2).map(byte).collect();
+        match bytes.and_then(|bytes| bytes.try_into().ok()) {
+            Some(fingerprint) if is_hex => Ok((name.to_owned(), fingerprint)),
+            _ => Err(wrong("a fingerprint is a SHA-256 in 64 hexadecimal digits (doveadm dovetail cert show)")),
+        }
+    };
+    words.map(parse).collect()
 }
 
 /// None: it is not a user's but the server's own, or there is none.
@@ -335,11 +416,67 @@ mod tests {
             ("dovetail_inline_body_size", "1M", "49152"),
             ("dovetail_server", "a b", "letters"),
             ("dovetail_insecure_plaintext", "maybe", "yes or no"),
+            ("dovetail_ca", "ca.pem", "path of a file"),
+            ("dovetail_cert", "/a.pem", "dovetail_key: it is not set"),
+            ("dovetail_key", "/a.key", "dovetail_cert: it is not set"),
+            ("dovetail_ca", "/ca.pem", "dovetail_cert: it is not set"),
+            ("dovetail_peer_fingerprints", "b", "name=fingerprint"),
+            ("dovetail_peer_fingerprints", "b=00", "not in dovetail_peers"),
         ] {
             let errors = parse(&[(name, value)]).unwrap_err();
             assert_eq!(errors.len(), 1, "{errors:?}");
             assert!(errors[0].contains(name) && errors[0].contains(word), "{errors:?}");
         }
+    }
+
+    const TLS: [(&str, &str); 4] = [
+        ("dovetail_peers", "b=h:1"),
+        ("dovetail_cert", "/a.pem"),
+        ("dovetail_key", "/a.key"),
+        ("dovetail_ca", "/ca.pem"),
+    ];
+
+    #[test]
+    fn peers_are_known_by_an_authority_or_by_fingerprints() {
+        assert_eq!(parse(&TLS[..1]).unwrap().tls, None);
+        let tls = parse(&TLS).unwrap().tls.unwrap();
+        assert_eq!((tls.ca, tls.key), (Some("/ca.pem".into()), "/a.key".into()));
+
+        let digits = "0A:".repeat(31) + "ff";
+        let value = format!("b={digits}");
+        let pinned = ("dovetail_peer_fingerprints", value.as_str());
+        let tls = parse(&[TLS[0], TLS[1], TLS[2], pinned]).unwrap().tls.unwrap();
+        assert_eq!((tls.ca, tls.fingerprints[0].0.as_str()), (None, "b"));
+        assert_eq!((tls.fingerprints[0].1[30], tls.fingerprints[0].1[31]), (10, 255));
+    }
+
+    #[test]
+    fn half_of_what_tls_needs_is_a_mistake() {
+        let more = |name: &'static str, value: &'static str| parse(&[&TLS[..], &[(name, value)]].concat()).unwrap_err();
+        assert!(parse(&TLS[..3]).unwrap_err()[0].contains("dovetail_ca: it is not set, and peer b has no fingerprint"));
+        assert!(
+            more("dovetail_insecure_plaintext", "yes")[0].contains("dovetail_insecure_plaintext = yes: it makes no")
+        );
+        for digits in ["b=00", "b=+1", "b=zz", "b="] {
+            assert!(more("dovetail_peer_fingerprints", digits)[0].contains("64 hexadecimal digits"));
+        }
+        assert!(more("dovetail_peer_fingerprints", "c=00")[0].contains("not in dovetail_peers"));
+    }
+
+    /// As Dovecot 2.3 gives it for `dovetail_key = </etc/key`.
+    #[test]
+    fn a_key_in_the_place_of_its_file_is_not_said() {
+        let key = "-----BEGIN PRIVATE KEY-----\nMIGHAgEA\n-----END PRIVATE KEY-----";
+        let errors = parse(&[&TLS[..], &[("dovetail_key", key)]].concat()).unwrap_err();
+        assert!(errors.len() == 1 && errors[0].contains("without '<'") && !errors[0].contains("BEGIN"), "{errors:?}");
+    }
+
+    #[test]
+    fn a_user_whose_peers_are_others_has_the_servers_fingerprints() {
+        let digits = "b=".to_owned() + &"00".repeat(32);
+        let values = [("dovetail_peers", "c"), TLS[1], TLS[2], ("dovetail_peer_fingerprints", &digits)];
+        let values: Vec<_> = values.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect();
+        assert!(Settings::parse_of_user(&values, "a.test").unwrap().tls.is_some());
     }
 
     #[test]

@@ -138,9 +138,10 @@ fn dependencies_run_one_way() {
             "src/journal",
             &["crate::peer", "crate::relay", "crate::capture", "crate::worker", "crate::host", "crate::wire"],
         ),
+        ("src/tls", &["crate::wire", "crate::peer", "crate::relay", "crate::capture", "crate::worker", "crate::host"]),
         ("src/relay", &["crate::capture", "crate::worker", "crate::host"]),
-        ("src/capture", &["crate::relay", "crate::worker", "crate::host", "crate::peer"]),
-        ("src/worker", &["crate::relay", "crate::capture", "crate::peer", "crate::journal"]),
+        ("src/capture", &["crate::relay", "crate::worker", "crate::host", "crate::peer", "crate::tls"]),
+        ("src/worker", &["crate::relay", "crate::capture", "crate::peer", "crate::journal", "crate::tls"]),
     ];
     for (module, forbidden) in below {
         for (name, text) in sources(module, "rs") {

@@ -4,6 +4,7 @@
 mod relay {
     pub mod house;
     mod mesh;
+    mod tls;
 }
 
 use std::time::Duration;

@@ -80,6 +80,7 @@ fn memory(folder: &Path, report: &mut Report) {
         journal_bytes_max: 1 << 30,
         journal_age_us_max: u64::MAX >> 1,
         boot: "bench".into(),
+        tls: None,
         insecure_plaintext: false,
         software: "bench".into(),
     };

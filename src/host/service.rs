@@ -9,11 +9,13 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::settings::{read, text};
 use super::{ffi, thread};
 use crate::guard::guard;
 use crate::relay;
+use crate::tls::Credentials;
 
 /// Dovecot's exit status for a fatal error.
 const FATAL_DEFAULT: c_int = 89;
@@ -85,6 +87,15 @@ extern "C" fn dt_rs_relay_configure(uid: libc::uid_t, gid: libc::gid_t) -> c_int
                 log::error!("dovetail_state_dir: {folder}: {error} - mail goes on, nothing is replicated");
                 return -1;
             }
+            let names: Vec<&str> = settings.peers.iter().map(|peer| peer.name.as_str()).collect();
+            let tls = settings.tls.as_ref().map(|tls| Credentials::load(tls, &settings.server, &names)).transpose();
+            let tls = match tls {
+                Ok(tls) => tls.map(Arc::new),
+                Err(error) => {
+                    log::error!("{error} - mail goes on, nothing is replicated");
+                    return -1;
+                }
+            };
             let config = relay::Config {
                 server: settings.server,
                 peers: settings
@@ -99,6 +110,7 @@ extern "C" fn dt_rs_relay_configure(uid: libc::uid_t, gid: libc::gid_t) -> c_int
                 journal_bytes_max: settings.journal_size,
                 journal_age_us_max: settings.journal_days * 86_400 * 1_000_000,
                 boot: std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().into(),
+                tls,
                 insecure_plaintext: settings.insecure_plaintext,
                 software: software(),
             };

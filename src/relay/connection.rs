@@ -1,11 +1,12 @@
 //! One connection: a socket that never blocks, the frames that come in, the bytes that wait to go out.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::Shutdown;
 
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
 
+use crate::tls;
 use crate::wire::frame::{self, Decoder, FrameError};
 use crate::wire::proto::Frame;
 
@@ -43,22 +44,6 @@ impl Stream {
         }
     }
 
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Stream::Tcp(stream) => stream.read(bytes),
-            Stream::Unix(stream) => stream.read(bytes),
-            Stream::Pipe(pipe) => pipe.read(bytes),
-        }
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Stream::Tcp(stream) => stream.write(bytes),
-            Stream::Unix(stream) => stream.write(bytes),
-            Stream::Pipe(pipe) => pipe.write(bytes),
-        }
-    }
-
     /// The outcome of a connect that was begun: `None` if it is still under way.
     fn connected(&self) -> Option<io::Result<()>> {
         let (error, is_connected) = match self {
@@ -77,6 +62,38 @@ impl Stream {
     }
 }
 
+impl Read for Stream {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.read(bytes),
+            Stream::Unix(stream) => stream.read(bytes),
+            Stream::Pipe(pipe) => pipe.read(bytes),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.write(bytes),
+            Stream::Unix(stream) => stream.write(bytes),
+            Stream::Pipe(pipe) => pipe.write(bytes),
+        }
+    }
+
+    fn write_vectored(&mut self, bytes: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.write_vectored(bytes),
+            Stream::Unix(stream) => stream.write_vectored(bytes),
+            Stream::Pipe(pipe) => pipe.write(bytes.first().map_or(&[], |first| first)),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// What one look at the socket brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Incoming {
@@ -88,6 +105,8 @@ pub enum Incoming {
 /// See the module.
 pub struct Connection {
     stream: Stream,
+    /// None: plaintext.
+    tls: Option<Box<tls::Session>>,
     decoder: Decoder,
     out: Vec<u8>,
     written: usize,
@@ -96,8 +115,14 @@ pub struct Connection {
 
 impl Connection {
     /// `connecting` if its connect is still under way.
-    pub fn new(stream: Stream, connecting: bool) -> Connection {
-        Connection { stream, decoder: Decoder::new(), out: Vec::new(), written: 0, connecting }
+    pub fn new(stream: Stream, tls: Option<tls::Session>, connecting: bool) -> Connection {
+        let tls = tls.map(Box::new);
+        Connection { stream, tls, decoder: Decoder::new(), out: Vec::new(), written: 0, connecting }
+    }
+
+    /// To be watched.
+    pub fn stream(&mut self) -> &mut Stream {
+        &mut self.stream
     }
 
     /// Looks whether a connect that was under way has come to an end; its error, if it failed.
@@ -112,19 +137,33 @@ impl Connection {
     }
 
     /// Takes what has come, at most one buffer; its frames are then to be fetched by [`Connection::next_frame`].
+    ///
+    /// # Errors
+    ///
+    /// As the socket's, and as those of [`tls::Session::read`].
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<Incoming> {
         loop {
-            match self.stream.read(buffer) {
-                Ok(0) => return Ok(Incoming::End),
-                Ok(length) => {
-                    self.decoder.push(&buffer[..length]);
-                    return Ok(Incoming::Bytes);
-                }
+            let decoder = &mut self.decoder;
+            let outcome = match &mut self.tls {
+                Some(tls) => tls.read(&mut self.stream, buffer, |bytes| decoder.push(bytes)),
+                None => self.stream.read(buffer).map(|length| {
+                    decoder.push(&buffer[..length]);
+                    length > 0
+                }),
+            };
+            match outcome {
+                Ok(true) => return Ok(Incoming::Bytes),
+                Ok(false) => return Ok(Incoming::End),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Incoming::Nothing),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Whether the other side has proven to be this server, where that is asked for. The error: why not.
+    pub fn proves(&self, server: &str) -> Result<(), String> {
+        self.tls.as_ref().map_or(Ok(()), |tls| tls.proves(server))
     }
 
     /// The other side can send nothing more, and notices when it tries; what it has sent can still be read.
@@ -149,6 +188,11 @@ impl Connection {
         self.out.len() - self.written
     }
 
+    /// Whether all is with the machine.
+    pub fn is_sent(&self) -> bool {
+        self.waiting() == 0 && !self.tls.as_ref().is_some_and(|tls| tls.is_waiting())
+    }
+
     /// Adds a frame to what goes out with the next [`Connection::write`].
     pub fn send(&mut self, frame: &Frame) -> Result<(), FrameError> {
         frame::append(frame, self.out())
@@ -165,22 +209,44 @@ impl Connection {
 
     /// Writes what the socket takes. True if nothing is left.
     pub fn write(&mut self) -> io::Result<bool> {
-        while self.waiting() > 0 && !self.connecting {
-            match self.stream.write(&self.out[self.written..]) {
+        match self.connecting {
+            true => Ok(false),
+            false => match self.write_connected() {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+                outcome => outcome,
+            },
+        }
+    }
+
+    fn write_connected(&mut self) -> io::Result<bool> {
+        while self.waiting() > 0 {
+            let bytes = &self.out[self.written..];
+            let outcome = match &mut self.tls {
+                Some(tls) => tls.write(&mut self.stream, bytes),
+                None => self.stream.write(bytes),
+            };
+            match outcome {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(length) => self.written += length,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
-        }
-        if self.waiting() > 0 {
-            return Ok(false);
         }
         self.out.clear();
         self.written = 0;
         // A large body must not leave its buffer behind for ever.
         self.out.shrink_to(READ_BYTES);
-        Ok(true)
+        match &mut self.tls {
+            Some(tls) => tls.flush(&mut self.stream),
+            None => Ok(true),
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Some(tls) = &mut self.tls {
+            tls.say_end(&mut self.stream);
+        }
     }
 }

@@ -35,6 +35,7 @@ use super::workers::Worker;
 use super::{Config, Connection as Kind};
 use crate::journal::{Journal, JournalError, Start};
 use crate::peer::{Identity, Session};
+use crate::tls;
 use crate::wire::proto::Frame;
 
 pub const WAKER: Token = Token(0);
@@ -303,15 +304,14 @@ impl Engine {
     }
 
     /// A new connection of ours; its token.
-    pub fn add(&mut self, stream: Stream, is_connecting: bool, role: Role) -> io::Result<Token> {
-        self.insert(stream, is_connecting, false, role)
+    pub fn add(&mut self, connection: Connection, role: Role) -> io::Result<Token> {
+        self.insert(connection, false, role)
     }
 
-    fn insert(&mut self, mut stream: Stream, is_connecting: bool, is_accepted: bool, role: Role) -> io::Result<Token> {
+    fn insert(&mut self, mut connection: Connection, is_accepted: bool, role: Role) -> io::Result<Token> {
         self.last_token += 1;
         let token = Token(self.last_token);
-        self.outside.watch(&mut stream, token)?;
-        let connection = Connection::new(stream, is_connecting);
+        self.outside.watch(connection.stream(), token)?;
         self.sockets.insert(token, Socket { connection, role, is_accepted });
         Ok(token)
     }
@@ -389,7 +389,8 @@ impl Engine {
     }
 
     pub fn take_local(&mut self, stream: Stream) -> Result<(), String> {
-        self.insert(stream, false, true, Role::Local(Local::default())).map_err(|e| format!("epoll failed: {e}"))?;
+        let connection = Connection::new(stream, None, false);
+        self.insert(connection, true, Role::Local(Local::default())).map_err(|e| format!("epoll failed: {e}"))?;
         Ok(())
     }
 
@@ -400,18 +401,33 @@ impl Engine {
         }
         stream.set_nonblocking(true).map_err(|e| format!("fcntl() failed: {e}"))?;
         stream.set_nodelay(true).map_err(|e| format!("setsockopt() failed: {e}"))?;
-        self.take_stranger(Stream::Tcp(mio::net::TcpStream::from_std(stream)))
+        let tls = self.config.tls.as_ref().map(|tls| tls.accept()).transpose()?;
+        self.take_stranger(Stream::Tcp(mio::net::TcpStream::from_std(stream)), tls)
     }
 
-    pub fn take_stranger(&mut self, stream: Stream) -> Result<(), String> {
+    pub fn take_stranger(&mut self, stream: Stream, tls: Option<tls::Session>) -> Result<(), String> {
         if self.strangers.len() >= STRANGERS_MAX {
-            return Err(format!("{STRANGERS_MAX} others have not said yet which peer they are"));
+            self.turn_first_stranger_away();
         }
         let session = self.session_with_stranger();
         let role = Role::Stranger(Box::new(session));
-        let token = self.insert(stream, false, true, role).map_err(|e| format!("epoll failed: {e}"))?;
+        let connection = Connection::new(stream, tls, false);
+        let token = self.insert(connection, true, role).map_err(|e| format!("epoll failed: {e}"))?;
         self.strangers.push(token);
         Ok(())
+    }
+
+    /// The one who has had the most time, so that a crowd that says nothing does not keep out a peer.
+    fn turn_first_stranger_away(&mut self) {
+        let sockets = &self.sockets;
+        self.strangers.retain(|token| matches!(sockets.get(token), Some(Socket { role: Role::Stranger(_), .. })));
+        if self.strangers.len() < STRANGERS_MAX {
+            return;
+        }
+        if let Some(first) = self.strangers.iter().copied().min() {
+            self.strangers.retain(|token| *token != first);
+            self.close(first, Close::Ended(format!("more than {STRANGERS_MAX} have not said which peer they are")));
+        }
     }
 
     /// Something happened on a connection.
@@ -447,6 +463,10 @@ impl Engine {
                 }
                 // A connect under way; its end is an event.
                 Err(error) if error.kind() == io::ErrorKind::NotConnected => return,
+                // TLS has told it already.
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    return self.close(token, Close::Refused { reason: error.to_string(), tell: false });
+                }
                 Err(error) => return self.close(token, Close::Ended(format!("read() failed: {error}"))),
             }
         }
@@ -610,7 +630,7 @@ impl Engine {
         };
         // What is still held for what is before it is found again by the relay that comes next.
         let is_read = self.read_again.is_empty();
-        let is_written = self.sockets.values().all(|socket| socket.connection.waiting() == 0);
+        let is_written = self.sockets.values().all(|socket| socket.connection.is_sent());
         // A change must not be applied by an old worker and, sent again, by a new one at the same time.
         let is_applied = !self.workers.iter().any(Worker::is_applying);
         let is_settled = is_read && is_written && is_applied && self.peers.iter().all(PeerState::is_settled);

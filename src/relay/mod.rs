@@ -53,6 +53,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use mio::{Poll, Waker};
 
 use crate::change::is_server;
+use crate::tls::Credentials;
 use engine::{Command, Engine, Fatal};
 use outside::Sockets;
 
@@ -84,21 +85,23 @@ pub struct Config {
     pub journal_age_us_max: u64,
     /// Of this boot of the machine.
     pub boot: String,
-    /// Allows connections that are not on loopback (dovetail_insecure_plaintext).
+    /// What this server proves itself with, and whom it trusts (dovetail_cert and others). None: plaintext.
+    pub tls: Option<Arc<Credentials>>,
+    /// Allows plaintext that is not on loopback (dovetail_insecure_plaintext).
     pub insecure_plaintext: bool,
     /// "dovetail 0.1.0, Dovecot 2.4.1", for people.
     pub software: String,
 }
 
 impl Config {
-    /// Until peers can prove who they are, nothing but this machine is trusted.
+    /// Without TLS, nothing but this machine is trusted.
     pub fn check_address(&self, ip: IpAddr) -> Result<(), String> {
-        if is_loopback(ip) || self.insecure_plaintext {
+        if is_loopback(ip) || self.tls.is_some() || self.insecure_plaintext {
             return Ok(());
         }
         Err(format!(
-            "{ip} is not a loopback address, and connections between servers are neither encrypted nor authenticated yet \
-             (dovetail_insecure_plaintext = yes would allow it, for tests)"
+            "{ip} is not a loopback address, and without dovetail_cert connections between servers are neither encrypted nor \
+             authenticated (dovetail_insecure_plaintext = yes would allow it, for tests)"
         ))
     }
 }

@@ -165,6 +165,12 @@ impl Engine {
         let Some(index) = self.peers.iter().position(|peer| peer.name == hello.server) else {
             return Ok(());
         };
+        if let Some(Err(reason)) = self.sockets.get(&token).map(|socket| socket.connection.proves(&hello.server)) {
+            return Err(Close::Refused {
+                reason: format!("it calls itself '{}', and {reason}", hello.server),
+                tell: true,
+            });
+        }
         if self.peers[index].is_up() && hello.epoch < self.peers[index].inbox.epoch() {
             // While Dovecot reloads, the old process and the new one overlap.
             let reason = "a newer relay of this server is connected".into();
@@ -188,6 +194,7 @@ impl Engine {
         if let Close::Refused { reason, tell: true } = why {
             send_refusal(&mut connection, reason);
         }
+        self.counts.note("turned_away", 1);
         if self.last_stranger != why.reason() {
             log::error!("A server that connected as a peer is turned away: {}.", why.reason());
             self.last_stranger = why.reason().to_owned();
@@ -273,7 +280,13 @@ impl Engine {
         if let Err(error) = self.config.check_address(address.ip()) {
             return self.retry(index, error, true);
         }
-        match self.outside.connect_peer(address).and_then(|stream| self.add(stream, true, Role::Peer(index))) {
+        let tls = self.config.tls.as_ref().map(|tls| tls.connect(&self.peers[index].name)).transpose();
+        let tls = match tls {
+            Ok(tls) => tls,
+            Err(error) => return self.retry(index, error, true),
+        };
+        let stream = self.outside.connect_peer(address);
+        match stream.and_then(|stream| self.add(Connection::new(stream, tls, true), Role::Peer(index))) {
             Ok(token) => {
                 let first_pending = self.first_pending(index);
                 let (clock, linked) = (self.clock.last(), self.linked());

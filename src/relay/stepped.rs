@@ -35,7 +35,7 @@ impl Stepped {
         self.0.take(&mut Vec::new());
         match kind {
             Connection::Local => self.0.take_local(Stream::Pipe(pipe)),
-            Connection::Peer => self.0.take_stranger(Stream::Pipe(pipe)),
+            Connection::Peer => self.0.take_stranger(Stream::Pipe(pipe), None),
         }
     }
 

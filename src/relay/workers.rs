@@ -13,6 +13,7 @@ use prost::Message;
 use super::backoff::Backoff;
 use super::bodies::Party;
 use super::causes;
+use super::connection::Connection;
 use super::engine::{Close, Engine, Role};
 use super::looks::LookJob;
 use super::order::{Arrival, Release};
@@ -175,7 +176,7 @@ impl Engine {
             return;
         }
         let connected = self.outside.connect_worker(&self.config.worker_socket);
-        match connected.and_then(|stream| self.add(stream, false, Role::Worker(index))) {
+        match connected.and_then(|stream| self.add(Connection::new(stream, None, false), Role::Worker(index))) {
             Ok(token) => {
                 self.workers[index].token = Some(token);
                 self.workers[index].connected_ms = self.now_ms;

@@ -70,6 +70,10 @@ struct dovetail_settings {
 	const char *dovetail_journal_size;
 	const char *dovetail_journal_days;
 	const char *dovetail_inline_body_size;
+	const char *dovetail_ca;
+	const char *dovetail_cert;
+	const char *dovetail_key;
+	const char *dovetail_peer_fingerprints;
 	const char *dovetail_insecure_plaintext;
 };
 
@@ -89,6 +93,10 @@ static const struct setting_define dovetail_setting_defines[] = {
 	DEF(dovetail_journal_size),
 	DEF(dovetail_journal_days),
 	DEF(dovetail_inline_body_size),
+	DEF(dovetail_ca),
+	DEF(dovetail_cert),
+	DEF(dovetail_key),
+	DEF(dovetail_peer_fingerprints),
 	DEF(dovetail_insecure_plaintext),
 	SETTING_DEFINE_LIST_END
 };
@@ -108,6 +116,10 @@ static const struct dovetail_settings dovetail_default_settings = {
 	.dovetail_journal_size = "",
 	.dovetail_journal_days = "",
 	.dovetail_inline_body_size = "",
+	.dovetail_ca = "",
+	.dovetail_cert = "",
+	.dovetail_key = "",
+	.dovetail_peer_fingerprints = "",
 	.dovetail_insecure_plaintext = "",
 };
 

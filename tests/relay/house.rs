@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustls::{ClientConnection, StreamOwned};
+
 use dovetail::relay::{client, start, Config, Connection, Handle, Peer};
 use dovetail::wire::frame::{self, Decoder};
 use dovetail::wire::proto::frame::Kind;
@@ -60,10 +62,14 @@ impl House {
 
     /// Servers a and b, connected.
     pub fn pair(&self) -> (Server, Server) {
+        self.pair_with(|_| {})
+    }
+
+    pub fn pair_with(&self, edit: impl Fn(&mut Config)) -> (Server, Server) {
         let (for_a, for_b) = (self.listener(), self.listener());
         let (at_a, at_b) = (address(&for_a), address(&for_b));
-        let b = Server::start(self, "b", &[("a", at_a)], for_b, |_| {});
-        let a = Server::start(self, "a", &[("b", at_b)], for_a, |_| {});
+        let b = Server::start(self, "b", &[("a", at_a)], for_b, &edit);
+        let a = Server::start(self, "a", &[("b", at_b)], for_a, &edit);
         until("a and b are connected", || a.peer("b").state == "connected" && b.peer("a").state == "connected");
         (a, b)
     }
@@ -143,6 +149,7 @@ impl Server {
             worker_socket: worker_socket.clone(),
             workers: 2,
             queue_bytes_max: 16 << 20,
+            tls: None,
             insecure_plaintext: false,
             software: "test".into(),
             journal: house.path(&format!("{name}-journal")),
@@ -229,7 +236,15 @@ impl Server {
     }
 
     pub fn connect(&self) -> Wire {
-        Wire::new(TcpStream::connect(&self.peer_address).unwrap())
+        Wire::new(self.connect_raw())
+    }
+
+    pub fn address(&self) -> String {
+        self.peer_address.clone()
+    }
+
+    pub fn connect_raw(&self) -> TcpStream {
+        TcpStream::connect(&self.peer_address).unwrap()
     }
 
     /// A peer that has greeted and was greeted.
@@ -313,6 +328,16 @@ fn listen_to_engine(stream: UnixStream, to_test: Sender<(Wire, Kind)>) {
 enum Stream {
     Unix(UnixStream),
     Tcp(TcpStream),
+    Tls(Box<TlsStream>),
+}
+
+pub type TlsStream = StreamOwned<ClientConnection, TcpStream>;
+
+impl From<TlsStream> for Stream {
+    fn from(stream: TlsStream) -> Stream {
+        stream.sock.set_read_timeout(Some(PATIENCE)).unwrap();
+        Stream::Tls(Box::new(stream))
+    }
 }
 
 impl From<UnixStream> for Stream {
@@ -343,6 +368,10 @@ pub struct Wire {
 }
 
 impl Wire {
+    pub fn tls(stream: TlsStream) -> Wire {
+        Wire::new(stream)
+    }
+
     fn new(stream: impl Into<Stream>) -> Wire {
         Wire { stream: stream.into(), decoder: Decoder::new(), to_test: None }
     }
@@ -359,7 +388,26 @@ impl Wire {
         match &mut self.stream {
             Stream::Unix(stream) => stream.write_all(bytes).unwrap(),
             Stream::Tcp(stream) => stream.write_all(bytes).unwrap(),
+            Stream::Tls(stream) => stream.write_all(bytes).unwrap(),
         }
+    }
+
+    /// Whether the engine is still there to hear it or not.
+    pub fn try_send(&mut self, kind: Kind) {
+        let bytes = frame::encode(&kind.into()).unwrap();
+        let _ = match &mut self.stream {
+            Stream::Unix(stream) => stream.write_all(&bytes),
+            Stream::Tcp(stream) => stream.write_all(&bytes),
+            Stream::Tls(stream) => stream.write_all(&bytes),
+        };
+    }
+
+    /// All bytes up to the connection's end.
+    pub fn rest(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let Stream::Tcp(stream) = &mut self.stream else { panic!("not of a plain connection") };
+        let _ = stream.read_to_end(&mut bytes);
+        bytes
     }
 
     pub fn next(&mut self) -> Kind {
@@ -381,11 +429,13 @@ impl Wire {
             let outcome = match &mut self.stream {
                 Stream::Unix(stream) => stream.read(&mut buffer),
                 Stream::Tcp(stream) => stream.read(&mut buffer),
+                Stream::Tls(stream) => stream.read(&mut buffer),
             };
             match outcome {
                 Ok(0) => return None,
                 Ok(length) => self.decoder.push(&buffer[..length]),
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return None,
+                Err(_) if matches!(self.stream, Stream::Tls(_)) => return None,
                 Err(error) => panic!("waited in vain for the engine: {error}"),
             }
         }
@@ -404,6 +454,7 @@ impl Wire {
         match &mut self.stream {
             Stream::Unix(stream) => stream.write_all(&bytes).is_ok(),
             Stream::Tcp(stream) => stream.write_all(&bytes).is_ok(),
+            Stream::Tls(stream) => stream.write_all(&bytes).is_ok(),
         }
     }
 

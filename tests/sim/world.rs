@@ -442,6 +442,7 @@ impl World {
             journal_bytes_max: 1 << 30,
             journal_age_us_max: 1 << 50,
             boot: format!("boot {}", it.boot),
+            tls: None,
             insecure_plaintext: false,
             software: "simulated".into(),
         };
