@@ -281,6 +281,25 @@ struct dt_waiting_row {
 };
 
 /*
+ A row of `doveadm dovetail cert`.
+ */
+struct dt_cert_row {
+  /*
+   The server's; the authority's is empty.
+   */
+  const char *name;
+  /*
+   SHA-256, in hexadecimal digits.
+   */
+  const char *fingerprint;
+  const char *file;
+  /*
+   Seconds since 1970; 0: not known.
+   */
+  uint64_t not_after;
+};
+
+/*
  Called with each setting.
  */
 typedef void (*dt_setting_each)(void *context, const char *name, const char *value);
@@ -477,6 +496,43 @@ int dt_rs_waiting(void (*row)(void*, const struct dt_waiting_row*),
  `user` is NUL-terminated or null, `cleared` can be written to.
  */
 int dt_rs_failed_clear(const char *user, uint64_t *cleared, char *error, uintptr_t error_size);
+
+/*
+ Makes an authority. `folder`: NULL: that of dovetail_ca, or the usual one. Each certificate that was made is a row.
+
+ # Safety
+ `folder` is NUL-terminated or null.
+ */
+int dt_rs_cert_init(const char *folder,
+                    void (*row)(void*, const struct dt_cert_row*),
+                    void *context,
+                    char *error,
+                    uintptr_t error_size);
+
+/*
+ The same for certificates of servers; `names` ends with NULL.
+
+ # Safety
+ As of `dt_rs_cert_init`; `names` are NUL-terminated.
+ */
+int dt_rs_cert_issue(const char *folder,
+                     const char *const *names,
+                     void (*row)(void*, const struct dt_cert_row*),
+                     void *context,
+                     char *error,
+                     uintptr_t error_size);
+
+/*
+ Each certificate in the folder is a row.
+
+ # Safety
+ As of `dt_rs_cert_init`.
+ */
+int dt_rs_cert_show(const char *folder,
+                    void (*row)(void*, const struct dt_cert_row*),
+                    void *context,
+                    char *error,
+                    uintptr_t error_size);
 
 /*
  A service begins: its main thread is woken for what other threads say.

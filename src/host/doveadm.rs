@@ -1,11 +1,13 @@
 //! The entries from src/shim/doveadm.c: asks the relay, hands rows to C.
 
 use super::ffi;
-use super::settings::{read, text};
+use super::settings::{read, text, value};
 use crate::guard::guard;
 use crate::relay::client;
+use crate::tls::authority;
 use crate::wire::proto::NamedCount;
 use std::ffi::{c_char, c_int, c_void, CString};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -155,6 +157,103 @@ fn conflicts(notes: &[NamedCount]) -> String {
     let kinds =
         notes.iter().filter_map(|note| Some(format!("{}:{}", note.name.strip_suffix("_conflict")?, note.count)));
     kinds.collect::<Vec<_>>().join(",")
+}
+
+/// Makes an authority. `folder`: NULL: that of dovetail_ca, or the usual one. Each certificate that was made is a row.
+///
+/// # Safety
+/// `folder` is NUL-terminated or null.
+#[no_mangle]
+unsafe extern "C" fn dt_rs_cert_init(
+    folder: *const c_char,
+    row: extern "C" fn(*mut c_void, *const ffi::DtCertRow),
+    context: *mut c_void,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int {
+    let result = guard("doveadm dovetail cert init", internal_error(), || authority::init(&authority_folder(folder)?));
+    tell_certificates(result, row, context, error, error_size)
+}
+
+/// The same for certificates of servers; `names` ends with NULL.
+///
+/// # Safety
+/// As of `dt_rs_cert_init`; `names` are NUL-terminated.
+#[no_mangle]
+unsafe extern "C" fn dt_rs_cert_issue(
+    folder: *const c_char,
+    names: *const *const c_char,
+    row: extern "C" fn(*mut c_void, *const ffi::DtCertRow),
+    context: *mut c_void,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int {
+    let result = guard("doveadm dovetail cert issue", internal_error(), || {
+        // SAFETY: the caller's: what is read lies before the NULL, or is it.
+        let name = |at: usize| Some(unsafe { *names.add(at) }).filter(|name| !name.is_null());
+        let servers: Vec<String> = (0..).map_while(name).map(text).collect();
+        authority::issue(&authority_folder(folder)?, &servers)
+    });
+    tell_certificates(result, row, context, error, error_size)
+}
+
+/// Each certificate in the folder is a row.
+///
+/// # Safety
+/// As of `dt_rs_cert_init`.
+#[no_mangle]
+unsafe extern "C" fn dt_rs_cert_show(
+    folder: *const c_char,
+    row: extern "C" fn(*mut c_void, *const ffi::DtCertRow),
+    context: *mut c_void,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int {
+    let result = guard("doveadm dovetail cert show", internal_error(), || authority::show(&authority_folder(folder)?));
+    tell_certificates(result, row, context, error, error_size)
+}
+
+fn internal_error<T>() -> Result<T, String> {
+    Err("Internal error, see above".into())
+}
+
+fn tell_certificates(
+    result: Result<Vec<authority::Entry>, String>,
+    row: extern "C" fn(*mut c_void, *const ffi::DtCertRow),
+    context: *mut c_void,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int {
+    match result {
+        Ok(entries) => {
+            for entry in &entries {
+                let (name, file) = (c_string(&entry.name), c_string(&entry.file.to_string_lossy()));
+                let fingerprint = c_string(&entry.fingerprint);
+                let values = ffi::DtCertRow {
+                    name: name.as_ptr(),
+                    fingerprint: fingerprint.as_ptr(),
+                    file: file.as_ptr(),
+                    not_after: entry.not_after,
+                };
+                row(context, &raw const values);
+            }
+            0
+        }
+        Err(message) => {
+            copy_out(&message, error, error_size);
+            -1
+        }
+    }
+}
+
+/// Where the authority is: if it is not said, where the settings say. Mistakes in others are no obstacle.
+fn authority_folder(said: *const c_char) -> Result<PathBuf, String> {
+    if !said.is_null() {
+        return Ok(text(said).into());
+    }
+    let ca = value("dovetail_ca").map_err(|errors| errors.join("; "))?;
+    let folder = Path::new(&ca).parent().filter(|folder| folder.is_absolute());
+    Ok(folder.unwrap_or(Path::new(authority::FOLDER)).to_owned())
 }
 
 fn c_string(text: &str) -> CString {

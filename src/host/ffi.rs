@@ -176,6 +176,18 @@ pub struct DtWaitingRow {
     pub next_try: u64,
 }
 
+/// A row of `doveadm dovetail cert`.
+#[repr(C)]
+pub struct DtCertRow {
+    /// The server's; the authority's is empty.
+    pub name: *const c_char,
+    /// SHA-256, in hexadecimal digits.
+    pub fingerprint: *const c_char,
+    pub file: *const c_char,
+    /// Seconds since 1970; 0: not known.
+    pub not_after: u64,
+}
+
 /// Bytes of `dt_span.tail`.
 pub const DT_SPAN_TAIL_SIZE: usize = 64;
 const _: () = assert!(DT_SPAN_TAIL_SIZE == TAIL_MAX);

@@ -12,16 +12,31 @@ use std::ffi::{c_char, c_void, CStr};
 ///
 /// Full sentences: what Dovecot said, or everything that is wrong.
 pub fn read(user: *mut c_void) -> Result<Settings, Vec<String>> {
+    let values = values(user)?;
+    match user.is_null() {
+        true => Settings::parse(&values, &hostname()),
+        false => Settings::parse_of_user(&values, &hostname()),
+    }
+}
+
+/// One setting of this process, unchecked; empty if it is not set.
+///
+/// # Errors
+///
+/// As [`read`].
+pub fn value(name: &str) -> Result<String, Vec<String>> {
+    let found = values(std::ptr::null_mut())?.into_iter().rev().find(|(found, _)| found == name);
+    Ok(found.map(|(_, value)| value).unwrap_or_default())
+}
+
+fn values(user: *mut c_void) -> Result<Vec<(String, String)>, Vec<String>> {
     let mut values: Vec<(String, String)> = Vec::new();
     let mut error: *const c_char = std::ptr::null();
     // SAFETY: `collect` gets the address of `values` back, during this call only.
     let ret = unsafe { ffi::dt_settings_each(user, collect, (&raw mut values).cast(), &raw mut error) };
-    if ret < 0 {
-        return Err(vec![format!("Can't read settings: {}", text(error))]);
-    }
-    match user.is_null() {
-        true => Settings::parse(&values, &hostname()),
-        false => Settings::parse_of_user(&values, &hostname()),
+    match ret < 0 {
+        true => Err(vec![format!("Can't read settings: {}", text(error))]),
+        false => Ok(values),
     }
 }
 
@@ -39,7 +54,7 @@ impl Settings {
 
 extern "C" fn collect(context: *mut c_void, name: *const c_char, value: *const c_char) {
     guard("setting", (), || {
-        // SAFETY: `read` passes the address of its vector, which nobody else uses meanwhile.
+        // SAFETY: `values` passes the address of its vector, which nobody else uses meanwhile.
         let values = unsafe { &mut *context.cast::<Vec<(String, String)>>() };
         values.push((text(name), text(value)));
     });

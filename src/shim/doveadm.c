@@ -20,7 +20,9 @@
 #pragma weak doveadm_exit_code
 #pragma weak doveadm_cmd_param_str
 #pragma weak doveadm_cmd_param_bool
+#pragma weak doveadm_cmd_param_array
 
+#define DT_DATE_FORMAT "%Y-%m-%d"
 #define DT_TIME_FORMAT "%Y-%m-%d %H:%M:%S"
 
 static void cmd_dovetail_status_row(void *context, const struct dt_status_row *row)
@@ -138,7 +140,93 @@ static void cmd_dovetail_waiting(struct doveadm_cmd_context *cctx)
 	}
 }
 
+static void cmd_dovetail_cert_row(void *context, const struct dt_cert_row *row)
+{
+	doveadm_print(*row->name == '\0' ? "-" : row->name);
+	doveadm_print(row->not_after == 0 ? "?" : t_strfgmtime(DT_DATE_FORMAT, (time_t)row->not_after));
+	doveadm_print(row->file);
+	doveadm_print(row->fingerprint);
+}
+
+static const char *cmd_dovetail_cert_begin(struct doveadm_cmd_context *cctx)
+{
+	const char *folder = NULL;
+
+	(void)doveadm_cmd_param_str(cctx, "directory", &folder);
+	if (!doveadm_print_is_initialized())
+		doveadm_print_init(DOVEADM_PRINT_TYPE_TABLE);
+	doveadm_print_header_simple("server");
+	doveadm_print_header_simple("expires");
+	doveadm_print_header_simple("file");
+	doveadm_print_header("sha256", "sha256", DOVEADM_PRINT_HEADER_FLAG_EXPAND);
+	return folder;
+}
+
+static void cmd_dovetail_cert_init(struct doveadm_cmd_context *cctx)
+{
+	const char *folder = cmd_dovetail_cert_begin(cctx);
+	char error[1024];
+
+	if (dt_rs_cert_init(folder, cmd_dovetail_cert_row, NULL, error, sizeof(error)) < 0) {
+		i_error("%s", error);
+		doveadm_exit_code = EX_CANTCREAT;
+	}
+}
+
+static void cmd_dovetail_cert_issue(struct doveadm_cmd_context *cctx)
+{
+	const char *const *names, *folder;
+	char error[1024];
+
+	if (!doveadm_cmd_param_array(cctx, "server", &names) || *names == NULL) {
+		i_error("The names of servers must be given");
+		doveadm_exit_code = EX_USAGE;
+		return;
+	}
+	folder = cmd_dovetail_cert_begin(cctx);
+	if (dt_rs_cert_issue(folder, names, cmd_dovetail_cert_row, NULL, error, sizeof(error)) < 0) {
+		i_error("%s", error);
+		doveadm_exit_code = EX_CANTCREAT;
+	}
+}
+
+static void cmd_dovetail_cert_show(struct doveadm_cmd_context *cctx)
+{
+	const char *folder = cmd_dovetail_cert_begin(cctx);
+	char error[1024];
+
+	if (dt_rs_cert_show(folder, cmd_dovetail_cert_row, NULL, error, sizeof(error)) < 0) {
+		i_error("%s", error);
+		doveadm_exit_code = EX_NOINPUT;
+	}
+}
+
 static struct doveadm_cmd_ver2 doveadm_dovetail_cmds[] = {
+	{
+		.name = "dovetail cert init",
+		.usage = "[-d <directory>]",
+		.cmd = cmd_dovetail_cert_init,
+DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_PARAM('d', "directory", CMD_PARAM_STR, 0)
+DOVEADM_CMD_PARAMS_END
+	},
+	{
+		.name = "dovetail cert issue",
+		.usage = "[-d <directory>] <server> [<server> ...]",
+		.cmd = cmd_dovetail_cert_issue,
+DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_PARAM('d', "directory", CMD_PARAM_STR, 0)
+DOVEADM_CMD_PARAM('\0', "server", CMD_PARAM_ARRAY, CMD_PARAM_FLAG_POSITIONAL)
+DOVEADM_CMD_PARAMS_END
+	},
+	{
+		.name = "dovetail cert show",
+		.usage = "[-d <directory>]",
+		.cmd = cmd_dovetail_cert_show,
+DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_PARAM('d', "directory", CMD_PARAM_STR, 0)
+DOVEADM_CMD_PARAMS_END
+	},
 	{
 		.name = "dovetail status",
 		.usage = "",

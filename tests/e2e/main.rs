@@ -26,4 +26,5 @@ mod qresync;
 mod receiver;
 mod split;
 mod status;
+mod tls;
 mod trouble;

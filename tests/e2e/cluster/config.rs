@@ -59,6 +59,8 @@ impl Server<'_> {
         let peers: Vec<String> = self.peers.iter().map(|(name, address)| format!("{name}={address}")).collect();
         let peers = self.setup.peers.clone().unwrap_or(peers.join(" "));
         let mut settings = format!("dovetail_server = {}\ndovetail_peers = {}\n", self.setup.name, peers);
+        // Plaintext but where a test wants TLS.
+        settings += "dovetail_ca =\ndovetail_cert =\ndovetail_key =\n";
         if self.is_apart {
             settings += "dovetail_insecure_plaintext = yes\n";
         }
