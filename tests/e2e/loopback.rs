@@ -1,4 +1,4 @@
-//! Until peers are authenticated, relays listen on and connect to loopback addresses only, unless the setting with `insecure` in
+//! Without certificates, relays listen on and connect to loopback addresses only, unless the setting with `insecure` in
 //! its name allows more. Each server has a network of its own here, and its relay listens on all of its addresses.
 
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup};
@@ -11,7 +11,7 @@ const SECURE_24: &str = "dovetail_insecure_plaintext = no\n";
 const WARNING: &str = "Warning: dovetail: dovetail_insecure_plaintext is set: mail goes over the network unencrypted";
 
 fn insecure(name: &str) -> Setup {
-    Setup::new(name, Format::Sdbox)
+    Setup::new(name, Format::Sdbox).insecure()
 }
 
 fn secure(name: &str) -> Setup {

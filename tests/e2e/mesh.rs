@@ -90,7 +90,6 @@ fn one_that_was_down_gets_what_the_other_two_did() {
 fn two_that_are_cut_from_each_other_converge_through_the_third(cut: usize, user: &str) {
     let t = Scene::on(Cluster::start_apart(setups([Format::Sdbox; 3])), user);
     t.expects_in_log("dovetail");
-    t.servers().iter().for_each(|server| server.wait_for_log("dovetail_insecure_plaintext is set"));
     t.a().deliver(user, &mail("first"));
     t.settled();
     t.lines[cut].hang(true);

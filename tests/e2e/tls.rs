@@ -14,11 +14,11 @@ use crate::scene::{mail, Scene, SOON};
 const INCLUDE: &str = "!include_try {DIR}/tls.conf\n";
 
 fn setup(name: &str) -> Setup {
-    Setup::new(name, Format::Sdbox).extra(INCLUDE, INCLUDE)
+    Setup::new(name, Format::Sdbox).insecure().extra(INCLUDE, INCLUDE)
 }
 
 fn folder(server: &Server) -> String {
-    format!("{}/tls", server.dir())
+    format!("{}/made", server.dir())
 }
 
 /// What an admin writes, instead of what the other tests have.
@@ -47,9 +47,9 @@ fn make_certificates(a: &Server, b: &Server) {
 }
 
 fn bring_certificates(a: &Server, b: &Server) {
-    fs::create_dir_all(b.outside("/tls")).expect("mkdir");
+    fs::create_dir_all(b.outside("/made")).expect("mkdir");
     for file in ["ca.pem", "b.pem", "b.key"] {
-        fs::copy(a.outside(&format!("/tls/{file}")), b.outside(&format!("/tls/{file}"))).expect(file);
+        fs::copy(a.outside(&format!("/made/{file}")), b.outside(&format!("/made/{file}"))).expect(file);
     }
 }
 
@@ -107,12 +107,12 @@ fn new_certificates_are_used_after_a_reload() {
 
     // Given an authority and certificates that are new on A only.
     let mut imap = t.a().imap(&t.user).select("INBOX");
-    fs::remove_dir_all(t.a().outside("/tls")).expect("rm");
-    let old = t.b().outside("/tls/ca.pem");
+    fs::remove_dir_all(t.a().outside("/made")).expect("rm");
+    let old = t.b().outside("/made/ca.pem");
     let old = fs::read(old).expect("ca.pem");
     t.a().doveadm(&["dovetail", "cert", "init", "-d", &folder(t.a())]);
     t.a().doveadm(&["dovetail", "cert", "issue", "-d", &folder(t.a()), "a", "b"]);
-    assert_ne!(fs::read(t.a().outside("/tls/ca.pem")).expect("ca.pem"), old);
+    assert_ne!(fs::read(t.a().outside("/made/ca.pem")).expect("ca.pem"), old);
     t.a().doveadm(&["reload"]);
     wait_until(SOON, "A's relay trusts B no more", || {
         t.a().try_status().is_some_and(|status| {
@@ -145,17 +145,18 @@ fn certificates_are_made_for_their_owner_only_and_never_overwritten() {
     refused(&["issue", "-d", &folder, "a"], "there is no authority yet: doveadm dovetail cert init");
     t.a().doveadm(&["dovetail", "cert", "init", "-d", &folder]);
     t.a().doveadm(&["dovetail", "cert", "issue", "-d", &folder, "a", "mx2.example"]);
-    let mode =
-        |file: &str| fs::metadata(t.a().outside(&format!("/tls{file}"))).expect("a file").permissions().mode() & 0o7777;
+    let mode = |file: &str| {
+        fs::metadata(t.a().outside(&format!("/made{file}"))).expect("a file").permissions().mode() & 0o7777
+    };
     assert_eq!([mode(""), mode("/ca.key"), mode("/a.key"), mode("/mx2.example.key")], [0o700, 0o600, 0o600, 0o600]);
 
-    let key = fs::read(t.a().outside("/tls/ca.key")).expect("a key");
+    let key = fs::read(t.a().outside("/made/ca.key")).expect("a key");
     refused(&["init", "-d", &folder], "ca.pem: it is there already, and is not overwritten");
     refused(&["issue", "-d", &folder, "a"], "a.pem: it is there already, and is not overwritten");
     refused(&["issue", "-d", &folder, "../b"], "'../b': a server's name consists of");
     refused(&["issue", "-d", &folder, "ca"], "'ca': it is the authority's");
     refused(&["issue", "-d", &folder], "The names of servers must be given");
-    assert_eq!(fs::read(t.a().outside("/tls/ca.key")).expect("a key"), key);
+    assert_eq!(fs::read(t.a().outside("/made/ca.key")).expect("a key"), key);
 
     // Its folder is that of the setting, if nobody says another one.
     turn_on(t.a());
@@ -174,10 +175,10 @@ fn a_key_that_everybody_can_read_stops_replication_and_no_mail() {
     let t = Scene::on(Cluster::start(vec![setup("a"), setup("b")]), "story-tls-key");
     t.expects_in_log("dovetail");
     make_certificates(t.a(), t.b());
-    let key = t.a().outside("/tls/a.key");
+    let key = t.a().outside("/made/a.key");
     fs::set_permissions(&key, PermissionsExt::from_mode(0o644)).expect("chmod");
     turn_on(t.a());
-    t.a().wait_for_log("/tls/a.key: everybody on this machine may use it (mode 644): chmod 600 it, or make a new one");
+    t.a().wait_for_log("/made/a.key: everybody on this machine may use it (mode 644): chmod 600 it, or make a new one");
     t.a().deliver(&t.user, &mail("stays"));
     assert_eq!(t.a().imap(&t.user).select("INBOX").uids().len(), 1);
 

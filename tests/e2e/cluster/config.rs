@@ -22,12 +22,15 @@ pub struct Server<'a> {
     pub ports: &'a Ports,
     /// (name, address of the relay) of the peers.
     pub peers: &'a [(String, String)],
-    /// Its relay is reached over a network.
+    /// Its relay is reached over a network, with the certificates that are in its folder unless its setup says otherwise.
     pub is_apart: bool,
 }
 
 /// The file of the users who are not like all others.
 pub const USERS: &str = "users";
+
+/// The folder of the certificate that a server has from the start.
+pub const TLS: &str = "tls";
 
 /// One of them, with further fields of the userdb.
 pub fn user_line(dir: &str, user: &str, fields: &str) -> String {
@@ -59,9 +62,14 @@ impl Server<'_> {
         let peers: Vec<String> = self.peers.iter().map(|(name, address)| format!("{name}={address}")).collect();
         let peers = self.setup.peers.clone().unwrap_or(peers.join(" "));
         let mut settings = format!("dovetail_server = {}\ndovetail_peers = {}\n", self.setup.name, peers);
-        // Plaintext but where a test wants TLS.
-        settings += "dovetail_ca =\ndovetail_cert =\ndovetail_key =\n";
-        if self.is_apart {
+        if self.is_apart && !self.setup.insecure {
+            let (folder, name) = (format!("{}/{TLS}", self.dir), &self.setup.name);
+            settings += &format!("dovetail_ca = {folder}/ca.pem\n");
+            settings += &format!("dovetail_cert = {folder}/{name}.pem\ndovetail_key = {folder}/{name}.key\n");
+        } else {
+            settings += "dovetail_ca =\ndovetail_cert =\ndovetail_key =\n";
+        }
+        if self.is_apart && self.setup.insecure {
             settings += "dovetail_insecure_plaintext = yes\n";
         }
         let address = if self.is_apart { "0.0.0.0" } else { "127.0.0.1" };

@@ -25,6 +25,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::line::{Line, Proxy};
+use dovetail::tls::authority;
+
 use self::network::{Cable, Namespace};
 use self::ports::LOOPBACK;
 pub use self::server::Server;
@@ -73,6 +75,8 @@ pub struct Setup {
     /// Of the namespace with the INBOX.
     pub separator: char,
     pub prefix: String,
+    /// Plaintext where the servers are apart.
+    pub insecure: bool,
     /// Mail and the relay's journal lie on disks that can be filled.
     pub small_disks: bool,
 }
@@ -92,8 +96,14 @@ impl Setup {
             has_no_other_users: false,
             separator: '/',
             prefix: String::new(),
+            insecure: false,
             small_disks: false,
         }
+    }
+
+    pub fn insecure(mut self) -> Setup {
+        self.insecure = true;
+        self
     }
 
     pub fn without_plugin(mut self) -> Setup {
@@ -180,7 +190,7 @@ impl Cluster {
         Cluster::prepare(setups, false)
     }
 
-    /// The same, each in a network of its own, with a line between each two: that of the first and the second first, then
+    /// The same over TLS, each in a network of its own, with a line between each two: that of the first and the second first, then
     /// that of the first and the third.
     pub fn start_apart(setups: Vec<Setup>) -> Cluster {
         Cluster::prepare(setups, true)
@@ -204,7 +214,10 @@ impl Cluster {
             })
             .collect();
         let lines = match apart {
-            true => wire_up(&servers),
+            true => {
+                certify(&servers);
+                wire_up(&servers)
+            }
             false => share_loopback(&servers),
         };
         for server in &servers {
@@ -330,6 +343,20 @@ fn share_loopback(servers: &[Server]) -> Vec<Line> {
         server.configure(&peers);
     }
     lines
+}
+
+/// Gives each server a certificate of one authority, whose folder is the first one's.
+fn certify(servers: &[Server]) {
+    let names: Vec<String> = servers.iter().map(|server| server.name().to_owned()).collect();
+    let authority = servers[0].outside("/authority");
+    authority::init(&authority).and_then(|_| authority::issue(&authority, &names)).expect("certificates");
+    for server in servers {
+        let folder = server.outside(&format!("/{}", config::TLS));
+        std::fs::create_dir(&folder).expect("mkdir");
+        for file in ["ca.pem".to_owned(), format!("{}.pem", server.name()), format!("{}.key", server.name())] {
+            std::fs::copy(authority.join(&file), folder.join(&file)).expect("a file of the authority");
+        }
+    }
 }
 
 /// Configures servers with networks of their own. Their lines are cables.
