@@ -22,6 +22,8 @@ const SILENCE_MS_MAX: u64 = 15_000;
 const GREETING_MS_MAX: u64 = 5_000;
 /// Acknowledgements in one frame.
 const ACKS_PER_FRAME: usize = 1_000;
+/// Frames and acknowledgements that may wait for a peer, but for its changes: far more than windows allow of those who read.
+const WAITING_MAX: usize = 65_536;
 /// While bodies wait, one of them leaves after this many other frames.
 const FRAMES_PER_BODY: u32 = 8;
 /// Most bytes of one body that may be on their way.
@@ -85,6 +87,8 @@ pub enum SessionError {
     SecondGreeting,
     #[error("it sent a frame that only a local process or a worker may send")]
     NotForPeers,
+    #[error("it asks for more and more and does not read the answers")]
+    NotReading,
     #[error("it said nothing for {} secs", SILENCE_MS_MAX / 1000)]
     Silent,
 }
@@ -180,6 +184,9 @@ impl Session {
         if !self.heard_from {
             return self.receive_greeting(kind).map(Some);
         }
+        if self.control.len() + self.bodies.len() + self.acks.len() > WAITING_MAX {
+            return Err(SessionError::NotReading);
+        }
         Ok(Some(match kind {
             Kind::Change(change) => Event::Change(change),
             Kind::Ack(ack) => {
@@ -235,9 +242,12 @@ impl Session {
         self.acks.push(seq);
     }
 
-    /// Says that another server's change is applied here.
+    /// Says that another server's change is applied here. To who does not read for long it is not said, which costs sending
+    /// it once more.
     pub fn tell_known(&mut self, change: SeqOf) {
-        self.known.push(change);
+        if self.known.len() < WAITING_MAX {
+            self.known.push(change);
+        }
     }
 
     /// Puts a frame into the control lane, behind the acknowledgements so far.
@@ -470,6 +480,17 @@ mod tests {
             session.receive(Kind::Ping(Ping { id, heard_clock: 0 }).into(), 0).unwrap();
         }
         assert_eq!(sent(&mut session, &mut Outbox::new(0), 0), [Kind::Pong(Pong { id: 1000 })]);
+    }
+
+    #[test]
+    fn what_waits_for_a_peer_that_does_not_read_is_bounded() {
+        let mut session = up();
+        (0..WAITING_MAX + 9).for_each(|_| session.tell_known(SeqOf::default()));
+        assert_eq!(session.known.len(), WAITING_MAX);
+        session.receive(Kind::Pong(Pong::default()).into(), 0).unwrap();
+        (0..=WAITING_MAX).for_each(|_| session.body(BodyChunk::default()));
+        let outcome = session.receive(Kind::Pong(Pong::default()).into(), 0);
+        assert_eq!(outcome, Err(SessionError::NotReading));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! One connection: a socket that never blocks, the frames that come in, the bytes that wait to go out.
 
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
-use std::net::Shutdown;
+use std::net::{IpAddr, Shutdown};
 
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
@@ -105,6 +105,8 @@ pub enum Incoming {
 /// See the module.
 pub struct Connection {
     stream: Stream,
+    /// Of a TCP connection to us.
+    from: Option<IpAddr>,
     /// None: plaintext.
     tls: Option<Box<tls::Session>>,
     decoder: Decoder,
@@ -116,8 +118,12 @@ pub struct Connection {
 impl Connection {
     /// `connecting` if its connect is still under way.
     pub fn new(stream: Stream, tls: Option<tls::Session>, connecting: bool) -> Connection {
+        let from = match &stream {
+            Stream::Tcp(stream) => stream.peer_addr().ok().map(|address| address.ip()),
+            _ => None,
+        };
         let tls = tls.map(Box::new);
-        Connection { stream, tls, decoder: Decoder::new(), out: Vec::new(), written: 0, connecting }
+        Connection { stream, from, tls, decoder: Decoder::new(), out: Vec::new(), written: 0, connecting }
     }
 
     /// To be watched.
@@ -159,6 +165,11 @@ impl Connection {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// From where it came, for people.
+    pub fn from(&self) -> String {
+        self.from.map_or("somewhere".into(), |address| address.to_string())
     }
 
     /// Whether the other side has proven to be this server, where that is asked for. The error: why not.

@@ -168,13 +168,18 @@ impl Engine {
     }
 
     /// A peer has changes that are another server's, or ours and came to it through others.
-    pub fn peer_knows(&mut self, index: usize, known: Known) {
+    pub fn peer_knows(&mut self, index: usize, known: Known) -> Result<(), Close> {
+        if !change::is_server(&known.origin) {
+            return Err(Close::Malformed("it has changes of a server that has no name".into()));
+        }
         for seq in known.seqs {
             let change = Seen { origin: known.origin.clone(), epoch: known.epoch, seq };
             if let Err(error) = self.try_peer_knows(index, change) {
-                return self.fail(error);
+                self.fail(error);
+                break;
             }
         }
+        Ok(())
     }
 
     fn try_peer_knows(&mut self, index: usize, change: Seen) -> Result<(), JournalError> {

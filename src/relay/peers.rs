@@ -16,7 +16,7 @@ use super::connection::Connection;
 use super::engine::{Close, Engine, Role};
 use super::work::Received;
 use super::Config;
-use crate::change::{self, VECTOR_MAX};
+use crate::change::{self, USER_BYTES_MAX, VECTOR_MAX};
 use crate::peer::{Admits, Event, Inbox, Outbox, Session, SessionError, Verdict};
 use crate::wire::frame;
 use crate::wire::proto::frame::Kind;
@@ -195,9 +195,11 @@ impl Engine {
             send_refusal(&mut connection, reason);
         }
         self.counts.note("turned_away", 1);
-        if self.last_stranger != why.reason() {
-            log::error!("A server that connected as a peer is turned away: {}.", why.reason());
-            self.last_stranger = why.reason().to_owned();
+        let text =
+            format!("A server that connected as a peer from {} is turned away: {}.", connection.from(), why.reason());
+        if self.last_stranger != text {
+            log::error!("{text}");
+            self.last_stranger = text;
         }
     }
 
@@ -225,10 +227,7 @@ impl Engine {
                 self.body_cancel(from, &cancel);
                 Ok(())
             }
-            Some(Event::Known(known)) => {
-                self.peer_knows(index, known);
-                Ok(())
-            }
+            Some(Event::Known(known)) => self.peer_knows(index, known),
             Some(Event::Linked(linked)) => self.take_linked(index, linked),
             None => Ok(()),
         }
@@ -412,6 +411,13 @@ impl Engine {
             }
             None => return Err(Close::Malformed("it sent a change without a stamp".into())),
         };
+        if change.user.len() > USER_BYTES_MAX {
+            // Much is remembered by users' names.
+            return Err(Close::Malformed(format!(
+                "it sent a change of a user whose name has {} bytes",
+                change.user.len()
+            )));
+        }
         let bytes = change.encoded_len();
         let verdict = peer.inbox.receive(epoch, seq, &change.user, bytes);
         match verdict.map_err(|error| Close::Malformed(error.to_string()))? {
@@ -497,9 +503,10 @@ fn may_be_passed_on(origin: &str, by: &str, to: &str) -> bool {
 
 fn refusal(error: SessionError) -> Close {
     match error {
-        SessionError::NoGreeting | SessionError::SecondGreeting | SessionError::NotForPeers => {
-            Close::Malformed(error.to_string())
-        }
+        SessionError::NoGreeting
+        | SessionError::SecondGreeting
+        | SessionError::NotForPeers
+        | SessionError::NotReading => Close::Malformed(error.to_string()),
         error => Close::Refused { tell: error.is_refusal(), reason: error.to_string() },
     }
 }

@@ -17,15 +17,19 @@ use std::sync::Arc;
 
 use rustls::client::Resumption;
 use rustls::crypto::{ring, CryptoProvider};
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::NoServerSessionStorage;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection};
 
 use crate::settings::Tls;
+use crate::time::{Clocks, Time};
 pub use session::Session;
 pub use trust::{Fingerprint, Trust};
+
+/// From so many days before its end on, each start says that a certificate will expire.
+const DAYS_TO_WARN: u64 = 30;
 
 /// See the module. For one server and its peers; it does not change: who has new files makes new ones.
 pub struct Credentials {
@@ -64,6 +68,7 @@ impl Credentials {
                 "dovetail_cert: {cert}: peers that trust the same dovetail_ca will refuse this server: {error}."
             );
         }
+        warn_before_the_end(own, &cert.to_string());
         let key = CertifiedKey::from_der(chain, key, &provider).map_err(|error| match error {
             rustls::Error::InconsistentKeys(_) => {
                 format!(
@@ -106,6 +111,15 @@ impl Credentials {
     pub fn accept(&self) -> Result<Session, String> {
         let tls = ServerConnection::new(self.server.clone()).map_err(|error| error.to_string())?;
         Ok(Session::new(tls.into(), self.trust.clone()))
+    }
+}
+
+/// It may be looked at only once in ten years.
+fn warn_before_the_end(own: &CertificateDer<'_>, cert: &str) {
+    let Some(not_after) = certificate::not_after(own) else { return };
+    let days = not_after.saturating_sub(Clocks::default().now_us() / 1_000_000) / 86_400;
+    if days < DAYS_TO_WARN {
+        log::warn!("dovetail_cert: {cert}: it expires in {days} days.");
     }
 }
 

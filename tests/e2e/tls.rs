@@ -83,7 +83,7 @@ fn a_pair_that_is_set_up_with_three_commands_replicates_over_a_network() {
     // Who speaks no TLS hears nothing, and the two go on.
     let mut stranger = t.b().connect(t.b().ports.relay).expect("the relay listens");
     assert_eq!(answer(&mut stranger, &[1, 0, 0, 2, 0, 0])[0], 0x15, "an alert");
-    t.b().wait_for_log("A server that connected as a peer is turned away: it does not speak TLS.");
+    t.b().wait_for_log("A server that connected as a peer from 127.0.0.1 is turned away: it does not speak TLS.");
     t.a().deliver(&t.user, &mail("again"));
     assert_eq!(t.settled().messages("INBOX").len(), 3);
 }

@@ -393,13 +393,14 @@ impl Wire {
     }
 
     /// Whether the engine is still there to hear it or not.
-    pub fn try_send(&mut self, kind: Kind) {
+    pub fn try_send(&mut self, kind: Kind) -> bool {
         let bytes = frame::encode(&kind.into()).unwrap();
-        let _ = match &mut self.stream {
+        let outcome = match &mut self.stream {
             Stream::Unix(stream) => stream.write_all(&bytes),
             Stream::Tcp(stream) => stream.write_all(&bytes),
             Stream::Tls(stream) => stream.write_all(&bytes),
         };
+        outcome.is_ok()
     }
 
     /// All bytes up to the connection's end.
@@ -583,7 +584,7 @@ impl Wire {
         loop {
             match self.next() {
                 Kind::Ack(ack) => return assert_eq!((ack.epoch, ack.seqs), (5, vec![seq])),
-                Kind::Linked(_) => {}
+                Kind::Ping(_) | Kind::Linked(_) => {}
                 other => panic!("{other:?}"),
             }
         }

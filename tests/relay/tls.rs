@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 use rcgen::{date_time_ymd, CertificateParams, DnType, Issuer, KeyPair};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -16,7 +17,7 @@ use dovetail::relay::Config;
 use dovetail::settings::Tls;
 use dovetail::tls::{authority, Credentials};
 use dovetail::wire::proto::frame::Kind;
-use dovetail::wire::proto::{Hello, NamedCount};
+use dovetail::wire::proto::{BodyRequest, Hello, Known, NamedCount};
 
 /// Lines of the log, of all tests of this process.
 struct Lines(Mutex<Vec<String>>);
@@ -161,6 +162,7 @@ fn pinned_certificates_need_no_authority() {
 
 #[test]
 fn a_server_refuses_to_start_with_files_that_are_not_right() {
+    lines();
     use std::os::unix::fs::PermissionsExt;
     let house = House::new();
     let folder = authority_of(&house, "ca", &["a", "b"]);
@@ -185,6 +187,18 @@ fn a_server_refuses_to_start_with_files_that_are_not_right() {
     wrong(&|_| {}, "everybody on this machine may use it (mode 604)");
     std::fs::set_permissions(folder.join("a.key"), PermissionsExt::from_mode(0o640)).unwrap();
     assert!(Credentials::load(&right, "a", &["b"]).is_ok());
+    // One that expires is used, and each start says so.
+    let (chain, key) = Attacker::with(&["a"], Some(&folder), |params| {
+        let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        params.not_after = date_time_ymd(1970, 1, 1) + since_1970 + Duration::from_secs(86_400 * 3 + 3_600);
+    })
+    .pem;
+    std::fs::write(house.path("old.pem"), chain).unwrap();
+    std::fs::write(house.path("old.key"), key).unwrap();
+    std::fs::set_permissions(house.path("old.key"), PermissionsExt::from_mode(0o600)).unwrap();
+    let old = Tls { cert: house.path("old.pem"), key: house.path("old.key"), ..right.clone() };
+    assert!(Credentials::load(&old, "a", &["b"]).is_ok());
+    until_logged("old.pem: it expires in 3 days.");
     let same = Credentials::load(&right, "a", &["b", "B"]).unwrap_err();
     assert!(same.contains("dovetail_peers: 'B' and 'b' are one name in a certificate"), "{same}");
     let bad = Credentials::load(&right, "a", &["b-"]).unwrap_err();
@@ -196,6 +210,8 @@ fn a_server_refuses_to_start_with_files_that_are_not_right() {
 /// A client that trusts everybody and shows what it has.
 struct Attacker {
     shows: Option<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)>,
+    /// Of what it made by itself.
+    pem: (String, String),
 }
 
 #[derive(Debug)]
@@ -240,7 +256,7 @@ impl Attacker {
     fn of(folder: &Path, server: &str) -> Attacker {
         let chain = CertificateDer::pem_file_iter(folder.join(format!("{server}.pem"))).unwrap();
         let key = PrivateKeyDer::from_pem_file(folder.join(format!("{server}.key"))).unwrap();
-        Attacker { shows: Some((chain.map(Result::unwrap).collect(), key)) }
+        Attacker { shows: Some((chain.map(Result::unwrap).collect(), key)), pem: Default::default() }
     }
 
     /// Of its own making: `edit`ed, signed by the authority of the folder, or by itself.
@@ -260,7 +276,8 @@ impl Attacker {
             }
         };
         let shown = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-        Attacker { shows: Some((vec![certificate.der().clone()], shown)) }
+        let pem = (certificate.pem(), key.serialize_pem());
+        Attacker { shows: Some((vec![certificate.der().clone()], shown)), pem }
     }
 
     fn connect(&self, socket: TcpStream) -> Foreign {
@@ -342,7 +359,7 @@ fn who_cannot_prove_to_be_a_peer_is_turned_away_and_a_good_peer_goes_on() {
     refused(Attacker::of(&folder, "x"), "x", "its certificate is of 'x', which is not in dovetail_peers here.");
     refused(Attacker::with(&["*.test"], Some(&folder), |_| {}), "a", "its certificate is of '', which is not in");
     refused(Attacker::of(&folder, "a2"), "a", "it calls itself 'a', and its certificate is of 'a2', not of 'a'.");
-    refused(Attacker { shows: None }, "a", "it has shown no certificate.");
+    refused(Attacker { shows: None, pem: Default::default() }, "a", "it has shown no certificate.");
 
     // Nor who does not speak TLS 1.3 at all.
     let mut without = b.connect();
@@ -400,6 +417,24 @@ fn a_peer_that_says_what_it_must_not_is_cut_off_and_a_good_peer_goes_on() {
     cut_off(&|wire| wire.send_bytes(&[2]), "the frame is of version 2");
     cut_off(&|wire| wire.send_bytes(&[1, 0, 0, 1, 0xff]), "the frame cannot be decoded");
     cut_off(&|wire| wire.say_hello("a2"), "it greeted twice");
+
+    cut_off(
+        &|wire| wire.send_change_of("a2", &"u".repeat(60_000), 1),
+        "it sent a change of a user whose name has 60000 bytes",
+    );
+    let origin = "o".repeat(60_000);
+    cut_off(
+        &|wire| wire.send(Kind::Known(Known { origin: origin.clone(), epoch: 1, seqs: vec![1] })),
+        "it has changes of a server that has no name",
+    );
+    // It asks and asks, and takes no answer.
+    cut_off(
+        &|wire| {
+            let request = |id| Kind::BodyRequest(BodyRequest { id, user: "jane".into(), ..Default::default() });
+            (1..).take_while(|id| wire.try_send(request(*id))).count();
+        },
+        "it asks for more and more and does not read the answers",
+    );
 
     // Who ends in mid-frame is not counted among them.
     let mut truncated = bad.connect(b.connect_raw()).wire;
