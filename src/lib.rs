@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | [`wire`] | the protocol: protobuf records, frames | nothing outside |
 //! | [`change`] | what a change is: limits, checks, helpers on the records | `wire` |
+//! | [`compare`] | what differs between two servers, and what each must tell the other | nothing outside |
 //! | [`settings`] | the table of settings and their checks | nothing outside |
 //! | [`time`] | where time comes from: the machine, or a simulator | nothing outside |
 //! | [`indexlog`] | what Dovecot wrote to a mailbox's index, read back from its log | nothing outside |
@@ -20,6 +21,7 @@
 
 pub mod capture;
 pub mod change;
+pub mod compare;
 pub mod guard;
 #[cfg(feature = "host")]
 mod host;

@@ -93,6 +93,7 @@ fn pure_modules_touch_nothing_outside() {
         "src/change.rs",
         "src/wire",
         "src/merge",
+        "src/compare",
         "src/peer",
         "src/settings.rs",
         "src/indexlog",
@@ -131,6 +132,10 @@ fn dependencies_run_one_way() {
         ),
         (
             "src/merge",
+            &["crate::wire", "crate::peer", "crate::relay", "crate::capture", "crate::worker", "crate::host"],
+        ),
+        (
+            "src/compare",
             &["crate::wire", "crate::peer", "crate::relay", "crate::capture", "crate::worker", "crate::host"],
         ),
         ("src/peer", &["crate::relay", "crate::capture", "crate::worker", "crate::host"]),
