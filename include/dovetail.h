@@ -281,6 +281,32 @@ struct dt_waiting_row {
 };
 
 /*
+ A row of `doveadm dovetail compare`.
+ */
+struct dt_difference_row {
+  const char *user;
+  const char *peer;
+  const char *mailbox;
+  const char *what;
+  const char *detail;
+  uint32_t uid;
+};
+
+/*
+ What `doveadm dovetail progress` prints.
+ */
+struct dt_progress {
+  bool is_running;
+  uint64_t users;
+  uint64_t users_done;
+  uint64_t mails;
+  uint64_t mails_done;
+  uint64_t secs;
+  uint64_t mails_per_sec;
+  uint64_t secs_left;
+};
+
+/*
  A row of `doveadm dovetail cert`.
  */
 struct dt_cert_row {
@@ -488,6 +514,25 @@ int dt_rs_waiting(void (*row)(void*, const struct dt_waiting_row*),
                   void *context,
                   char *error,
                   uintptr_t error_size);
+
+/*
+ `user`: NULL: all users.
+
+ # Safety
+ `user` is NUL-terminated or null.
+ */
+int dt_rs_compare(const char *user,
+                  bool repair,
+                  void (*row)(void*, const struct dt_difference_row*),
+                  void *context,
+                  char *error,
+                  uintptr_t error_size);
+
+/*
+ # Safety
+ `progress` can be written to.
+ */
+int dt_rs_progress(struct dt_progress *progress, char *error, uintptr_t error_size);
 
 /*
  `user`: NULL: of all users.

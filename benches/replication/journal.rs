@@ -78,6 +78,7 @@ fn memory(folder: &Path, report: &mut Report) {
         queue_bytes_max: 64 << 20,
         journal: folder.into(),
         journal_bytes_max: 1 << 30,
+        compare_listed_after_us: None,
         journal_age_us_max: u64::MAX >> 1,
         boot: "bench".into(),
         tls: None,

@@ -2,10 +2,11 @@
 
 use super::ffi;
 use super::settings::{read, text, value};
+use crate::change;
 use crate::guard::guard;
 use crate::relay::client;
 use crate::tls::authority;
-use crate::wire::proto::NamedCount;
+use crate::wire::proto::{NamedCount, Progress};
 use std::ffi::{c_char, c_int, c_void, CString};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -121,6 +122,83 @@ extern "C" fn dt_rs_waiting(
             -1
         }
     }
+}
+
+/// `user`: NULL: all users.
+///
+/// # Safety
+/// `user` is NUL-terminated or null.
+#[no_mangle]
+unsafe extern "C" fn dt_rs_compare(
+    user: *const c_char,
+    repair: bool,
+    row: extern "C" fn(*mut c_void, *const ffi::DtDifferenceRow),
+    context: *mut c_void,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int {
+    let result = guard("doveadm dovetail compare", Err("Internal error, see above".to_owned()), || {
+        let settings = read(std::ptr::null_mut()).map_err(|errors| errors.join("; "))?;
+        let user = (!user.is_null()).then(|| text(user));
+        client::compare(&settings.socket, user.as_deref(), repair, TIMEOUT, |difference| {
+            let (user, peer) = (c_string(&difference.user), c_string(&difference.peer));
+            let mailbox = c_string(&change::printable(&difference.path.join("/")));
+            let (what, detail) = (c_string(&difference.what), c_string(&difference.detail));
+            let values = ffi::DtDifferenceRow {
+                user: user.as_ptr(),
+                peer: peer.as_ptr(),
+                mailbox: mailbox.as_ptr(),
+                what: what.as_ptr(),
+                detail: detail.as_ptr(),
+                uid: difference.uid,
+            };
+            row(context, &raw const values);
+        })
+    });
+    match result {
+        Ok(()) => 0,
+        Err(message) => {
+            copy_out(&message, error, error_size);
+            -1
+        }
+    }
+}
+
+/// # Safety
+/// `progress` can be written to.
+#[no_mangle]
+unsafe extern "C" fn dt_rs_progress(progress: *mut ffi::DtProgress, error: *mut c_char, error_size: usize) -> c_int {
+    let result = guard("doveadm dovetail progress", Err("Internal error, see above".to_owned()), || {
+        let settings = read(std::ptr::null_mut()).map_err(|errors| errors.join("; "))?;
+        client::progress(&settings.socket, TIMEOUT)
+    });
+    match result {
+        Ok(answer) => {
+            let values = ffi::DtProgress {
+                is_running: answer.is_running,
+                users: answer.users,
+                users_done: answer.users_done,
+                mails: answer.mails,
+                mails_done: answer.mails_done,
+                secs: answer.elapsed_ms / 1_000,
+                mails_per_sec: (answer.mails_done * 1_000).checked_div(answer.elapsed_ms).unwrap_or(0),
+                secs_left: secs_left(&answer),
+            };
+            // SAFETY: the caller's.
+            unsafe { *progress = values };
+            0
+        }
+        Err(message) => {
+            copy_out(&message, error, error_size);
+            -1
+        }
+    }
+}
+
+/// As long as the rest takes if it goes on as it went: by users, as the mails of those who come are not known yet.
+fn secs_left(progress: &Progress) -> u64 {
+    let left = progress.users.saturating_sub(progress.users_done);
+    (progress.elapsed_ms.saturating_mul(left) / 1_000).checked_div(progress.users_done).unwrap_or(0)
 }
 
 /// `user`: NULL: of all users.

@@ -162,6 +162,30 @@ pub struct DtFailedRow {
     pub since: u64,
 }
 
+/// A row of `doveadm dovetail compare`.
+#[repr(C)]
+pub struct DtDifferenceRow {
+    pub user: *const c_char,
+    pub peer: *const c_char,
+    pub mailbox: *const c_char,
+    pub what: *const c_char,
+    pub detail: *const c_char,
+    pub uid: u32,
+}
+
+/// What `doveadm dovetail progress` prints.
+#[repr(C)]
+pub struct DtProgress {
+    pub is_running: bool,
+    pub users: u64,
+    pub users_done: u64,
+    pub mails: u64,
+    pub mails_done: u64,
+    pub secs: u64,
+    pub mails_per_sec: u64,
+    pub secs_left: u64,
+}
+
 /// A row of `doveadm dovetail waiting`.
 #[repr(C)]
 pub struct DtWaitingRow {

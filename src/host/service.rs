@@ -19,6 +19,8 @@ use crate::tls::Credentials;
 
 /// Dovecot's exit status for a fatal error.
 const FATAL_DEFAULT: c_int = 89;
+/// Most of what leads into the list of what failed is still going on at first.
+const COMPARE_LISTED_AFTER_US: u64 = 30_000_000;
 
 #[allow(unused_doc_comments)]
 /// cbindgen:ignore
@@ -108,6 +110,7 @@ extern "C" fn dt_rs_relay_configure(uid: libc::uid_t, gid: libc::gid_t) -> c_int
                 queue_bytes_max: usize::try_from(settings.relay_queue_size).unwrap_or(usize::MAX),
                 journal: settings.state_dir,
                 journal_bytes_max: settings.journal_size,
+                compare_listed_after_us: Some(COMPARE_LISTED_AFTER_US),
                 journal_age_us_max: settings.journal_days * 86_400 * 1_000_000,
                 boot: std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().into(),
                 tls,

@@ -70,6 +70,39 @@ impl Journal {
         Ok(cleared as u64)
     }
 
+    /// Users of whom something has been listed since before then and is to be compared; those of whom it was listed first come first.
+    pub fn users_to_compare(&self, before_us: u64, count_max: usize) -> Result<Vec<String>, JournalError> {
+        self.run(|db| {
+            let mut rows = db.prepare_cached(
+                "SELECT user FROM failed WHERE seq = 0 AND user != '' AND at_us <= ? \
+                 GROUP BY user ORDER BY min(at_us) LIMIT ?",
+            )?;
+            let rows = rows.query_map((to_sql(before_us), count_max as i64), |row| row.get(0))?;
+            rows.collect()
+        })
+    }
+
+    /// The user was compared with all peers: what was listed of him until then is over.
+    pub fn was_compared(&mut self, user: &str, until_us: u64) -> Result<u64, JournalError> {
+        self.write()?;
+        let cleared = self.run(|db| {
+            db.prepare_cached("DELETE FROM failed WHERE user = ? AND at_us <= ?")?.execute((user, to_sql(until_us)))
+        })?;
+        Ok(cleared as u64)
+    }
+
+    /// Forgets how many changes the peer will not get if nobody is left who has to be compared with it for that. True: it has.
+    pub fn forget_dropped(&mut self, peer: &str) -> Result<bool, JournalError> {
+        let is_listed =
+            self.run(|db| db.prepare_cached("SELECT 1 FROM failed WHERE peer = ? AND seq = 0")?.exists([peer]))?;
+        if is_listed {
+            return Ok(false);
+        }
+        self.write()?;
+        self.run(|db| db.execute("UPDATE peers SET dropped = 0 WHERE name = ?", [peer]))?;
+        Ok(true)
+    }
+
     /// How many there are.
     pub fn failed_count(&self) -> Result<u64, JournalError> {
         self.run(|db| db.prepare_cached("SELECT count(*) FROM failed")?.query_row([], |row| row.get(0).map(from_sql)))

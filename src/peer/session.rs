@@ -11,7 +11,8 @@ use crate::change::{self, SERVER_BYTES_MAX};
 use crate::wire::frame::{self, FrameError};
 use crate::wire::proto::frame::Kind;
 use crate::wire::proto::{
-    Ack, BodyCancel, BodyChunk, BodyMore, BodyRequest, Change, Frame, Hello, Known, Linked, Ping, Pong, Refused, SeqOf,
+    Ack, Answer, BodyCancel, BodyChunk, BodyMore, BodyRequest, Change, Frame, Hello, Known, Linked, Ping, Pong,
+    Question, Refused, SeqOf,
 };
 
 /// A peer that says nothing for this long is asked whether it is there.
@@ -60,6 +61,8 @@ pub enum Event {
     BodyCancel(BodyCancel),
     Known(Known),
     Linked(Linked),
+    Question(Question),
+    Answer(Answer),
 }
 
 /// Why a session must end.
@@ -113,7 +116,8 @@ pub struct Session {
     ack_epoch: u64,
     acks: Vec<u64>,
     known: Vec<SeqOf>,
-    bodies: VecDeque<BodyChunk>,
+    /// Bodies, and what two servers ask each other when they compare.
+    bulk: VecDeque<Frame>,
     frames_since_body: u32,
     heard_clock: u64,
     peers_heard_clock: u64,
@@ -133,7 +137,7 @@ impl Session {
             ack_epoch: 0,
             acks: Vec::new(),
             known: Vec::new(),
-            bodies: VecDeque::new(),
+            bulk: VecDeque::new(),
             frames_since_body: 0,
             heard_clock: 0,
             peers_heard_clock: 0,
@@ -184,7 +188,7 @@ impl Session {
         if !self.heard_from {
             return self.receive_greeting(kind).map(Some);
         }
-        if self.control.len() + self.bodies.len() + self.acks.len() > WAITING_MAX {
+        if self.control.len() + self.bulk.len() + self.acks.len() > WAITING_MAX {
             return Err(SessionError::NotReading);
         }
         Ok(Some(match kind {
@@ -200,6 +204,8 @@ impl Session {
             Kind::BodyCancel(cancel) => Event::BodyCancel(cancel),
             Kind::Known(known) => Event::Known(known),
             Kind::Linked(linked) => Event::Linked(linked),
+            Kind::Question(question) => Event::Question(question),
+            Kind::Answer(answer) => Event::Answer(answer),
             Kind::Ping(ping) => {
                 self.peers_heard_clock = self.peers_heard_clock.max(ping.heard_clock);
                 self.answer(ping);
@@ -256,9 +262,9 @@ impl Session {
         self.control.push_back(kind.into());
     }
 
-    /// Puts a chunk into the lane of bodies.
-    pub fn body(&mut self, chunk: BodyChunk) {
-        self.bodies.push_back(chunk);
+    /// Puts a frame into the lane of bodies.
+    pub fn bulk(&mut self, kind: Kind) {
+        self.bulk.push_back(kind.into());
     }
 
     /// Appends the next frame to `out`; false if there is none. A frame of ours that does not fit is an error.
@@ -273,7 +279,7 @@ impl Session {
         if !self.is_up() {
             return Ok(false);
         }
-        let body_is_due = !self.bodies.is_empty() && self.frames_since_body >= FRAMES_PER_BODY;
+        let body_is_due = !self.bulk.is_empty() && self.frames_since_body >= FRAMES_PER_BODY;
         if !body_is_due {
             if let Some(change) = outbox.next(now_ms) {
                 self.frames_since_body = self.frames_since_body.saturating_add(1);
@@ -281,17 +287,17 @@ impl Session {
                 return Ok(true);
             }
         }
-        let Some(chunk) = self.bodies.pop_front() else {
+        let Some(frame) = self.bulk.pop_front() else {
             return Ok(false);
         };
         self.frames_since_body = 0;
-        frame::append(&Kind::BodyChunk(chunk).into(), out)?;
+        frame::append(&frame, out)?;
         Ok(true)
     }
 
     /// True if nothing is left to be sent but changes.
     pub fn is_quiet(&self) -> bool {
-        self.control.is_empty() && self.acks.is_empty() && self.known.is_empty() && self.bodies.is_empty()
+        self.control.is_empty() && self.acks.is_empty() && self.known.is_empty() && self.bulk.is_empty()
     }
 
     fn receive_greeting(&mut self, kind: Kind) -> Result<Event, SessionError> {
@@ -441,7 +447,7 @@ mod tests {
     fn control_leaves_before_changes_and_changes_before_bodies() {
         let mut session = up();
         for _ in 0..3 {
-            session.body(BodyChunk::default());
+            session.bulk(Kind::BodyChunk(BodyChunk::default()));
         }
         session.ack(7, 1);
         session.ack(7, 2);
@@ -488,7 +494,7 @@ mod tests {
         (0..WAITING_MAX + 9).for_each(|_| session.tell_known(SeqOf::default()));
         assert_eq!(session.known.len(), WAITING_MAX);
         session.receive(Kind::Pong(Pong::default()).into(), 0).unwrap();
-        (0..=WAITING_MAX).for_each(|_| session.body(BodyChunk::default()));
+        (0..=WAITING_MAX).for_each(|_| session.bulk(Kind::BodyChunk(BodyChunk::default())));
         let outcome = session.receive(Kind::Pong(Pong::default()).into(), 0);
         assert_eq!(outcome, Err(SessionError::NotReading));
     }

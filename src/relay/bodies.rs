@@ -235,7 +235,7 @@ impl Engine {
                     return;
                 };
                 match kind {
-                    Kind::BodyChunk(chunk) => link.session.body(chunk),
+                    chunk @ Kind::BodyChunk(_) => link.session.bulk(chunk),
                     kind => link.session.control(kind),
                 }
             }

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use crate::wire::frame::{self, Decoder};
 use crate::wire::proto::{
-    frame::Kind, ClearFailed, FailedEntry, FailedRequest, Status, StatusRequest, WaitingEntry, WaitingRequest,
+    frame::Kind, ClearFailed, CompareRequest, Difference, FailedEntry, FailedRequest, Progress, ProgressRequest,
+    Status, StatusRequest, WaitingEntry, WaitingRequest,
 };
 
 /// Asks the relay that listens on `socket` for its status. Blocks for at most about `timeout`; the error is a full sentence.
@@ -71,11 +72,51 @@ pub fn clear_failed(socket: &Path, user: Option<&str>, timeout: Duration) -> Res
     Ok(cleared)
 }
 
+/// Has it compare one user, or (None) all, with the peers, and hands out what differs as it is found. `repair`: until nothing does.
+pub fn compare(
+    socket: &Path,
+    user: Option<&str>,
+    repair: bool,
+    timeout: Duration,
+    mut each: impl FnMut(&Difference),
+) -> Result<(), String> {
+    let mut error = String::new();
+    let request = CompareRequest { user: user.unwrap_or_default().to_owned(), all: user.is_none(), repair };
+    ask_on(&connect(socket)?, timeout, Kind::CompareRequest(request), |kind| match kind {
+        Kind::CompareList(list) => {
+            list.differences.iter().for_each(&mut each);
+            error = list.error;
+            Some(!list.more)
+        }
+        _ => None,
+    })
+    .map_err(|error| format!("{}: {error}", socket.display()))?;
+    if error.is_empty() {
+        Ok(())
+    } else {
+        Err(error)
+    }
+}
+
+/// Asks it how far its comparisons are.
+pub fn progress(socket: &Path, timeout: Duration) -> Result<Progress, String> {
+    let mut progress = Progress::default();
+    ask_on(&connect(socket)?, timeout, Kind::ProgressRequest(ProgressRequest {}), |kind| match kind {
+        Kind::Progress(answer) => {
+            progress = answer;
+            Some(true)
+        }
+        _ => None,
+    })
+    .map_err(|error| format!("{}: {error}", socket.display()))?;
+    Ok(progress)
+}
+
 fn connect(socket: &Path) -> Result<UnixStream, String> {
     UnixStream::connect(socket).map_err(|error| format!("connect({}) failed: {error}", socket.display()))
 }
 
-/// Sends the request and hands out the answers until one is the last (`true`). `None`: it is no answer.
+/// Sends the request and hands out the answers until one is the last (`true`). `None`: it is no answer. Waits for so long for each.
 fn ask_on(
     mut stream: &UnixStream,
     timeout: Duration,
@@ -83,7 +124,7 @@ fn ask_on(
     mut answer: impl FnMut(Kind) -> Option<bool>,
 ) -> Result<(), String> {
     let fail = |what: &str, error: &dyn std::fmt::Display| format!("{what}() failed: {error}");
-    let deadline = Instant::now() + timeout;
+    let mut deadline = Instant::now() + timeout;
     stream.set_write_timeout(Some(timeout)).map_err(|e| fail("setsockopt", &e))?;
     let request = frame::encode(&request.into()).map_err(|e| fail("encode", &e))?;
     stream.write_all(&request).map_err(|e| fail("write", &e))?;
@@ -94,7 +135,10 @@ fn ask_on(
         if let Some(frame) = decoder.next().map_err(|e| fail("read", &e))? {
             match frame.kind.and_then(&mut answer) {
                 Some(true) => return Ok(()),
-                Some(false) => continue,
+                Some(false) => {
+                    deadline = Instant::now() + timeout;
+                    continue;
+                }
                 None => return Err(fail("read", &"the relay answered something else than what it was asked for")),
             }
         }

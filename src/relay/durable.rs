@@ -217,6 +217,7 @@ impl Engine {
         let names: Vec<&str> = peers.iter().map(|peer| self.peers[*peer].name.as_str()).collect();
         self.journal.append(user, now_us, &encoded, &names)?;
         self.note_seen(user, &self.me.server.clone(), self.me.epoch, seq);
+        self.questions.note_change(user);
         for peer in peers {
             self.peers[peer].outbox.append(user, seq, encoded.clone(), now_us);
         }

@@ -14,6 +14,7 @@ use mio::Token;
 use super::bodies::Bodies;
 use super::causes::Causes;
 use super::clock::Clock;
+use super::compare::Comparisons;
 use super::connection::{Connection, Incoming, Stream, READ_BYTES};
 use super::flags::Races;
 use super::heal::Heals;
@@ -24,6 +25,7 @@ use super::outside::Outside;
 use super::passing::Told;
 use super::peers::PeerState;
 use super::poison::Poison;
+use super::questions::Questions;
 use super::redo::Redos;
 use super::spans::Spans;
 use super::status::Counts;
@@ -124,6 +126,8 @@ pub struct Engine {
     pub asked: Vec<String>,
     pub races: Races,
     pub redos: Redos,
+    pub questions: Questions,
+    pub comparisons: Comparisons,
     /// Users with changes of flags that some peer may not have heard of, and the clock of the last.
     pub flags_clocks: HashMap<Arc<str>, u64>,
     pub flags_settled_ms: u64,
@@ -202,6 +206,8 @@ impl Engine {
             asked: Vec::new(),
             races: Races::default(),
             redos: Redos::default(),
+            questions: Questions::default(),
+            comparisons: Comparisons::default(),
             flags_clocks: HashMap::new(),
             flags_settled_ms: 0,
             clock_noted: 0,
@@ -564,6 +570,7 @@ impl Engine {
             self.worker_tick(index);
         }
         self.tick_strangers();
+        self.tick_comparisons();
     }
 
     fn tick_strangers(&mut self) {
@@ -606,6 +613,8 @@ impl Engine {
             .chain(self.lists.wake_up_ms())
             .chain(self.work.wake_up_ms())
             .chain(self.redos.wake_up_ms(self.now_ms))
+            .chain(self.questions.wake_up_ms(self.now_ms))
+            .chain(self.comparisons.wake_up_ms(self.now_ms))
             .chain(self.unnamed.front().map(|(due_ms, ..)| *due_ms))
             .chain(self.stop_by_ms)
             .min();

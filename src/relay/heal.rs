@@ -278,6 +278,11 @@ impl Heals {
         self.line.is_empty() && self.running == self.running_again
     }
 
+    /// Whether the user is to be looked at, or is.
+    pub fn has(&self, user: &str) -> bool {
+        self.users.contains_key(user)
+    }
+
     pub fn is_running(&self, user: &str) -> bool {
         self.users.get(user).is_some_and(|user| user.running.is_some())
     }

@@ -16,7 +16,7 @@ use crate::wire::proto::{
 };
 
 /// Answers that may wait for a process that does not read them.
-const OUT_BYTES_MAX: usize = 1 << 20;
+pub const OUT_BYTES_MAX: usize = 1 << 20;
 
 /// Of what failed, and of who waits, so much is listed.
 const FAILED_MAX: usize = 10_000;
@@ -66,6 +66,15 @@ impl Engine {
         }
         if let Kind::WaitingRequest(_) = kind {
             return self.answer_waiting(token);
+        }
+        if let Kind::CompareRequest(request) = kind {
+            self.compare(token, &request);
+            return Ok(());
+        }
+        if let Kind::ProgressRequest(_) = kind {
+            let progress = self.progress();
+            self.send(token, &Kind::Progress(progress).into());
+            return Ok(());
         }
         if let Kind::ClearFailed(clear) = kind {
             return self.clear_failed(token, &clear);

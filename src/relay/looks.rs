@@ -40,8 +40,8 @@ impl Engine {
             let Some(index) = self.workers.iter().position(Worker::may_work) else { return };
             self.sweep();
             self.sweep_unheard();
-            let (work, redos) = (&self.work, &self.redos);
-            let is_busy = |user: &str| work.is_busy(user) || redos.is_running(user);
+            let (work, redos, questions) = (&self.work, &self.redos, &self.questions);
+            let is_busy = |user: &str| work.is_busy(user) || redos.is_running(user) || questions.is_telling(user);
             let may_retry = self.may_retry();
             let Some((user, look)) = self.heals.next(self.now_ms, may_retry, is_busy) else {
                 return self.ask_for_users();
@@ -148,6 +148,9 @@ impl Engine {
     pub fn worker_looked(&mut self, index: usize, looked: Looked) -> Result<(), Close> {
         if matches!(self.workers[index].task, Task::Ask) {
             return self.worker_asked(index, looked);
+        }
+        if matches!(self.workers[index].task, Task::Answer(_)) {
+            return self.worker_told(index, looked);
         }
         let Task::Look(job) = &self.workers[index].task else {
             return Err(Close::Malformed(format!("it looked for job {}, which it was not given", looked.job)));

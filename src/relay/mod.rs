@@ -13,6 +13,7 @@ mod bodies;
 mod causes;
 pub mod client;
 mod clock;
+mod compare;
 #[doc(hidden)]
 pub mod connection;
 mod durable;
@@ -27,6 +28,7 @@ pub mod outside;
 mod passing;
 mod peers;
 mod poison;
+mod questions;
 mod redo;
 mod spans;
 mod status;
@@ -83,6 +85,8 @@ pub struct Config {
     pub journal_bytes_max: u64,
     /// And for how long (dovetail_journal_days), in microseconds.
     pub journal_age_us_max: u64,
+    /// For how long a mailbox stands in the list of what failed until it is compared; None: until a person has it compared.
+    pub compare_listed_after_us: Option<u64>,
     /// Of this boot of the machine.
     pub boot: String,
     /// What this server proves itself with, and whom it trusts (dovetail_cert and others). None: plaintext.

@@ -281,6 +281,11 @@ impl Order {
         self.look_again(user, spans, released);
     }
 
+    /// Whether something of the user is held.
+    pub fn holds(&self, user: &str) -> bool {
+        self.users.contains_key(user)
+    }
+
     /// Changes that are held.
     pub fn held(&self) -> usize {
         self.users.values().flatten().filter(|held| held.arrival.change.is_some()).count()

@@ -229,6 +229,11 @@ impl Engine {
             }
             Some(Event::Known(known)) => self.peer_knows(index, known),
             Some(Event::Linked(linked)) => self.take_linked(index, linked),
+            Some(Event::Question(question)) => self.take_question(index, question),
+            Some(Event::Answer(answer)) => {
+                self.take_answer(index, answer);
+                Ok(())
+            }
             None => Ok(()),
         }
     }
@@ -250,6 +255,8 @@ impl Engine {
         for dropped in self.work.drop_peer(index) {
             self.peers[index].inbox.finish(dropped.bytes);
         }
+        self.questions_without(index);
+        self.comparisons_without(index);
         let reason = why.reason().to_owned();
         self.bodies_without(
             Party::Peer(index),

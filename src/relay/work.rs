@@ -180,6 +180,11 @@ impl Work {
         })
     }
 
+    /// Whether something of the user waits, or is applied.
+    pub fn has(&self, user: &str) -> bool {
+        self.users.contains_key(user)
+    }
+
     /// Whether the user has a job.
     pub fn is_busy(&self, user: &str) -> bool {
         self.users.get(user).is_some_and(|work| work.is_busy)

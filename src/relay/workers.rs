@@ -18,6 +18,7 @@ use super::engine::{Close, Engine, Role};
 use super::looks::LookJob;
 use super::order::{Arrival, Release};
 use super::poison::{Tried, CRASHES_MAX};
+use super::questions::AnswerJob;
 use super::redo::RedoJob;
 use super::torn;
 use super::work::Received;
@@ -106,6 +107,8 @@ pub enum Task {
     /// Asks the userdb who the users are.
     Ask,
     Redo(RedoJob),
+    /// Answers a question, of a peer or a comparison.
+    Answer(Box<AnswerJob>),
 }
 
 /// A connection to a worker, or the want of one.
@@ -221,9 +224,10 @@ impl Engine {
             if let Some(error) = failed.into_inner() {
                 return self.fail(error);
             }
-            let Some((user, received)) = job else { return };
+            let Some((user, received)) = job else { break };
             self.begin_job(index, user, received);
         }
+        self.dispatch_questions();
     }
 
     /// Whether a worker may try again what failed before. Each try may take as long as Dovecot waits for a lock: so there are
@@ -260,6 +264,11 @@ impl Engine {
                 self.worker_looked(index, looked)?;
                 return self.ends_if(index, is_its_end);
             }
+            Some(Kind::Surveyed(surveyed)) => {
+                let is_its_end = !surveyed.more && !surveyed.error.is_empty();
+                self.worker_surveyed(index, surveyed)?;
+                return self.ends_if(index, is_its_end);
+            }
             Some(Kind::Attach(_)) => {}
             // What it wrote although it applied nothing.
             Some(Kind::Record(record)) => {
@@ -282,6 +291,7 @@ impl Engine {
 
     pub fn worker_closed(&mut self, index: usize, why: &Close) {
         let was_idle = matches!(self.workers[index].task, Task::Idle);
+        self.answered(index, format!("the worker went away ({})", why.reason()));
         self.workers[index].token = None;
         self.workers[index].is_wanted = !self.workers[index].only_reads;
         match std::mem::take(&mut self.workers[index].task) {
@@ -310,7 +320,7 @@ impl Engine {
                 self.forget_partly_applied(job.user());
             }
             Task::Ask => self.ask_again(),
-            Task::Idle | Task::Read(_) => {}
+            Task::Idle | Task::Read(_) | Task::Answer(_) => {}
         }
         self.bodies_without(Party::Worker(index), "the worker went away");
         if self.now_ms >= self.workers[index].connected_ms + GOOD_CONNECTION_MS {
@@ -606,6 +616,7 @@ impl Engine {
             origin.inbox.apply(*epoch, *seq);
         }
         self.note_seen(user, origin, *epoch, *seq);
+        self.questions.note_change(user);
         self.tell_known(&item.made, &item.given, via);
         self.acknowledge(via, item.epoch, item.seq);
     }

@@ -201,6 +201,85 @@ static void cmd_dovetail_cert_show(struct doveadm_cmd_context *cctx)
 	}
 }
 
+static void cmd_dovetail_difference_row(void *context, const struct dt_difference_row *row)
+{
+	doveadm_print(row->user);
+	doveadm_print(row->peer);
+	doveadm_print(row->mailbox);
+	doveadm_print(row->what);
+	doveadm_print_num(row->uid);
+	doveadm_print(row->detail);
+}
+
+/* What differs is printed; with repair, it does not any more when the command ends. */
+static void cmd_dovetail_compare_users(struct doveadm_cmd_context *cctx, bool repair)
+{
+	const char *user = NULL;
+	char error[1024];
+	bool all = FALSE;
+
+	(void)doveadm_cmd_param_str(cctx, "user", &user);
+	(void)doveadm_cmd_param_bool(cctx, "all-users", &all);
+	if ((user != NULL) == all) {
+		i_error("Either -u <user> or -A must be given");
+		doveadm_exit_code = EX_USAGE;
+		return;
+	}
+	if (!doveadm_print_is_initialized())
+		doveadm_print_init(DOVEADM_PRINT_TYPE_TABLE);
+	doveadm_print_header_simple("user");
+	doveadm_print_header_simple("peer");
+	doveadm_print_header_simple("mailbox");
+	doveadm_print_header_simple("what");
+	doveadm_print_header("uid", "uid", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
+	doveadm_print_header("detail", "detail", DOVEADM_PRINT_HEADER_FLAG_EXPAND);
+	if (dt_rs_compare(user, repair, cmd_dovetail_difference_row, NULL, error, sizeof(error)) < 0) {
+		i_error("%s", error);
+		doveadm_exit_code = EX_TEMPFAIL;
+	}
+}
+
+static void cmd_dovetail_compare(struct doveadm_cmd_context *cctx)
+{
+	cmd_dovetail_compare_users(cctx, FALSE);
+}
+
+static void cmd_dovetail_resync(struct doveadm_cmd_context *cctx)
+{
+	bool nothing = FALSE;
+
+	(void)doveadm_cmd_param_bool(cctx, "no-change", &nothing);
+	cmd_dovetail_compare_users(cctx, !nothing);
+}
+
+static void cmd_dovetail_progress(struct doveadm_cmd_context *cctx)
+{
+	static const char *const headers[] = { "users_done", "users", "mails_done", "mails", "mails_per_sec",
+					       "secs", "secs_left" };
+	struct dt_progress progress;
+	char error[1024];
+	unsigned int i;
+
+	if (!doveadm_print_is_initialized())
+		doveadm_print_init(DOVEADM_PRINT_TYPE_TABLE);
+	doveadm_print_header_simple("state");
+	for (i = 0; i < N_ELEMENTS(headers); i++)
+		doveadm_print_header(headers[i], headers[i], DOVEADM_PRINT_HEADER_FLAG_NUMBER);
+	if (dt_rs_progress(&progress, error, sizeof(error)) < 0) {
+		i_error("%s", error);
+		doveadm_exit_code = EX_TEMPFAIL;
+		return;
+	}
+	doveadm_print(progress.is_running ? "running" : "idle");
+	doveadm_print_num(progress.users_done);
+	doveadm_print_num(progress.users);
+	doveadm_print_num(progress.mails_done);
+	doveadm_print_num(progress.mails);
+	doveadm_print_num(progress.mails_per_sec);
+	doveadm_print_num(progress.secs);
+	doveadm_print_num(progress.secs_left);
+}
+
 static struct doveadm_cmd_ver2 doveadm_dovetail_cmds[] = {
 	{
 		.name = "dovetail cert init",
@@ -225,6 +304,32 @@ DOVEADM_CMD_PARAMS_END
 		.cmd = cmd_dovetail_cert_show,
 DOVEADM_CMD_PARAMS_START
 DOVEADM_CMD_PARAM('d', "directory", CMD_PARAM_STR, 0)
+DOVEADM_CMD_PARAMS_END
+	},
+	{
+		.name = "dovetail compare",
+		.usage = "-u <user>|-A",
+		.cmd = cmd_dovetail_compare,
+DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_PARAM('u', "user", CMD_PARAM_STR, 0)
+DOVEADM_CMD_PARAM('A', "all-users", CMD_PARAM_BOOL, 0)
+DOVEADM_CMD_PARAMS_END
+	},
+	{
+		.name = "dovetail resync",
+		.usage = "-u <user>|-A [-n]",
+		.cmd = cmd_dovetail_resync,
+DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_PARAM('u', "user", CMD_PARAM_STR, 0)
+DOVEADM_CMD_PARAM('A', "all-users", CMD_PARAM_BOOL, 0)
+DOVEADM_CMD_PARAM('n', "no-change", CMD_PARAM_BOOL, 0)
+DOVEADM_CMD_PARAMS_END
+	},
+	{
+		.name = "dovetail progress",
+		.usage = "",
+		.cmd = cmd_dovetail_progress,
+DOVEADM_CMD_PARAMS_START
 DOVEADM_CMD_PARAMS_END
 	},
 	{

@@ -7,7 +7,8 @@ use super::body::{self, Link};
 use super::connection::Connection;
 use super::elsewhere::Elsewhere;
 use super::look::{self, Wanted};
-use super::storage::Storage;
+use super::storage::{self, Storage};
+use super::{compare, tell};
 use crate::change::ELSEWHERE_MAX;
 use crate::time::{Clocks, Time};
 use crate::wire::proto::{self, frame::Kind};
@@ -34,6 +35,8 @@ pub struct Jobs {
     collecting: Option<Collecting>,
     /// Frames of a Look, the same.
     wanted: Option<Wanted>,
+    /// And of a Tell.
+    telling: Option<proto::Tell>,
     next_body: u64,
     has_failed: bool,
 }
@@ -60,7 +63,7 @@ impl Default for Jobs {
 
 impl Jobs {
     pub fn new(time: Box<dyn Time>) -> Jobs {
-        Jobs { time, collecting: None, wanted: None, next_body: 0, has_failed: false }
+        Jobs { time, collecting: None, wanted: None, telling: None, next_body: 0, has_failed: false }
     }
 
     /// One failed: the relay gives this worker nothing more. Dovecot may have left a lock where nobody looks for it: that of a
@@ -96,12 +99,19 @@ impl Jobs {
             Kind::BodyRequest(request) => {
                 storage.applying(&[]);
                 body::serve(storage, connection, &request)?;
-                // Reading may have written to the log as well.
-                for span in storage.take_spans() {
-                    connection.send(Kind::Record(proto::Record { spans: vec![span], ..Default::default() }))?;
-                }
+                send_spans_alone(storage, connection)
+            }
+            Kind::Survey(survey) => {
+                self.has_failed |= !compare::survey(storage, connection, &survey)?;
                 Ok(())
             }
+            Kind::Tell(tell) => match self.collect_tell(tell) {
+                Some(whole) => {
+                    self.has_failed |= !tell::tell(storage, connection, &whole)?;
+                    Ok(())
+                }
+                None => Ok(()),
+            },
             // Of a body that has ended meanwhile.
             Kind::BodyChunk(_) | Kind::BodyMore(_) | Kind::BodyCancel(_) => Ok(()),
             _ => Err(std::io::Error::new(std::io::ErrorKind::InvalidData, "unexpected kind of frame from the relay")),
@@ -126,6 +136,19 @@ impl Jobs {
         };
         if look.more {
             self.wanted = Some(whole);
+            return None;
+        }
+        Some(whole)
+    }
+
+    fn collect_tell(&mut self, tell: proto::Tell) -> Option<proto::Tell> {
+        let mut whole = match self.telling.take() {
+            Some(whole) if whole.job == tell.job => whole,
+            _ => proto::Tell { mailboxes: vec![], ..tell.clone() },
+        };
+        whole.mailboxes.extend(tell.mailboxes);
+        if tell.more {
+            self.telling = Some(whole);
             return None;
         }
         Some(whole)
@@ -289,6 +312,26 @@ fn send_news<C: Read + Write>(connection: &mut Connection<C>, job: u64, done: u3
 /// Whether the user's mail is replicated with the server; no server: nobody asks for another.
 pub fn is_of(peers: &proto::UserPeers, server: &str) -> bool {
     peers.all || server.is_empty() || peers.servers.iter().any(|peer| peer == server)
+}
+
+/// Opens the user for a server that asks, if it may.
+pub fn check_asker<S: Storage>(storage: &mut S, user: &str, asker: &str) -> storage::Result<proto::UserPeers> {
+    if !storage.open_user(user)? {
+        return Err("unknown here".into());
+    }
+    let peers = storage.user_peers()?;
+    match is_of(&peers, asker) {
+        true => Ok(peers),
+        false => Err(format!("server {asker} is not among the user's peers here (dovetail_peers of the userdb)")),
+    }
+}
+
+/// Reading may have written to logs as well.
+pub fn send_spans_alone<S: Storage, C: Read + Write>(storage: &mut S, connection: &mut Connection<C>) -> Link<()> {
+    for span in storage.take_spans() {
+        connection.send(Kind::Record(proto::Record { spans: vec![span], ..Default::default() }))?;
+    }
+    Ok(())
 }
 
 /// The last answer to a job; what does not fit goes ahead.

@@ -790,7 +790,7 @@ fn named<S: Storage>(
 
 /// What of a change of flags still holds. It is told with a later clock than what a worker applied behind it, which would win
 /// over that elsewhere, and not here.
-fn holding<S: Storage>(
+pub fn holding<S: Storage>(
     storage: &mut S,
     messages: &[MessageRange],
     update: &proto::FlagUpdate,

@@ -1,4 +1,4 @@
-//! The worker: applies other servers' changes to the mailboxes of this one, and reads bodies for others.
+//! The worker: applies other servers' changes to the mailboxes of this one, reads bodies for others, and says what is there.
 //!
 //! It gets one job at a time from the relay and answers it. It guarantees that a change that it reports as done is
 //! durable, that doing it again does nothing, that a mail is never dropped to solve a conflict, and that nothing that a
@@ -10,6 +10,7 @@
 
 pub mod apply;
 pub mod body;
+pub mod compare;
 pub mod connection;
 pub mod elsewhere;
 #[cfg(test)]
@@ -19,3 +20,4 @@ pub mod look;
 pub mod mark;
 pub mod name;
 pub mod storage;
+pub mod tell;

@@ -8,6 +8,7 @@ mod scene;
 
 mod bodies;
 mod clashes;
+mod compare;
 mod copy;
 mod deliver;
 mod demo;

@@ -154,6 +154,7 @@ impl Server {
             software: "test".into(),
             journal: house.path(&format!("{name}-journal")),
             journal_bytes_max: 1 << 30,
+            compare_listed_after_us: None,
             journal_age_us_max: 1 << 40,
             boot: "boot".into(),
         };

@@ -440,6 +440,7 @@ impl World {
             queue_bytes_max: 1 << 20,
             journal: it.folder.clone(),
             journal_bytes_max: 1 << 30,
+            compare_listed_after_us: None,
             journal_age_us_max: 1 << 50,
             boot: format!("boot {}", it.boot),
             tls: None,

@@ -1,0 +1,400 @@
+//! Questions what there is of a user, and requests to tell of it: a peer's, and those of our own comparisons.
+//!
+//! Workers answer them when nothing else is to be done. Guarantees that an answer holds for one moment at which nothing of the
+//! user was on its way to or from the peer that asks, or is an error; that no more than some of the workers are busy with
+//! answers; and that what is told is told as one, between the user's other changes. Bounded by what a peer may ask at once.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use mio::Token;
+use prost::Message;
+
+use super::engine::{Close, Engine};
+use super::order::Release;
+use super::workers::{Task, Worker};
+use crate::change;
+use crate::journal::JournalError;
+use crate::wire::proto::frame::Kind;
+use crate::wire::proto::{self, Answer, Looked, Question, Survey, Surveyed, Tell};
+
+/// Questions of one peer that wait.
+const PER_PEER_MAX: usize = 64;
+/// How long a question waits until nothing of the user is on its way any more.
+const WAIT_MS_MAX: u64 = 60_000;
+/// Between two looks whether that is so.
+const POLL_MS: u64 = 50;
+/// What is answered to one question.
+const ANSWER_BYTES_MAX: usize = 16 << 20;
+/// What one request to tell may have.
+const TELL_BYTES_MAX: usize = 16 << 20;
+/// Changes came in the middle of so many answers: the next one is an error.
+const TRIES_MAX: u32 = 50;
+
+const BUSY: &str = "changes of the user are still under way";
+
+/// Who wants to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asker {
+    /// A peer, over this connection, and its number for it.
+    Peer(usize, Token, u64),
+    /// The comparison with this number.
+    Own(u64),
+}
+
+/// What is wanted.
+#[derive(Clone, Debug)]
+pub enum Wanted {
+    Survey(Survey),
+    Tell(Tell),
+    /// Who the users are.
+    Users,
+}
+
+/// A question.
+pub struct Job {
+    asker: Asker,
+    user: Arc<str>,
+    /// Nothing of him must be on its way to or from it.
+    peer: usize,
+    wanted: Wanted,
+    due_ms: u64,
+    until_ms: u64,
+    tries: u32,
+}
+
+/// What a worker answers.
+pub struct AnswerJob {
+    id: u64,
+    job: Job,
+    generation: u64,
+    surveyed: Vec<Surveyed>,
+    users: Vec<String>,
+    bytes: usize,
+}
+
+impl AnswerJob {
+    fn is_telling(&self) -> bool {
+        matches!(self.job.wanted, Wanted::Tell(_))
+    }
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct Questions {
+    line: VecDeque<Job>,
+    /// Parts of requests that are not all there yet.
+    collecting: HashMap<(usize, u64), Tell>,
+    /// Of users who are compared: how often something of them was changed.
+    watched: HashMap<Arc<str>, u64>,
+    /// Users of whom something is told just now.
+    telling: Vec<Arc<str>>,
+}
+
+impl Questions {
+    /// Counts the user's changes from now on.
+    pub fn watch(&mut self, user: &Arc<str>) -> u64 {
+        *self.watched.entry(user.clone()).or_default()
+    }
+
+    pub fn forget(&mut self, user: &str) {
+        self.watched.remove(user);
+    }
+
+    /// Something of the user was changed here.
+    pub fn note_change(&mut self, user: &str) {
+        if let Some(generation) = self.watched.get_mut(user) {
+            *generation += 1;
+        }
+    }
+
+    pub fn is_telling(&self, user: &str) -> bool {
+        self.telling.iter().any(|telling| **telling == *user)
+    }
+
+    /// When a question is to be looked at although nothing else happened.
+    pub fn wake_up_ms(&self, now_ms: u64) -> Option<u64> {
+        self.line.iter().map(|job| job.due_ms).filter(|due_ms| *due_ms > now_ms).min()
+    }
+}
+
+impl Engine {
+    /// Whether nothing of the user is on its way to or from the peer.
+    pub fn is_settled(&mut self, user: &str, peer: usize) -> bool {
+        if self.work.has(user) || self.heals.has(user) || self.redos.has(user) || self.order.holds(user) {
+            return false;
+        }
+        match self.journal.pending_of_user(user, &self.peers[peer].name) {
+            Ok(pending) => pending.is_empty(),
+            Err(error) => {
+                self.fail(error);
+                false
+            }
+        }
+    }
+
+    /// A peer asks.
+    pub fn take_question(&mut self, index: usize, question: Question) -> Result<(), Close> {
+        let Some(token) = self.peers[index].link.as_ref().map(|link| link.token) else { return Ok(()) };
+        let Question { id, survey, tell } = question;
+        let asker = Asker::Peer(index, token, id);
+        let wanted = match (survey, tell) {
+            (Some(survey), None) => Wanted::Survey(survey),
+            (None, Some(tell)) => match self.collect_tell(index, id, tell)? {
+                Some(whole) => Wanted::Tell(whole),
+                None => return Ok(()),
+            },
+            _ => return Err(Close::Malformed("it asked for nothing, or for two things at once".into())),
+        };
+        let user = match &wanted {
+            Wanted::Survey(survey) => &survey.user,
+            Wanted::Tell(tell) => &tell.user,
+            Wanted::Users => return Ok(()),
+        };
+        change::check_user(user).map_err(|error| Close::Malformed(error.to_string()))?;
+        let user: Arc<str> = user.as_str().into();
+        let is_of_peer = |job: &&Job| matches!(job.asker, Asker::Peer(peer, ..) if peer == index);
+        if self.questions.line.iter().filter(is_of_peer).count() >= PER_PEER_MAX {
+            self.answer(asker, Err("it is asked too much at once".into()));
+            return Ok(());
+        }
+        self.want_answer(asker, user, index, wanted);
+        Ok(())
+    }
+
+    fn collect_tell(&mut self, index: usize, id: u64, tell: Tell) -> Result<Option<Tell>, Close> {
+        let whole = self.questions.collecting.entry((index, id));
+        let whole = whole.or_insert_with(|| Tell { mailboxes: vec![], ..tell.clone() });
+        whole.mailboxes.extend(tell.mailboxes);
+        if whole.encoded_len() > TELL_BYTES_MAX || self.questions.collecting.len() > PER_PEER_MAX {
+            return Err(Close::Malformed("it wants too much to be told".into()));
+        }
+        if tell.more {
+            return Ok(None);
+        }
+        Ok(self.questions.collecting.remove(&(index, id)))
+    }
+
+    pub fn want_answer(&mut self, asker: Asker, user: Arc<str>, peer: usize, wanted: Wanted) {
+        let (due_ms, until_ms) = (self.now_ms, self.now_ms + WAIT_MS_MAX);
+        self.questions.line.push_back(Job { asker, user, peer, wanted, due_ms, until_ms, tries: 0 });
+    }
+
+    /// The peer is gone, and what it asked with it.
+    pub fn questions_without(&mut self, index: usize) {
+        self.questions.line.retain(|job| !matches!(job.asker, Asker::Peer(peer, ..) if peer == index));
+        self.questions.collecting.retain(|(peer, _), _| *peer != index);
+    }
+
+    /// Nobody waits for the comparison's answers any more.
+    pub fn forget_questions_of(&mut self, run: u64) {
+        self.questions.line.retain(|job| job.asker != Asker::Own(run));
+    }
+
+    /// Gives questions to workers that have nothing else to do.
+    pub fn dispatch_questions(&mut self) {
+        let most = (self.config.workers / 2).max(1);
+        while self.workers.iter().filter(|worker| matches!(worker.task, Task::Answer(_))).count() < most {
+            let Some(index) = self.workers.iter().position(Worker::may_work) else { return };
+            let Some(job) = self.next_question() else { return };
+            if let Err(error) = self.begin_answer(index, job) {
+                return self.fail(error);
+            }
+        }
+    }
+
+    fn next_question(&mut self) -> Option<Job> {
+        let now_ms = self.now_ms;
+        for _ in 0..self.questions.line.len() {
+            let mut job = self.questions.line.pop_front()?;
+            let is_due = job.due_ms <= now_ms;
+            let is_busy = || self.work.is_busy(&job.user) || self.heals.is_running(&job.user);
+            let may_go = match job.wanted {
+                _ if !is_due => false,
+                Wanted::Users => true,
+                Wanted::Tell(_) => !is_busy() && !self.redos.has(&job.user) && !self.questions.is_telling(&job.user),
+                Wanted::Survey(_) => self.is_settled(&job.user.clone(), job.peer),
+            };
+            if may_go {
+                return Some(job);
+            }
+            if is_due {
+                if job.until_ms <= now_ms {
+                    self.answer(job.asker, Err(BUSY.into()));
+                    continue;
+                }
+                job.due_ms = now_ms + POLL_MS;
+            }
+            self.questions.line.push_back(job);
+        }
+        None
+    }
+
+    fn begin_answer(&mut self, index: usize, job: Job) -> Result<(), JournalError> {
+        self.last_job += 1;
+        let id = self.last_job;
+        let asker = match job.asker {
+            Asker::Peer(peer, ..) => self.peers[peer].name.clone(),
+            Asker::Own(_) => String::new(),
+        };
+        let frames: Vec<Kind> = match &job.wanted {
+            Wanted::Survey(survey) => {
+                let mut survey = Survey { job: id, asker, ..survey.clone() };
+                if let Some(mailbox) = &mut survey.mailbox {
+                    mailbox.guid = self.lists.canonical(&job.user, &mailbox.guid).to_vec();
+                }
+                vec![Kind::Survey(survey)]
+            }
+            Wanted::Tell(tell) => tell_frames(&Tell { job: id, asker, ..tell.clone() }).map(Kind::Tell).collect(),
+            Wanted::Users => vec![Kind::Look(proto::Look { job: id, users: true, ..Default::default() })],
+        };
+        if matches!(job.wanted, Wanted::Tell(_)) {
+            self.questions.telling.push(job.user.clone());
+            self.order.look_begins(&job.user);
+        }
+        let generation = self.questions.watch(&job.user);
+        let answer = AnswerJob { id, job, generation, surveyed: vec![], users: vec![], bytes: 0 };
+        self.workers[index].task = Task::Answer(Box::new(answer));
+        let Some(token) = self.workers[index].token else { return Ok(()) };
+        for frame in frames {
+            self.send(token, &frame.into());
+        }
+        Ok(())
+    }
+
+    pub fn worker_surveyed(&mut self, index: usize, surveyed: Surveyed) -> Result<(), Close> {
+        let Task::Answer(answer) = &mut self.workers[index].task else {
+            return Err(Close::Malformed("it answers what it was not asked".into()));
+        };
+        if surveyed.job != answer.id || !matches!(answer.job.wanted, Wanted::Survey(_)) {
+            return Err(Close::Malformed("it answers what it was not asked".into()));
+        }
+        let (more, error, user) = (surveyed.more, change::printable(&surveyed.error), answer.job.user.clone());
+        let peers = surveyed.peers.clone();
+        answer.bytes += surveyed.encoded_len();
+        if answer.bytes <= ANSWER_BYTES_MAX && more {
+            // Only for this server.
+            answer.surveyed.push(Surveyed { job: 0, peers: None, ..surveyed });
+        }
+        self.take_user_peers(&user, peers);
+        if !more {
+            self.answered(index, error);
+        }
+        Ok(())
+    }
+
+    /// What a worker tells because it was asked to, or the users that it lists.
+    pub fn worker_told(&mut self, index: usize, looked: Looked) -> Result<(), Close> {
+        let Task::Answer(answer) = &mut self.workers[index].task else { return Ok(()) };
+        if looked.job != answer.id || matches!(answer.job.wanted, Wanted::Survey(_)) {
+            return Err(Close::Malformed("it tells what it was not asked".into()));
+        }
+        answer.users.extend(looked.users);
+        let user = answer.job.user.clone();
+        if let Some(told) = looked.change.filter(|_| answer.is_telling()) {
+            change::check_change(&told).map_err(|error| Close::Malformed(error.to_string()))?;
+            if told.user != *user {
+                return Err(Close::Malformed("it tells of another user than it was asked".into()));
+            }
+            self.ship_all(vec![Release { user, change: Some(told), spans: Vec::new() }]);
+        }
+        if !looked.more {
+            self.answered(index, change::printable(&looked.error));
+        }
+        Ok(())
+    }
+
+    /// The worker has said all, or went away.
+    pub fn answered(&mut self, index: usize, error: String) {
+        if !matches!(self.workers[index].task, Task::Answer(_)) {
+            return;
+        }
+        let Task::Answer(answer) = std::mem::take(&mut self.workers[index].task) else { return };
+        let is_telling = answer.is_telling();
+        let AnswerJob { mut job, generation, surveyed, users, bytes, .. } = *answer;
+        let user = job.user.clone();
+        if is_telling {
+            self.questions.telling.retain(|telling| *telling != user);
+            let mut released = Vec::new();
+            self.order.look_ends(&user, self.now_ms, &self.spans, &mut released);
+            self.ship_all(released);
+        }
+        if error.is_empty() {
+            self.poison.note_job();
+        }
+        let is_survey = matches!(job.wanted, Wanted::Survey(_));
+        if is_survey && error.is_empty() {
+            let was_quiet = self.questions.watch(&user) == generation && self.is_settled(&user, job.peer);
+            if !was_quiet {
+                job.tries += 1;
+                job.due_ms = self.now_ms + POLL_MS;
+                if job.tries >= TRIES_MAX || job.until_ms <= self.now_ms {
+                    return self.answer(job.asker, Err(BUSY.into()));
+                }
+                return self.questions.line.push_back(job);
+            }
+        }
+        if bytes > ANSWER_BYTES_MAX {
+            return self.answer(job.asker, Err("there is too much to answer at once".into()));
+        }
+        let users = Surveyed { subscribed: vec![proto::Name { path: users }], ..Default::default() };
+        let said = match job.wanted {
+            Wanted::Users => vec![users],
+            _ => surveyed,
+        };
+        self.answer(job.asker, if error.is_empty() { Ok(said) } else { Err(error) });
+        self.forget_watched(&user);
+    }
+
+    /// Of whom nobody asks any more.
+    fn forget_watched(&mut self, user: &Arc<str>) {
+        let is_his = |job: &Job| job.user == *user;
+        let is_asked = self.questions.line.iter().any(is_his)
+            || self.workers.iter().any(|worker| matches!(&worker.task, Task::Answer(answer) if is_his(&answer.job)));
+        if !is_asked && !self.comparisons.is_running(user) {
+            self.questions.forget(user);
+        }
+    }
+
+    fn answer(&mut self, asker: Asker, outcome: Result<Vec<Surveyed>, String>) {
+        let (index, token, id) = match asker {
+            Asker::Own(run) => return self.ours_are_known(run, outcome),
+            Asker::Peer(index, token, id) => (index, token, id),
+        };
+        let Some(link) = self.peers[index].link.as_mut().filter(|link| link.token == token) else { return };
+        let (said, error) = match outcome {
+            Ok(said) => (said, String::new()),
+            Err(error) => (Vec::new(), error),
+        };
+        for surveyed in said {
+            let surveyed = Some(surveyed);
+            link.session.bulk(Kind::Answer(Answer { id, more: true, surveyed, ..Default::default() }));
+        }
+        link.session.bulk(Kind::Answer(Answer { id, error, ..Default::default() }));
+    }
+}
+
+/// Bytes of one frame with a part of a request.
+const FRAME_BYTES_MAX: usize = 48_000;
+
+/// The request in parts that fit into frames. One mailbox may be in several.
+pub fn tell_frames(tell: &Tell) -> impl Iterator<Item = Tell> {
+    let empty = || Tell { mailboxes: vec![], more: true, ..tell.clone() };
+    let mut frames = vec![empty()];
+    let mut bytes = 0;
+    for of in &tell.mailboxes {
+        let length = of.encoded_len() + 8;
+        if bytes > 0 && bytes + length > FRAME_BYTES_MAX {
+            frames.push(empty());
+            bytes = 0;
+        }
+        bytes += length;
+        if let Some(last) = frames.last_mut() {
+            last.mailboxes.push(of.clone());
+        }
+    }
+    if let Some(last) = frames.last_mut() {
+        last.more = false;
+    }
+    frames.into_iter()
+}

@@ -1,0 +1,286 @@
+//! `doveadm dovetail compare`, `resync` and `progress`: two servers are compared, seeded and repaired.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::time::Duration;
+
+use crate::cluster::snapshot::table;
+use crate::cluster::{wait_until, Cluster, Format, Server};
+use crate::scene::{mail, Scene, SOON};
+
+/// What stands in the list of what failed is compared after half a minute.
+const BY_ITSELF: Duration = Duration::from_secs(120);
+
+/// doveadm without our plugin: what it does nobody is told of.
+fn untold(server: &Server, args: &[&str]) -> String {
+    let all: Vec<&str> = ["-o", "mail_plugins="].iter().chain(args).copied().collect();
+    server.doveadm(&all)
+}
+
+fn untold_mail(server: &Server, user: &str, mailbox: &str, subject: &str) {
+    let args = ["-o", "mail_plugins=", "save", "-u", user, "-m", mailbox];
+    server.doveadm_bytes(&args, &mail(subject));
+}
+
+/// What the command prints.
+fn differences(server: &Server, args: &[&str]) -> Vec<BTreeMap<String, String>> {
+    let all: Vec<&str> = ["-f", "tab", "dovetail"].iter().chain(args).copied().collect();
+    table(&server.doveadm(&all)).collect()
+}
+
+/// The same in words: mailbox, what, UID.
+fn words(server: &Server, args: &[&str]) -> BTreeSet<String> {
+    let word = |row: BTreeMap<String, String>| format!("{} {} {}", row["mailbox"], row["what"], row["uid"]);
+    differences(server, args).into_iter().map(word).collect()
+}
+
+fn are_equal(t: &Scene, args: &[&str]) {
+    for server in t.servers() {
+        assert_eq!(differences(server, args), [], "compared by {}", server.name());
+    }
+}
+
+/// The relay forgets all, as if it had just been installed.
+fn forget_journal(server: &Server) {
+    server.stop();
+    fs::remove_dir_all(server.outside("/state/dovetail")).expect("the relay's journal");
+    server.start();
+}
+
+fn is_connected(server: &Server) -> bool {
+    server.try_status().is_some_and(|status| status.peers.iter().all(|peer| peer.state == "connected"))
+}
+
+fn wait_for_connection(t: &Scene) {
+    wait_until(SOON, "the relays are connected", || t.servers().iter().all(is_connected));
+}
+
+const DBOXES: [(Format, Format); 2] = [(Format::Sdbox, Format::Sdbox), (Format::Mdbox, Format::Sdbox)];
+const MAILDIRS: [(Format, Format); 2] = [(Format::Maildir, Format::Maildir), (Format::Sdbox, Format::Maildir)];
+
+fn in_pairs(pairs: [(Format, Format); 2], name: &str, story: fn(&Scene)) {
+    for (a, b) in pairs {
+        let user = format!("story-{name}-{a:?}-{b:?}").to_lowercase();
+        story(&Scene::on(Cluster::pair(a, b), &user));
+    }
+}
+
+/// Users with mail of before the plugin was there.
+fn fill(server: &Server, user: &str, mails: usize) {
+    untold(server, &["mailbox", "create", "-u", user, "-s", "Work", "Work/Old", "Empty"]);
+    for n in 0..mails {
+        untold_mail(server, user, ["INBOX", "Work", "Work/Old"][n % 3], &format!("mail {n}"));
+    }
+    untold(server, &["flags", "add", "-u", user, "\\Seen \\Flagged", "mailbox", "INBOX", "uid", "1"]);
+    untold(server, &["flags", "add", "-u", user, "\\Answered $Label work", "mailbox", "Work", "uid", "2"]);
+    untold(server, &["expunge", "-u", user, "mailbox", "Work", "uid", "1"]);
+    untold(server, &["mailbox", "unsubscribe", "-u", user, "Work/Old"]);
+    untold(server, &["mailbox", "subscribe", "-u", user, "Nowhere"]);
+}
+
+#[test]
+fn an_empty_server_is_seeded_dbox() {
+    in_pairs(DBOXES, "seed", an_empty_server_is_seeded);
+}
+
+#[test]
+fn an_empty_server_is_seeded_maildir() {
+    in_pairs(MAILDIRS, "seed", an_empty_server_is_seeded);
+}
+
+fn an_empty_server_is_seeded(t: &Scene) {
+    let users: Vec<String> = (1..=3).map(|n| format!("{}-{n}", t.user)).collect();
+    for user in &users {
+        t.servers().iter().for_each(|server| server.add_user(user));
+        fill(t.a(), user, 12);
+    }
+    wait_for_connection(t);
+    let found = differences(t.a(), &["resync", "-A"]);
+    let seeded: BTreeSet<&str> = found.iter().map(|row| row["user"].as_str()).collect();
+    assert_eq!(seeded, users.iter().map(String::as_str).collect(), "{found:?}");
+    for user in &users {
+        let snapshot = t.converged(user);
+        let counts = ["INBOX", "Work", "Work/Old"].map(|mailbox| snapshot.messages(mailbox).len());
+        assert_eq!(counts, [4, 3, 4], "{user}");
+    }
+    are_equal(t, &["compare", "-A"]);
+    assert_eq!(t.a().status()[0]["failed"], "0");
+    let progress = &table(&t.a().doveadm(&["-f", "tab", "dovetail", "progress"])).collect::<Vec<_>>()[0];
+    assert_eq!((progress["state"].as_str(), progress["users"] == progress["users_done"]), ("idle", true));
+
+    // It goes on from there.
+    t.b().deliver(&users[0], &mail("new"));
+    assert_eq!(t.converged(&users[0]).messages("INBOX").len(), 5);
+}
+
+/// On both, and each without the other's knowledge. What must be found, compared by A.
+fn plant(t: &Scene) -> BTreeSet<String> {
+    let user = t.user.as_str();
+    t.expects_in_log("Peer ");
+    let mut imap = t.a().imap(user);
+    (1..=5).for_each(|n| drop(imap.append("INBOX", &mail(&format!("mail {n}")))));
+    imap.ok("CREATE Work");
+    imap.append("Work", &mail("work"));
+    imap.ok("SUBSCRIBE Work");
+    drop(imap);
+    t.settled();
+    are_equal(t, &["compare", "-u", user]);
+
+    untold_mail(t.a(), user, "INBOX", "missing on b");
+    untold(t.b(), &["flags", "add", "-u", user, "\\Flagged planted", "mailbox", "INBOX", "uid", "1"]);
+    untold(t.b(), &["expunge", "-u", user, "mailbox", "INBOX", "uid", "3"]);
+    untold_mail(t.b(), user, "Work", "extra on b");
+    untold(t.b(), &["mailbox", "create", "-u", user, "Extra"]);
+    untold_mail(t.b(), user, "Extra", "in an extra mailbox");
+    untold(t.b(), &["mailbox", "subscribe", "-u", user, "News"]);
+    t.servers().iter().for_each(forget_journal);
+    wait_for_connection(t);
+    let found = [
+        "INBOX flags 1",
+        "INBOX mail_missing_there 3",
+        "INBOX mail_missing_there 6",
+        "Work mail_missing_here 2",
+        "Extra mailbox_missing_here 0",
+        "News subscription_missing_here 0",
+    ];
+    found.map(str::to_owned).into()
+}
+
+fn planted_are_gone(t: &Scene) {
+    let snapshot = t.settled();
+    // B's log knows who expunged the third.
+    let counts = ["INBOX", "Work", "Extra"].map(|mailbox| snapshot.messages(mailbox).len());
+    assert_eq!(counts, [5, 2, 1]);
+    are_equal(t, &["compare", "-u", &t.user]);
+}
+
+#[test]
+fn differences_are_found_nothing_else_is_and_resync_removes_them() {
+    in_pairs(DBOXES, "planted", |t| {
+        let planted = plant(t);
+        let user = t.user.as_str();
+        // Nobody else must look: what is written to a log makes the relay read what is before.
+        assert_eq!(words(t.a(), &["compare", "-u", user]), planted);
+        assert_eq!(words(t.a(), &["resync", "-n", "-u", user]), planted);
+        for server in t.servers() {
+            let counters = server.counters();
+            assert_eq!((counters.applied, counters.healed), (0, 0), "something was told to {}", server.name());
+        }
+        assert_eq!(words(t.a(), &["resync", "-u", user]), planted);
+        planted_are_gone(t);
+    });
+}
+
+/// Who opens one writes to its log, and the relay reads there what is before.
+#[test]
+fn differences_of_maildirs_are_found_or_healed_by_their_logs_and_resync_removes_them() {
+    in_pairs(MAILDIRS, "planted", |t| {
+        let planted = plant(t);
+        let found = words(t.a(), &["resync", "-u", &t.user]);
+        assert!(found.is_subset(&planted) && found.contains("News subscription_missing_here 0"), "{found:?}");
+        planted_are_gone(t);
+    });
+}
+
+#[test]
+fn a_mailbox_that_stands_in_the_list_of_what_failed_is_compared_by_itself() {
+    let t = Scene::on(Cluster::pair(Format::Sdbox, Format::Sdbox), "story-listed");
+    t.expects_in_log("killed with signal 9");
+    t.expects_in_log("story-listed");
+    t.a().deliver(&t.user, &mail("first"));
+    let mut imap = t.a().imap(&t.user);
+    imap.ok("CREATE Gone");
+    (1..=3).for_each(|n| drop(imap.append("Gone", &mail(&format!("mail {n}")))));
+    imap.ok("CREATE Lost");
+    imap.append("Lost", &mail("lost"));
+    drop(imap);
+    t.settled();
+    // Beside Dovecot's back: nothing tells that it was deleted.
+    fs::remove_dir_all(t.b().outside(&format!("/home/{}/sdbox/mailboxes/Gone", t.user))).expect("remove it");
+    t.b().kill("dovetail");
+    let failed = || t.b().try_status().map_or(0, |status| status.counters.unwrap_or_default().failed);
+    wait_until(SOON, "it is listed", || failed() == 1);
+    wait_until(BY_ITSELF, "it is compared, and is not listed any more", || {
+        t.b().try_status().is_some_and(|status| status.counters.unwrap_or_default().failed == 0)
+    });
+    assert_eq!(t.settled().messages("Gone").len(), 3);
+    are_equal(&t, &["compare", "-u", &t.user]);
+}
+
+#[test]
+fn a_seeding_that_is_interrupted_goes_on_and_doubles_nothing() {
+    let t = Scene::on(Cluster::pair(Format::Sdbox, Format::Sdbox), "story-interrupted");
+    t.expects_in_log("killed with signal 9");
+    t.expects_in_log("Peer ");
+    t.expects_in_log("dovetail");
+    let users: Vec<String> = (1..=3).map(|n| format!("{}-{n}", t.user)).collect();
+    for user in &users {
+        t.servers().iter().for_each(|server| server.add_user(user));
+        fill(t.a(), user, 150);
+    }
+    wait_for_connection(&t);
+    std::thread::scope(|scope| {
+        // The relay that it asks is killed.
+        scope.spawn(|| t.a().try_doveadm(&["dovetail", "resync", "-A"]));
+        wait_until(SOON, "the seeding has begun", || {
+            t.b().try_status().is_some_and(|s| s.counters.unwrap().applied > 5)
+        });
+        t.a().kill("dovetail");
+        t.b().kill("dovetail");
+    });
+    for user in &users {
+        let snapshot = t.converged_within(BY_ITSELF, user);
+        let counts = ["INBOX", "Work", "Work/Old"].map(|mailbox| snapshot.messages(mailbox).len());
+        assert_eq!(counts, [50, 49, 50], "{user}");
+    }
+    wait_until(BY_ITSELF, "all were compared", || t.a().try_status().is_some_and(|s| s.counters.unwrap().failed == 0));
+    are_equal(&t, &["compare", "-A"]);
+}
+
+#[test]
+fn both_are_written_to_while_they_are_compared_dbox() {
+    in_pairs(DBOXES, "live", both_are_written_to_while_they_are_compared);
+}
+
+#[test]
+fn both_are_written_to_while_they_are_compared_maildir() {
+    in_pairs(MAILDIRS, "live", both_are_written_to_while_they_are_compared);
+}
+
+fn both_are_written_to_while_they_are_compared(t: &Scene) {
+    let user = t.user.as_str();
+    (1..=10).for_each(|n| t.a().deliver(user, &mail(&format!("first {n}"))));
+    t.settled();
+    untold(t.a(), &["mailbox", "create", "-u", user, "Drafts"]);
+    (1..=40).for_each(|n| untold_mail(t.a(), user, ["INBOX", "Drafts"][n % 2], &format!("untold {n}")));
+    t.servers().iter().for_each(forget_journal);
+    t.expects_in_log("Peer ");
+    wait_for_connection(t);
+    std::thread::scope(|scope| {
+        for server in t.servers() {
+            scope.spawn(move || {
+                for n in 1..=20 {
+                    server.deliver(user, &mail(&format!("live {n} on {}", server.name())));
+                }
+            });
+        }
+        scope.spawn(|| {
+            let mut imap = t.b().imap(user).select("INBOX");
+            imap.ok("UID STORE 1:5 +FLAGS (\\Seen live)");
+            imap.ok("UID STORE 2 +FLAGS (\\Deleted)");
+            imap.ok("UID EXPUNGE 2");
+        });
+        scope.spawn(|| {
+            let mut imap = t.a().imap(user).select("INBOX");
+            imap.ok("UID STORE 3 +FLAGS (\\Deleted)");
+            imap.ok("UID EXPUNGE 3");
+            imap.ok("UID STORE 6:8 +FLAGS (\\Answered)");
+        });
+        scope.spawn(|| differences(t.a(), &["resync", "-u", user]));
+    });
+    differences(t.a(), &["resync", "-u", user]);
+    let snapshot = t.converged_within(BY_ITSELF, user);
+    assert_eq!(snapshot.messages("INBOX").len(), 10 + 20 + 40 - 2);
+    assert_eq!(snapshot.messages("Drafts").len(), 20);
+    are_equal(t, &["compare", "-u", user]);
+}
