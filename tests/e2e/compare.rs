@@ -5,8 +5,8 @@ use std::fs;
 use std::time::Duration;
 
 use crate::cluster::snapshot::table;
-use crate::cluster::{wait_until, Cluster, Format, Server};
-use crate::scene::{mail, Scene, SOON};
+use crate::cluster::{wait_until, Cluster, Format, Server, Setup};
+use crate::scene::{mail, mail_of_size, Scene, SOON};
 
 /// What stands in the list of what failed is compared after half a minute.
 const BY_ITSELF: Duration = Duration::from_secs(120);
@@ -204,6 +204,35 @@ fn a_mailbox_that_stands_in_the_list_of_what_failed_is_compared_by_itself() {
         t.b().try_status().is_some_and(|status| status.counters.unwrap_or_default().failed == 0)
     });
     assert_eq!(t.settled().messages("Gone").len(), 3);
+    are_equal(&t, &["compare", "-u", &t.user]);
+}
+
+const SMALL_JOURNAL_23: &str = "plugin {\n  dovetail_journal_size = 1M\n}\n";
+const SMALL_JOURNAL_24: &str = "dovetail_journal_size = 1M\n";
+
+#[test]
+fn a_peer_for_whom_the_journal_ran_full_is_compared_by_itself() {
+    let a = Setup::new("a", Format::Sdbox).extra(SMALL_JOURNAL_23, SMALL_JOURNAL_24);
+    let t = Scene::on(Cluster::start(vec![a, Setup::new("b", Format::Sdbox)]), "story-overflow");
+    t.expects_in_log("Peer ");
+    t.expects_in_log("did not fit into the journal any more");
+    (1..=4).for_each(|n| t.a().deliver(&t.user, &mail(&format!("mail {n}"))));
+    t.settled();
+    t.b().stop();
+    let mut imap = t.a().imap(&t.user).select("INBOX");
+    imap.ok("STORE 1 +FLAGS (\\Seen $Label)");
+    imap.ok("STORE 2 +FLAGS (\\Deleted)");
+    imap.ok("EXPUNGE");
+    let body = mail_of_size(20_000);
+    (0..80).for_each(|_| drop(imap.append("INBOX", &body)));
+    drop(imap);
+    let dropped = || t.a().status()[0]["dropped"].parse::<u64>().expect("a number");
+    wait_until(SOON, "changes are dropped", || dropped() > 2);
+    t.b().start();
+    wait_until(BY_ITSELF, "it was compared", || dropped() == 0 && t.a().status()[0]["failed"] == "0");
+    let snapshot = t.settled();
+    // A's log knows that the second was expunged.
+    assert_eq!(snapshot.messages("INBOX").len(), 83);
     are_equal(&t, &["compare", "-u", &t.user]);
 }
 
