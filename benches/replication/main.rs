@@ -8,6 +8,7 @@ mod cluster;
 
 mod burst;
 mod cost;
+mod instructions;
 mod journal;
 mod lag;
 mod load;
@@ -107,6 +108,11 @@ fn main() {
             let cluster = variant.start(in_memory);
             burst::measure(*variant, &cluster, plan, &mut report);
             report_complaints(*variant, &cluster, &mut report);
+        }
+    }
+    if measures("instructions") {
+        for variant in variants.iter().filter(|variant| **variant != Variant::Dsync) {
+            instructions::measure(*variant, &mut report);
         }
     }
     if measures("outage") && variants.contains(&Variant::Dovetail) {

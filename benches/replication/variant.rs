@@ -90,8 +90,13 @@ impl Variant {
 
     /// Starts its servers and waits until a mail came through. `in_memory`: mails lie on a tmpfs, which leaves the disk out.
     pub fn start(self, in_memory: bool) -> Running {
+        self.start_with(in_memory, &|setup| setup)
+    }
+
+    /// The same, with servers that `change` has set up otherwise.
+    pub fn start_with(self, in_memory: bool, change: &dyn Fn(Setup) -> Setup) -> Running {
         let mut ports = None;
-        let setups = match self {
+        let setups: Vec<Setup> = match self {
             Variant::Plain => vec![quiet(Setup::new("a", Format::Sdbox)).without_plugin()],
             Variant::Dovetail => ["a", "b"].map(|name| quiet(Setup::new(name, Format::Sdbox))).into(),
             Variant::Dsync => {
@@ -107,7 +112,7 @@ impl Variant {
                     .into()
             }
         };
-        let cluster = Cluster::start(setups);
+        let cluster = Cluster::start(setups.into_iter().map(change).collect());
         let janitor = in_memory.then(|| move_homes_to_memory(&cluster));
         let running = Running { cluster, _ports: ports, _janitor: janitor };
         running.a().deliver("warm-up", &mail(0));
