@@ -443,9 +443,9 @@ void dt_rs_keywords(void *txn,
 void dt_rs_expunge(void *txn, uint32_t uid, const char *guid);
 
 /*
- Called inside of a commit: only notes. dt_rs_flush() is to be called soon.
+ Called inside of a commit: only notes. dt_rs_flush() is to be called soon; true: so much waits that it is to be called now.
  */
-void dt_rs_commit(void *txn,
+bool dt_rs_commit(void *txn,
                   const struct dt_mailbox *mailbox,
                   const struct dt_saved *saved,
                   uintptr_t saved_count);
@@ -453,9 +453,12 @@ void dt_rs_commit(void *txn,
 /*
  The same, for a mailbox whose index is in memory only because its disk is full.
  */
-void dt_rs_commit_in_memory(void *txn);
+bool dt_rs_commit_in_memory(void *txn);
 
-void dt_rs_rollback(void *txn);
+/*
+ Notes it, as dt_rs_commit() does.
+ */
+bool dt_rs_rollback(void *txn);
 
 void dt_rs_mailbox_op(int op,
                       const struct dt_mailbox *mailbox,
@@ -468,14 +471,9 @@ void dt_rs_mailbox_op(int op,
 void dt_rs_intend(const struct dt_mailbox *mailbox);
 
 /*
- Called inside of a commit: only notes. dt_rs_flush() is to be called soon.
+ Notes it, as dt_rs_commit() does.
  */
-void dt_rs_span(const struct dt_span *span);
-
-/*
- So much waits that dt_rs_flush() is to be called now.
- */
-bool dt_rs_is_full(void);
+bool dt_rs_span(const struct dt_span *span);
 
 /*
  Asks for the GUIDs of messages whose flags were changed, before it is told. They are not looked up while the client

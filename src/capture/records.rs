@@ -3,7 +3,7 @@
 
 use super::{known, Commit, Guid, Place, Transaction, Untold, Written};
 use crate::wire::proto;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 /// Most spans that wait for their change: a transaction that writes more is told in pieces.
 const PENDING_SPANS_MAX: usize = 256;
@@ -11,7 +11,7 @@ const PENDING_SPANS_MAX: usize = 256;
 /// Records in the order in which they are to be sent.
 pub struct Records {
     /// Per mailbox: open transactions that have something to tell, and the spans that belong to their changes.
-    open: HashMap<Guid, OpenMailbox>,
+    open: BTreeMap<Guid, OpenMailbox>,
     ready: Vec<proto::Record>,
     birth_guid: fn(&str) -> Vec<u8>,
 }
@@ -26,7 +26,7 @@ struct OpenMailbox {
 
 impl Records {
     pub fn new(birth_guid: fn(&str) -> Vec<u8>) -> Records {
-        Records { open: HashMap::new(), ready: Vec::new(), birth_guid }
+        Records { open: BTreeMap::new(), ready: Vec::new(), birth_guid }
     }
 
     /// What is ready to be sent.
@@ -109,7 +109,7 @@ impl Records {
 
     /// Spans whose transactions are still open are told without them.
     pub fn give_up_waiting(&mut self) {
-        let spans: Vec<_> = self.open.drain().flat_map(|(_, open)| open.spans).collect();
+        let spans: Vec<_> = std::mem::take(&mut self.open).into_values().flat_map(|open| open.spans).collect();
         self.keep_spans(spans);
     }
 

@@ -77,6 +77,15 @@ impl Last {
     }
 }
 
+/// True: it is full.
+fn note(f: impl FnOnce(&mut Capture)) -> bool {
+    let is_full = |process: &mut Process| {
+        f(&mut process.capture);
+        process.capture.is_full()
+    };
+    with_process(is_full).unwrap_or(false)
+}
+
 fn with_process<T>(f: impl FnOnce(&mut Process) -> T) -> Option<T> {
     PROCESS.with(|process| process.try_borrow_mut().ok()?.as_mut().map(f))
 }
@@ -215,17 +224,17 @@ extern "C" fn dt_rs_expunge(txn: *mut c_void, uid: u32, guid: *const c_char) {
     });
 }
 
-/// Called inside of a commit: only notes. dt_rs_flush() is to be called soon.
+/// Called inside of a commit: only notes. dt_rs_flush() is to be called soon; true: so much waits that it is to be called now.
 #[no_mangle]
 extern "C" fn dt_rs_commit(
     txn: *mut c_void,
     mailbox: *const ffi::DtMailbox,
     saved: *const ffi::DtSaved,
     saved_count: usize,
-) {
-    guard("commit", (), || {
+) -> bool {
+    guard("commit", false, || {
         if txn.is_null() {
-            return;
+            return false;
         }
         // SAFETY: from dt_rs_transaction_begin(); C forgets it now.
         let open = unsafe { Box::from_raw(txn.cast::<OpenTransaction>()) };
@@ -246,33 +255,34 @@ extern "C" fn dt_rs_commit(
             saved,
             clock: now_usecs(),
         };
-        with_process(|process| process.capture.commit(open.place, open.transaction, commit));
-    });
+        note(|capture| capture.commit(open.place, open.transaction, commit))
+    })
 }
 
 /// The same, for a mailbox whose index is in memory only because its disk is full.
 #[no_mangle]
-extern "C" fn dt_rs_commit_in_memory(txn: *mut c_void) {
-    guard("commit_in_memory", (), || {
+extern "C" fn dt_rs_commit_in_memory(txn: *mut c_void) -> bool {
+    guard("commit_in_memory", false, || {
         if txn.is_null() {
-            return;
+            return false;
         }
         // SAFETY: from dt_rs_transaction_begin(); C forgets it now.
         let open = unsafe { Box::from_raw(txn.cast::<OpenTransaction>()) };
-        with_process(|process| process.capture.commit_in_memory(&open.place));
-    });
+        note(|capture| capture.commit_in_memory(&open.place))
+    })
 }
 
+/// Notes it, as dt_rs_commit() does.
 #[no_mangle]
-extern "C" fn dt_rs_rollback(txn: *mut c_void) {
-    guard("rollback", (), || {
+extern "C" fn dt_rs_rollback(txn: *mut c_void) -> bool {
+    guard("rollback", false, || {
         if txn.is_null() {
-            return;
+            return false;
         }
         // SAFETY: from dt_rs_transaction_begin(); C forgets it now.
         let open = unsafe { Box::from_raw(txn.cast::<OpenTransaction>()) };
-        with_process(|process| process.capture.rollback(&open.place));
-    });
+        note(|capture| capture.rollback(&open.place))
+    })
 }
 
 #[no_mangle]
@@ -309,24 +319,20 @@ extern "C" fn dt_rs_intend(mailbox: *const ffi::DtMailbox) {
     });
 }
 
-/// Called inside of a commit: only notes. dt_rs_flush() is to be called soon.
+/// Notes it, as dt_rs_commit() does.
 #[no_mangle]
-extern "C" fn dt_rs_span(span: *const ffi::DtSpan) {
-    guard("span", (), || {
+extern "C" fn dt_rs_span(span: *const ffi::DtSpan) -> bool {
+    guard("span", false, || {
         // SAFETY: valid during the call.
         let span = unsafe { &*span };
         with_process(|process| {
             // SAFETY: as above.
             let written = unsafe { span.written(process.last.user(span.user)) };
             process.capture.written(written);
-        });
-    });
-}
-
-/// So much waits that dt_rs_flush() is to be called now.
-#[no_mangle]
-extern "C" fn dt_rs_is_full() -> bool {
-    guard("is_full", false, || with_process(|process| process.capture.is_full()).unwrap_or(false))
+            process.capture.is_full()
+        })
+        .unwrap_or(false)
+    })
 }
 
 /// GUID of a message in an open mailbox, or NULL; valid until the next call.

@@ -163,14 +163,14 @@ static void capture_flush_soon(void)
 	capture_to_flush = timeout_add_short_to(io_loop_get_root(), msecs, capture_flush, (void *)NULL);
 }
 
-static bool capture_may_wait(void)
+static bool capture_may_wait(bool is_full)
 {
-	return capture_answers_clients && current_ioloop != NULL && !dt_rs_is_full();
+	return capture_answers_clients && current_ioloop != NULL && !is_full;
 }
 
-static void capture_noted(void)
+static void capture_noted(bool is_full)
 {
-	if (capture_may_wait())
+	if (capture_may_wait(is_full))
 		capture_flush_soon();
 	else
 		capture_flush(NULL);
@@ -391,12 +391,6 @@ static void capture_mail_expunge(void *_txn, struct mail *mail)
 	} T_END;
 }
 
-/* Where messages get other UIDs, it may be at another one when the client has its answer. Elsewhere NULL. */
-static const char *capture_guid_if_it_may_move(struct mail *mail)
-{
-	return dt_mark_has_diverged(mail->box) ? capture_mail_guid(mail) : NULL;
-}
-
 static void capture_mail_update_flags(void *_txn, struct mail *mail, enum mail_flags old_flags)
 {
 	struct capture_txn *txn = _txn;
@@ -408,8 +402,13 @@ static void capture_mail_update_flags(void *_txn, struct mail *mail, enum mail_f
 	old_flags = capture_flags(txn->box, old_flags);
 	if (new_flags == old_flags)
 		return;
+	if (!dt_mark_has_diverged(mail->box)) {
+		dt_rs_flags(capture_txn_rs(txn), mail->uid, NULL, new_flags & ~old_flags, old_flags & ~new_flags);
+		return;
+	}
+	/* Where messages get other UIDs, it may be at another one when the client has its answer. */
 	T_BEGIN {
-		dt_rs_flags(capture_txn_rs(txn), mail->uid, capture_guid_if_it_may_move(mail), new_flags & ~old_flags,
+		dt_rs_flags(capture_txn_rs(txn), mail->uid, capture_mail_guid(mail), new_flags & ~old_flags,
 			    old_flags & ~new_flags);
 	} T_END;
 }
@@ -422,8 +421,9 @@ capture_mail_update_keywords(void *_txn, struct mail *mail, const char *const *o
 	if (txn->ignored || mail->saving)
 		return;
 	T_BEGIN {
-		dt_rs_keywords(capture_txn_rs(txn), mail->uid, capture_guid_if_it_may_move(mail), old_keywords,
-			       mail_get_keywords(mail));
+		const char *guid = dt_mark_has_diverged(mail->box) ? capture_mail_guid(mail) : NULL;
+
+		dt_rs_keywords(capture_txn_rs(txn), mail->uid, guid, old_keywords, mail_get_keywords(mail));
 	} T_END;
 }
 
@@ -442,51 +442,59 @@ static const char *capture_maildir_guid(struct mailbox *box, uint32_t uid)
 	return t_strcut(fname, MAILDIR_INFO_SEP);
 }
 
-static void capture_committed(struct capture_txn *txn, struct mail_transaction_commit_changes *changes)
+/* UIDs (and GUIDs) that the saves got. */
+static bool capture_committed_saves(struct mailbox *box, const struct mail_transaction_commit_changes *changes,
+				    void *rs, struct dt_mailbox *ref)
 {
-	struct mailbox *box = txn->box;
-	struct dt_mailbox ref;
 	const struct seq_range *range;
 	ARRAY(struct dt_saved) saved;
 	struct dt_saved *s;
 	bool maildir = capture_is_maildir(box);
 
-	capture_box_ref(box, &ref);
-	i_zero(&saved);
-	if (array_count(&changes->saved_uids) > 0)
-		t_array_init(&saved, 8);
+	t_array_init(&saved, 8);
 	array_foreach(&changes->saved_uids, range) {
 		for (uint32_t uid = range->seq1; uid <= range->seq2; uid++) {
 			s = array_append_space(&saved);
 			s->uid = uid;
 			if (maildir)
 				s->guid = capture_maildir_guid(box, uid);
-			ref.uid_next = I_MAX(ref.uid_next, uid + 1);
+			ref->uid_next = I_MAX(ref->uid_next, uid + 1);
 		}
 	}
+	return dt_rs_commit(rs, ref, array_front(&saved), array_count(&saved));
+}
+
+static void capture_committed(struct capture_txn *txn, struct mail_transaction_commit_changes *changes)
+{
+	struct mailbox *box = txn->box;
+	struct dt_mailbox ref;
+	bool is_full;
+
+	/* Its names were told when the transaction began. */
+	i_zero(&ref);
+	(void)dt_spans_mailbox_guid(box, ref.guid);
 	ref.uid_validity = changes->uid_validity;
 	if (ref.uid_validity == 0 && box->view != NULL)
 		ref.uid_validity = mail_index_get_header(box->view)->uid_validity;
 	if (box->index->log->head != NULL)
 		ref.highest_modseq = box->index->log->head->sync_highest_modseq;
-	if (array_is_created(&saved))
-		dt_rs_commit(txn->rs, &ref, array_front(&saved), array_count(&saved));
-	else
-		dt_rs_commit(txn->rs, &ref, NULL, 0);
+	if (array_count(&changes->saved_uids) == 0)
+		is_full = dt_rs_commit(txn->rs, &ref, NULL, 0);
+	else T_BEGIN {
+		is_full = capture_committed_saves(box, changes, txn->rs, &ref);
+	} T_END;
 	capture_unnamed = TRUE;
-	capture_noted();
+	capture_noted(is_full);
 }
 
 static void capture_transaction_commit(void *_txn, struct mail_transaction_commit_changes *changes)
 {
 	struct capture_txn *txn = _txn;
 
-	if (txn->rs != NULL && dt_full_is_in_memory(txn->box)) {
-		dt_rs_commit_in_memory(txn->rs);
-		capture_noted();
-	} else if (txn->rs != NULL) T_BEGIN {
+	if (txn->rs != NULL && dt_full_is_in_memory(txn->box))
+		capture_noted(dt_rs_commit_in_memory(txn->rs));
+	else if (txn->rs != NULL)
 		capture_committed(txn, changes);
-	} T_END;
 	i_free(txn);
 }
 
@@ -494,10 +502,8 @@ static void capture_transaction_rollback(void *_txn)
 {
 	struct capture_txn *txn = _txn;
 
-	if (txn->rs != NULL) {
-		dt_rs_rollback(txn->rs);
-		capture_noted();
-	}
+	if (txn->rs != NULL)
+		capture_noted(dt_rs_rollback(txn->rs));
 	i_free(txn);
 }
 
@@ -849,12 +855,13 @@ static void capture_mail_user_created(struct mail_user *user)
 static void capture_span(const struct dt_span *_span)
 {
 	struct dt_span span = *_span;
+	bool is_full;
 
 	if (dt_follow_is_writing())
 		span.touched = span.appends = 0;
-	dt_rs_span(&span);
+	is_full = dt_rs_span(&span);
 	/* Inside of a commit no mail can be named; what the naming itself writes is not to overtake what is being named. */
-	if (capture_may_wait() || capture_naming_box != NULL || dt_follow_is_writing())
+	if (capture_may_wait(is_full) || capture_naming_box != NULL || dt_follow_is_writing())
 		capture_flush_soon();
 	else
 		dt_rs_flush();

@@ -396,9 +396,8 @@ dt_spans_trans_commit(struct mail_index_transaction *t,
 	    MAIL_INDEX_IS_IN_MEMORY(index))
 		return ret;
 	sbox = dt_spans_find_mailbox(index, &private);
-	if (sbox != NULL) T_BEGIN {
+	if (sbox != NULL)
 		dt_spans_committed(sbox, private, index, touched, appends, result_r);
-	} T_END;
 	return ret;
 }
 
