@@ -51,8 +51,14 @@ demo: stage ## Two Dovecots that replicate to each other, until Ctrl-C (ONCE=1: 
 	@set -o pipefail; trap : INT; \
 	DOVETAIL_TEST_STAGE=$(STAGE) DOVETAIL_DEMO_ONCE=$(ONCE) $(TARGET_DIR)/debug/examples/demo | (trap '' INT; exec cat)
 
+# A debug build: only what the tests lay over it can panic.
+.PHONY: stage-panics
+stage-panics: deps
+	$(CARGO) build $(CARGO_FLAGS) --locked --lib --features panics
+	@install -D -m 644 $(TARGET_DIR)/debug/libdovetail.so $(STAGE)-panics/$(LIBRARY)
+
 .PHONY: test
-test: stage ## All tests, end-to-end tests against this machine's Dovecot included (TESTS="--lib --test e2e": only these)
+test: stage stage-panics ## All tests, end-to-end tests against this machine's Dovecot included (TESTS="--lib --test e2e": only these)
 	@# Those against Dovecot wait most of their time.
 	DOVETAIL_TEST_STAGE=$(STAGE) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$((3 * $$(nproc)))} \
 	$(CARGO) test $(CARGO_FLAGS) --locked --no-default-features $(TESTS)

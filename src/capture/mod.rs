@@ -104,7 +104,14 @@ enum Note {
 }
 
 /// Notes in their order.
-pub struct Notes(Vec<Note>);
+pub struct Notes(Vec<Note>, Begun);
+
+/// A transaction that was announced, for its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Begun {
+    /// How often we gave up before.
+    given_up: u64,
+}
 
 impl Notes {
     /// Asks for the GUIDs of messages whose flags were changed: mailbox and UID.
@@ -139,6 +146,7 @@ pub struct Capture {
     notes: Vec<Note>,
     notes_bytes: usize,
     records: Records,
+    given_up: u64,
 }
 
 impl Capture {
@@ -152,16 +160,32 @@ impl Capture {
             notes: Vec::new(),
             notes_bytes: 0,
             records: Records::new(birth_guid),
+            given_up: 0,
         }
     }
 
     /// A transaction on this mailbox is about to write. The first one tells the relay, before anything is committed.
-    pub fn begin(&mut self, place: &Rc<Place>) {
+    pub fn begin(&mut self, place: &Rc<Place>) -> Begun {
         if !self.intended.as_ref().is_some_and(|intended| Rc::ptr_eq(intended, place)) {
             self.intend(place);
             self.intended = Some(Rc::clone(place));
         }
         self.notes.push(Note::Begin(place.guid));
+        self.begun()
+    }
+
+    fn begun(&self) -> Begun {
+        Begun { given_up: self.given_up }
+    }
+
+    /// After a panic of ours nobody knows what the notes are worth: they go, and so does what the open transactions will do.
+    /// The relay is told that something is missing, and looks at all that this process was about to write to.
+    pub fn give_up(&mut self) {
+        self.given_up += 1;
+        self.notes.clear();
+        self.notes_bytes = 0;
+        self.records.forget();
+        self.link.send(self.records.take());
     }
 
     /// Says that this process may write to this mailbox, once.
@@ -190,20 +214,27 @@ impl Capture {
     ///
     /// Of this and of what follows nothing is sent before [`Capture::flush`], which the caller is to call as soon as its
     /// client has its answer, or when it [is full](Capture::is_full).
-    pub fn commit(&mut self, place: Rc<Place>, transaction: Transaction, commit: Commit) {
+    pub fn commit(&mut self, begun: Begun, place: Rc<Place>, transaction: Transaction, commit: Commit) {
+        if begun != self.begun() {
+            return;
+        }
         self.notes_bytes += transaction.size();
         self.notes.push(Note::Commit(place, transaction, commit));
     }
 
     /// The transaction was committed to an index in memory, which ends with the session. What of it lasts, as maildir's files do, is to be
     /// looked for: told as a change it would be on the peers alone.
-    pub fn commit_in_memory(&mut self, place: &Place) {
-        self.notes.push(Note::CommitInMemory(place.guid));
+    pub fn commit_in_memory(&mut self, begun: Begun, place: &Place) {
+        if begun == self.begun() {
+            self.notes.push(Note::CommitInMemory(place.guid));
+        }
     }
 
     /// The transaction that `begin` announced did not happen.
-    pub fn rollback(&mut self, place: &Place) {
-        self.notes.push(Note::Rollback(place.guid));
+    pub fn rollback(&mut self, begun: Begun, place: &Place) {
+        if begun == self.begun() {
+            self.notes.push(Note::Rollback(place.guid));
+        }
     }
 
     /// A change without a transaction: of a mailbox itself.
@@ -223,11 +254,14 @@ impl Capture {
 
     /// What waits, to be named by [`Notes::name`] and given back.
     pub fn take_notes(&mut self) -> Notes {
-        Notes(std::mem::take(&mut self.notes))
+        Notes(std::mem::take(&mut self.notes), self.begun())
     }
 
     /// In front of what was noted since.
     pub fn give_back(&mut self, notes: Notes) {
+        if notes.1 != self.begun() {
+            return;
+        }
         let since = std::mem::replace(&mut self.notes, notes.0);
         self.notes.extend(since);
     }

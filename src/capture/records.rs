@@ -107,6 +107,12 @@ impl Records {
         self.keep_spans(vec![span]);
     }
 
+    /// Whatever was announced or is ready, it is to be looked for.
+    pub fn forget(&mut self) {
+        self.open.clear();
+        self.ready = vec![proto::Record { change: None, spans: Vec::new(), dropped: 1 }];
+    }
+
     /// Spans whose transactions are still open are told without them.
     pub fn give_up_waiting(&mut self) {
         let spans: Vec<_> = std::mem::take(&mut self.open).into_values().flat_map(|open| open.spans).collect();

@@ -3,8 +3,8 @@
 use super::ffi;
 use super::settings::{read, text};
 use super::worker::{read_bounded, storage_separator, StringList};
-use crate::capture::{mailbox_change, Capture, Commit, Done, LinkConfig, Place, Saved, Transaction};
-use crate::guard::guard;
+use crate::capture::{mailbox_change, Begun, Capture, Commit, Done, LinkConfig, Place, Saved, Transaction};
+use crate::guard;
 use crate::wire::proto;
 use crate::worker::mark::moves;
 use crate::worker::name;
@@ -40,6 +40,7 @@ thread_local! {
 
 /// An open transaction, owned by C as a pointer.
 struct OpenTransaction {
+    begun: Begun,
     place: Rc<Place>,
     transaction: Transaction,
 }
@@ -75,6 +76,16 @@ impl Last {
         self.place = Some((Rc::clone(&place), name.to_vec(), separators));
         place
     }
+}
+
+/// As the other guard; what was noted until the panic is not trusted any more.
+fn guard<T>(what: &str, failure: T, f: impl FnOnce() -> T) -> T {
+    guard::catch(what, f).unwrap_or_else(|| {
+        guard::guard("give_up", (), || {
+            with_process(|process| process.capture.give_up());
+        });
+        failure
+    })
 }
 
 /// True: it is full.
@@ -150,9 +161,9 @@ extern "C" fn dt_rs_transaction_begin(mailbox: *const ffi::DtMailbox) -> *mut c_
         let open = with_process(|process| {
             // SAFETY: the shim passes a valid struct for the duration of the call.
             let place = unsafe { process.last.place(&*mailbox) };
-            process.capture.begin(&place);
+            let begun = process.capture.begin(&place);
             let limit = usize::try_from(process.process_queue_size).unwrap_or(usize::MAX);
-            OpenTransaction { place, transaction: Transaction::new(limit) }
+            OpenTransaction { begun, place, transaction: Transaction::new(limit) }
         });
         open.map_or(std::ptr::null_mut(), |open| Box::into_raw(Box::new(open)).cast())
     })
@@ -255,7 +266,7 @@ extern "C" fn dt_rs_commit(
             saved,
             clock: now_usecs(),
         };
-        note(|capture| capture.commit(open.place, open.transaction, commit))
+        note(|capture| capture.commit(open.begun, open.place, open.transaction, commit))
     })
 }
 
@@ -268,7 +279,7 @@ extern "C" fn dt_rs_commit_in_memory(txn: *mut c_void) -> bool {
         }
         // SAFETY: from dt_rs_transaction_begin(); C forgets it now.
         let open = unsafe { Box::from_raw(txn.cast::<OpenTransaction>()) };
-        note(|capture| capture.commit_in_memory(&open.place))
+        note(|capture| capture.commit_in_memory(open.begun, &open.place))
     })
 }
 
@@ -281,7 +292,7 @@ extern "C" fn dt_rs_rollback(txn: *mut c_void) -> bool {
         }
         // SAFETY: from dt_rs_transaction_begin(); C forgets it now.
         let open = unsafe { Box::from_raw(txn.cast::<OpenTransaction>()) };
-        note(|capture| capture.rollback(&open.place))
+        note(|capture| capture.rollback(open.begun, &open.place))
     })
 }
 

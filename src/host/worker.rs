@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use super::ffi;
 use super::settings::{read, text};
-use crate::guard::guard;
+use crate::guard::{catch, guard};
 use crate::wire::proto;
 use crate::worker::connection::Connection;
 use crate::worker::job::Jobs;
@@ -289,13 +289,17 @@ extern "C" fn dt_rs_worker_connected(fd: c_int) {
 /// There is input from the relay, or its end.
 #[no_mangle]
 extern "C" fn dt_rs_worker_input() {
-    let open = guard("worker_input", false, || {
+    let open = catch("worker_input", || {
         WORKER.with_borrow_mut(|slot| match slot {
             Some(worker) => worker.input(),
             None => false,
         })
     });
-    if !open {
+    if open.is_none() {
+        // Who knows in what state the panic left the storage: the next job is another process's.
+        super::log::stop_process();
+    }
+    if open != Some(true) {
         guard("worker_input", (), disconnect);
     }
 }

@@ -215,6 +215,7 @@ impl Engine {
 
     fn take_record(&mut self, token: Token, record: Record) -> Result<(), Close> {
         change::check_spans(&record.spans).map_err(|error| Close::Malformed(error.to_string()))?;
+        crate::guard::provoke("relay");
         self.counts.counters.records += 1;
         self.counts.counters.spans += record.spans.len() as u64;
         self.take_dropped(token, record.dropped);

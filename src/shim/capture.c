@@ -48,9 +48,9 @@ struct capture_box {
 	time_t save_date;
 	/* Where it is written to; what it writes passes through ours. */
 	struct ostream *output;
-	/* What passed, unless it is more than the inline size. */
+	/* What passed, unless it is more than the limit. */
 	buffer_t *body;
-	uoff_t body_size;
+	uoff_t body_size, body_limit;
 	bool body_known;
 	/* create_box() was asked for a directory only */
 	bool directory;
@@ -276,17 +276,18 @@ static void capture_read_body(struct mail *mail, struct dt_save *save)
 	const unsigned char *data;
 	unsigned char *body;
 	size_t size, pos = 0;
-	uoff_t old_offset, mail_size, limit = dt_rs_inline_body_size();
+	uoff_t old_offset, mail_size, limit;
 
 	if (cbox->body_known) {
 		save->size = cbox->body_size;
-		if (cbox->body_size <= limit)
+		if (cbox->body_size <= cbox->body_limit)
 			save->body = cbox->body->data;
 		return;
 	}
 	if (mail_get_physical_size(mail, &mail_size) < 0)
 		return;
 	save->size = mail_size;
+	limit = dt_rs_inline_body_size();
 	if (mail_size > limit || mail_get_stream(mail, NULL, NULL, &input) < 0)
 		return;
 	old_offset = input->v_offset;
@@ -626,7 +627,7 @@ static void capture_body_passes(void *context, const void *data, size_t size)
 	struct capture_box *cbox = context;
 
 	cbox->body_size += size;
-	if (cbox->body_size <= dt_rs_inline_body_size())
+	if (cbox->body_size <= cbox->body_limit)
 		buffer_append(cbox->body, data, size);
 }
 
@@ -647,6 +648,8 @@ static void capture_body_begin(struct mail_save_context *ctx)
 		cbox->body = buffer_create_dynamic(default_pool, 4096);
 	buffer_set_used_size(cbox->body, 0);
 	cbox->body_size = 0;
+	/* Asked once: half a body would pass for a whole one. */
+	cbox->body_limit = dt_rs_inline_body_size();
 	cbox->output = ctx->data.output;
 	ctx->data.output = o_stream_create_hash(cbox->output, &capture_body_method, cbox);
 	o_stream_set_name(ctx->data.output, o_stream_get_name(cbox->output));

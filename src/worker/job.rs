@@ -83,6 +83,7 @@ impl Jobs {
             Kind::Apply(apply) => {
                 if let Some(whole) = self.collect(apply) {
                     let answer = self.apply(storage, connection, whole)?;
+                    crate::guard::provoke("worker");
                     self.has_failed |= !answer.error.is_empty();
                     send_applied(storage, connection, answer)?;
                 }

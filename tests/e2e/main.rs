@@ -22,6 +22,7 @@ mod mailboxes;
 mod merge;
 mod mesh;
 mod names;
+mod panics;
 mod plain;
 mod qresync;
 mod receiver;

@@ -79,6 +79,8 @@ pub struct Setup {
     pub insecure: bool,
     /// Mail and the relay's journal lie on disks that can be filled.
     pub small_disks: bool,
+    /// See [`Server::provoke`].
+    pub can_panic: bool,
 }
 
 impl Setup {
@@ -98,6 +100,7 @@ impl Setup {
             prefix: String::new(),
             insecure: false,
             small_disks: false,
+            can_panic: false,
         }
     }
 
@@ -141,6 +144,15 @@ impl Setup {
     pub fn on_small_disks(mut self) -> Setup {
         self.small_disks = true;
         self
+    }
+
+    /// See [`Server::provoke`].
+    pub fn that_can_panic(mut self) -> Setup {
+        self.can_panic = true;
+        self.extra(
+            "import_environment = $import_environment DOVETAIL_PANICS={DIR}/panics\n",
+            "import_environment {\n  DOVETAIL_PANICS = {DIR}/panics\n}\n",
+        )
     }
 
     /// `{DIR}` in the text becomes the server's folder.

@@ -38,6 +38,9 @@ pub struct Root {
     stage: PathBuf,
 }
 
+/// The plugin, below the folder of Dovecot's modules.
+const PLUGIN: &str = "lib20_dovetail_plugin.so";
+
 impl Root {
     /// Server `a` lives in DOVETAIL_TEST_ROOT_A with the files of DOVETAIL_TEST_STAGE_A, and so on.
     pub fn of(server: &str) -> Root {
@@ -146,6 +149,9 @@ impl Server {
                 ours.display()
             );
             run("cp", &["-a".as_ref(), ours.join(".").as_os_str(), copy.as_os_str()]);
+            if self.setup.can_panic {
+                self.make_panics(&copy.join("modules").join(PLUGIN));
+            }
             let example = match self.version {
                 Version::V23 => "dovecot-plugin-2.3.conf.example",
                 Version::V24 => "dovecot-plugin.conf.example",
@@ -153,6 +159,33 @@ impl Server {
             let example = Path::new(env!("CARGO_MANIFEST_DIR")).join(example);
             fs::copy(&example, dir.join(config::EXAMPLE)).unwrap_or_else(|e| panic!("{}: {e}", example.display()));
         }
+    }
+
+    /// Puts the build that can panic in the place of the plugin, and makes the folder that it reads.
+    fn make_panics(&self, plugin: &Path) {
+        let mut built = self.root.stage.clone().into_os_string();
+        built.push("-panics");
+        let built = Path::new(&built).join(PLUGIN);
+        fs::copy(&built, plugin).unwrap_or_else(|e| panic!("{}: {e}: `make stage-panics` builds it", built.display()));
+        let folder = self.outside("/panics");
+        fs::create_dir(&folder).expect("mkdir");
+        fs::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o777)).expect("chmod");
+    }
+
+    /// The next who comes by that place panics; see src/guard.rs. The server must be one that [can](Setup::that_can_panic).
+    pub fn provoke(&self, place: &str) {
+        fs::write(self.outside(&format!("/panics/{place}")), "").expect("the folder of panics");
+    }
+
+    /// Whether somebody did.
+    pub fn has_panicked(&self, place: &str) -> bool {
+        !self.outside(&format!("/panics/{place}")).exists()
+    }
+
+    /// The plugin as it is installed.
+    pub fn installed_plugin(&self) -> Vec<u8> {
+        let path = self.root.stage.join(PKGLIBDIR.trim_start_matches('/')).join("modules").join(PLUGIN);
+        fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
     }
 
     pub fn configure(&self, peers: &[(String, String)]) {
