@@ -115,6 +115,9 @@ impl Turn<'_> {
 
     fn take(&mut self, operations: usize) {
         let held = self.held.then(|| Held::hold(Processes::of(self.cluster.b(), self.variant).list()));
+        // So many A's relay has heard of when all is told.
+        let dovetail = self.variant == Variant::Dovetail;
+        let changes = dovetail.then(|| self.cluster.a().counters().changes + (WARM_UP + operations) as u64);
         for number in 0..WARM_UP + operations {
             let mail = mail(self.count);
             let start = Instant::now();
@@ -135,6 +138,11 @@ impl Turn<'_> {
             .push(median(self.times[self.times.len() - operations..].iter().flatten().map(Duration::as_secs_f64)));
         drop(held);
         drain(self.variant, self.cluster, std::slice::from_ref(&self.user));
+        // Flags leave no file to look for.
+        if let Some(changes) = changes {
+            let a = self.cluster.a();
+            holds_within(DRAIN_DEADLINE, || a.counters().changes >= changes && a.has_nothing_pending());
+        }
     }
 }
 
@@ -194,8 +202,5 @@ fn drain(variant: Variant, cluster: &Cluster, users: &[String]) -> Option<Durati
         return Some(Duration::ZERO);
     }
     let same = || users.iter().all(|user| stored(cluster.a(), user) == stored(cluster.b(), user));
-    let drained = holds_within(DRAIN_DEADLINE, same).then(|| start.elapsed());
-    // Flags leave no file to look for; whatever is still on its way is given this much.
-    std::thread::sleep(Duration::from_millis(20));
-    drained
+    holds_within(DRAIN_DEADLINE, same).then(|| start.elapsed())
 }
