@@ -1,10 +1,11 @@
 //! IMAP and LMTP clients that live with servers that die: a lost connection is a result, not a panic.
 
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use crate::cluster::{holds_within, Server, PASSWORD};
+pub use crate::cluster::imap::{literal, Answer, Appended};
+use crate::cluster::{holds_within, imap, Server};
 
 /// Far above any answer's time, the locks included that Dovecot respects when their process was killed: maildir's
 /// dovecot-uidlist.lock for two minutes, the lock of a new dovecot.index.log for three.
@@ -25,11 +26,11 @@ fn lost(error: io::Error) -> Lost {
     Lost
 }
 
-fn connect(server: &Server, port: u16) -> Result<BufReader<TcpStream>> {
+fn connect(server: &Server, port: u16) -> Result<TcpStream> {
     let stream = server.connect(port).map_err(lost)?;
     stream.set_read_timeout(Some(ANSWER_DEADLINE)).map_err(lost)?;
     stream.set_nodelay(true).map_err(lost)?;
-    Ok(BufReader::new(stream))
+    Ok(stream)
 }
 
 /// Tries until the server, which may be on its way up again, takes it.
@@ -43,106 +44,31 @@ fn until_it_works<T>(what: &str, mut attempt: impl FnMut() -> Result<T>) -> T {
     made.expect("it works")
 }
 
-pub struct Imap {
-    stream: BufReader<TcpStream>,
-    tags: u32,
-}
-
-pub struct Answer {
-    /// Untagged lines without the "* ", literals included.
-    pub untagged: Vec<Vec<u8>>,
-    /// The tagged line without its tag.
-    pub result: String,
-}
-
-impl Answer {
-    pub fn is_ok(&self) -> bool {
-        self.result.starts_with("OK")
-    }
-}
-
-/// A mail of an APPEND.
-pub struct Appended<'a> {
-    pub flags: &'a str,
-    pub text: &'a [u8],
-}
+pub struct Imap(imap::Imap);
 
 impl Imap {
     pub fn login(server: &Server, user: &str) -> Imap {
         until_it_works(&format!("IMAP for {user}"), || {
-            let mut imap = Imap { stream: connect(server, server.ports.imap)?, tags: 0 };
-            imap.line()?;
+            let mut imap = Imap(imap::Imap::greeted(connect(server, server.ports.imap)?).map_err(lost)?);
             // A NO is authentication that is on its way up.
-            let answer = imap.command(&format!("LOGIN {user} {PASSWORD}"))?;
+            let answer = imap.command(&imap::login_command(user))?;
             answer.is_ok().then_some(imap).ok_or(Lost)
         })
     }
 
     pub fn command(&mut self, command: &str) -> Result<Answer> {
-        self.command_bytes(command.as_bytes())
+        self.0.try_command(command).map_err(lost)
     }
 
     pub fn append(&mut self, mailbox: &str, mails: &[Appended]) -> Result<Answer> {
-        let mut command = format!("APPEND {mailbox}").into_bytes();
-        for Appended { flags, text } in mails {
-            command.extend_from_slice(format!(" ({flags}) {{{}+}}\r\n", text.len()).as_bytes());
-            command.extend_from_slice(text);
-        }
-        self.command_bytes(&command)
+        self.0.append_unless_lost(mailbox, mails).map_err(lost)
     }
-
-    fn command_bytes(&mut self, command: &[u8]) -> Result<Answer> {
-        self.tags += 1;
-        let tag = format!("t{} ", self.tags);
-        let out = [tag.as_bytes(), command, b"\r\n"].concat();
-        self.stream.get_mut().write_all(&out).map_err(lost)?;
-        let mut untagged = Vec::new();
-        loop {
-            let line = self.line()?;
-            if let Some(rest) = line.strip_prefix(b"* ") {
-                untagged.push(rest.to_vec());
-            } else if let Some(rest) = line.strip_prefix(tag.as_bytes()) {
-                return Ok(Answer { untagged, result: String::from_utf8_lossy(rest).into_owned() });
-            }
-        }
-    }
-
-    /// A line with the literals that it holds.
-    fn line(&mut self) -> Result<Vec<u8>> {
-        let mut line = Vec::new();
-        loop {
-            let start = line.len();
-            self.stream.read_until(b'\n', &mut line).map_err(lost)?;
-            if !line[start..].ends_with(b"\r\n") {
-                return Err(Lost);
-            }
-            let Some(size) = literal_size(&line[start..]) else { break };
-            let start = line.len();
-            line.resize(start + size, 0);
-            self.stream.read_exact(&mut line[start..]).map_err(lost)?;
-        }
-        line.truncate(line.len() - 2);
-        Ok(line)
-    }
-}
-
-fn literal_size(line: &[u8]) -> Option<usize> {
-    let rest = line.strip_suffix(b"}\r\n")?;
-    let open = rest.iter().rposition(|b| *b == b'{')?;
-    std::str::from_utf8(&rest[open + 1..]).ok()?.parse().ok()
-}
-
-/// The literal in a line.
-pub fn literal(line: &[u8]) -> Option<&[u8]> {
-    let start = line.windows(3).position(|w| w == b"}\r\n")? + 3;
-    let size = literal_size(&line[..start])?;
-    line.get(start..start + size)
 }
 
 /// Delivers a mail; the reply that says what became of it.
 pub fn deliver(server: &Server, user: &str, text: &[u8]) -> Result<String> {
     let mut stream = until_it_works(&format!("LMTP for {user}"), || {
-        let mut stream = connect(server, server.ports.lmtp)?;
+        let mut stream = BufReader::new(connect(server, server.ports.lmtp)?);
         let greeted =
             reply(&mut stream)?.starts_with("220") && say(&mut stream, "LHLO client.test\r\n")?.starts_with("250");
         greeted.then_some(stream).ok_or(Lost)

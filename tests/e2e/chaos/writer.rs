@@ -107,7 +107,7 @@ impl Writer<'_> {
     fn append(&mut self, user: usize, mailbox: usize, flags: &str, sizes: &[usize]) {
         let mailbox = self.mailbox(user, mailbox, sizes[0] as u64);
         let mails: Vec<_> = sizes.iter().map(|size| self.ledger().write_mail(user, self.number, *size)).collect();
-        let appended: Vec<Appended> = mails.iter().map(|(_, text)| Appended { flags, text }).collect();
+        let appended: Vec<Appended> = mails.iter().map(|(_, text)| Appended { flags, date: "", mail: text }).collect();
         let answer = self.ask(user, |imap| imap.append(&mailbox.name, &appended));
         let outcome = outcome(&answer, &format!("APPEND {}", mailbox.name));
         for (token, _) in &mails {

@@ -1,6 +1,6 @@
 //! A small IMAP client (RFC 3501): commands with literals, answers as they came with their literals inside.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
@@ -36,12 +36,7 @@ impl Answer {
 
     /// The first literal: a fetched body.
     pub fn literal(&self) -> Option<&[u8]> {
-        self.untagged.iter().find_map(|line| {
-            let start = line.windows(3).position(|w| w == b"}\r\n")? + 3;
-            let open = line[..start].iter().rposition(|b| *b == b'{')?;
-            let size: usize = std::str::from_utf8(&line[open + 1..start - 3]).ok()?.parse().ok()?;
-            line.get(start..start + size)
-        })
+        self.untagged.iter().find_map(|line| literal(line))
     }
 
     /// The number in `* n EXISTS`.
@@ -61,11 +56,17 @@ pub struct Appended<'a> {
 impl Imap {
     pub fn login(stream: TcpStream, user: &str) -> Imap {
         stream.set_read_timeout(Some(Duration::from_secs(60))).expect("timeout");
-        stream.set_nodelay(true).expect("nodelay");
-        let mut imap = Imap { stream: BufReader::new(stream), tags: 0 };
-        imap.line();
-        imap.ok(&format!("LOGIN {user} {PASSWORD}"));
+        let mut imap = Imap::greeted(stream).expect("IMAP greeting");
+        imap.ok(&login_command(user));
         imap
+    }
+
+    /// Not logged in yet.
+    pub fn greeted(stream: TcpStream) -> io::Result<Imap> {
+        stream.set_nodelay(true)?;
+        let mut imap = Imap { stream: BufReader::new(stream), tags: 0 };
+        imap.line()?;
+        Ok(imap)
     }
 
     /// Logs in and selects a mailbox.
@@ -82,27 +83,25 @@ impl Imap {
     }
 
     pub fn command(&mut self, command: &str) -> Answer {
+        self.try_command(command).unwrap_or_else(|error| panic!("IMAP: {command}: {error}"))
+    }
+
+    /// Fails if the connection ends before the answer.
+    pub fn try_command(&mut self, command: &str) -> io::Result<Answer> {
         self.command_bytes(command.as_bytes())
     }
 
-    fn command_bytes(&mut self, command: &[u8]) -> Answer {
+    fn command_bytes(&mut self, command: &[u8]) -> io::Result<Answer> {
         self.tags += 1;
-        let tag = format!("t{}", self.tags);
-        let mut out = format!("{tag} ").into_bytes();
-        out.extend_from_slice(command);
-        out.extend_from_slice(b"\r\n");
-        self.stream.get_mut().write_all(&out).expect("IMAP write");
-        self.answer(&tag)
-    }
-
-    fn answer(&mut self, tag: &str) -> Answer {
+        let tag = format!("t{} ", self.tags);
+        self.stream.get_mut().write_all(&[tag.as_bytes(), command, b"\r\n"].concat())?;
         let mut untagged = Vec::new();
         loop {
-            let line = self.line();
+            let line = self.line()?;
             if let Some(rest) = line.strip_prefix(b"* ") {
                 untagged.push(rest.to_vec());
-            } else if let Some(rest) = line.strip_prefix(format!("{tag} ").as_bytes()) {
-                return Answer { untagged, result: String::from_utf8_lossy(rest).into_owned() };
+            } else if let Some(rest) = line.strip_prefix(tag.as_bytes()) {
+                return Ok(Answer { untagged, result: String::from_utf8_lossy(rest).into_owned() });
             }
         }
     }
@@ -118,7 +117,14 @@ impl Imap {
         answer
     }
 
+    /// Whatever is answered.
     pub fn try_append_all(&mut self, mailbox: &str, messages: &[Appended]) -> Answer {
+        let answer = self.append_unless_lost(mailbox, messages);
+        answer.unwrap_or_else(|error| panic!("IMAP: APPEND {mailbox}: {error}"))
+    }
+
+    /// Fails if the connection ends before the answer.
+    pub fn append_unless_lost(&mut self, mailbox: &str, messages: &[Appended]) -> io::Result<Answer> {
         let mut command = format!("APPEND {mailbox}").into_bytes();
         for Appended { flags, date, mail } in messages {
             if !flags.is_empty() {
@@ -143,19 +149,33 @@ impl Imap {
     }
 
     /// A line without its end, with the literals that it holds and what follows them.
-    fn line(&mut self) -> Vec<u8> {
+    fn line(&mut self) -> io::Result<Vec<u8>> {
         let mut line = Vec::new();
         loop {
-            let n = self.stream.read_until(b'\n', &mut line).expect("IMAP read");
-            assert!(n > 0, "IMAP closed the connection");
-            let Some(size) = literal_size(&line) else { break };
+            let start = line.len();
+            self.stream.read_until(b'\n', &mut line)?;
+            if !line[start..].ends_with(b"\r\n") {
+                return Err(io::Error::new(ErrorKind::UnexpectedEof, "the connection was closed"));
+            }
+            let Some(size) = literal_size(&line[start..]) else { break };
             let start = line.len();
             line.resize(start + size, 0);
-            self.stream.read_exact(&mut line[start..]).expect("IMAP read");
+            self.stream.read_exact(&mut line[start..])?;
         }
-        line.truncate(line.len().saturating_sub(2));
-        line
+        line.truncate(line.len() - 2);
+        Ok(line)
     }
+}
+
+pub fn login_command(user: &str) -> String {
+    format!("LOGIN {user} {PASSWORD}")
+}
+
+/// The first literal in a line.
+pub fn literal(line: &[u8]) -> Option<&[u8]> {
+    let start = line.windows(3).position(|w| w == b"}\r\n")? + 3;
+    let size = literal_size(&line[..start])?;
+    line.get(start..start + size)
 }
 
 /// Size of the literal that a line announces at its end: `... {123}\r\n`.
