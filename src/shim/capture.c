@@ -382,10 +382,10 @@ static void capture_mail_expunge(void *_txn, struct mail *mail)
 {
 	struct capture_txn *txn = _txn;
 
-	if (!mail->saving && capture_box_is_ours(txn->box))
-		dt_spans_tell_expunge(txn->box, mail->uid);
+	/* Of what a deletion expunges a look tells, if the mailbox is still there. */
 	if (txn->ignored || mail->saving)
 		return;
+	dt_spans_tell_expunge(txn->box, mail->uid);
 	T_BEGIN {
 		/* Worth opening the file, which is to go anyway: on the peer no other mail may go instead. */
 		dt_rs_expunge(capture_txn_rs(txn), mail->uid, capture_mail_guid(mail));

@@ -258,6 +258,17 @@ static bool dt_spans_is_told_expunge(const struct mail_index *index, uint32_t ui
 	return FALSE;
 }
 
+static bool dt_spans_is_deleting(const struct mail_index *index)
+{
+	struct dt_spans_mailbox *sbox;
+
+	for (sbox = dt_spans_mailboxes; sbox != NULL; sbox = sbox->next) {
+		if (sbox->box->index == index && sbox->box->deleting)
+			return TRUE;
+	}
+	return FALSE;
+}
+
 /* What the transaction does to messages. Called before it is committed, when it still has sequences instead of UIDs. */
 static unsigned int dt_spans_touched(struct mail_index_transaction *t)
 {
@@ -277,8 +288,9 @@ static unsigned int dt_spans_touched(struct mail_index_transaction *t)
 				touched |= DT_SPAN_FLAGS;
 		}
 	}
-	/* Others are only requests. */
-	if (array_is_created(&t->expunges) && (t->flags & MAIL_INDEX_TRANSACTION_FLAG_EXTERNAL) != 0) {
+	/* Others are only requests, and told. But not those of a deletion, which may fail before they are carried out. */
+	if (array_is_created(&t->expunges) &&
+	    ((t->flags & MAIL_INDEX_TRANSACTION_FLAG_EXTERNAL) != 0 || dt_spans_is_deleting(t->view->index))) {
 		array_foreach(&t->expunges, expunge) {
 			uint32_t uid;
 

@@ -419,6 +419,47 @@ fn what_a_session_does_in_memory_while_its_disk_is_full_makes_no_difference() {
     assert_eq!(t.converged_within(DEADLINE, user).messages("INBOX").len(), 10);
 }
 
+/// Dovecot deletes a mailbox's mails first: asks for it in the log, and then does it. Who syncs next does what was asked for.
+#[test]
+fn a_deletion_that_has_no_room_after_it_asked_for_its_expunges_is_no_difference() {
+    let user = "story-full-deletion";
+    let setups = vec![Setup::new("a", Format::Sdbox).on_small_disks(), Setup::new("b", Format::Sdbox)];
+    let t = Scene::on(Cluster::start(setups), user);
+    // Dovecot 2.3 panics when it closes an sdbox to which it could not write, in workers that look, too.
+    for text in ["No space left", user, "a worker went away in mid-job", "killed with signal 6"] {
+        t.expects_in_log(text);
+    }
+    t.a().deliver(user, &mail("first"));
+    let mailboxes = ["x1", "x2", "x3"];
+    let mut imap = t.a().imap(user);
+    for mailbox in mailboxes {
+        imap.ok(&format!("CREATE {mailbox}"));
+        for n in 1..=3 {
+            imap.append(mailbox, &mail(&format!("mail {n}")));
+        }
+    }
+    t.settled();
+    // What is asked for takes 68 bytes.
+    for (mailbox, room) in mailboxes.iter().zip([70..100, 100..130, 130..160]) {
+        let log = in_home(t.a(), user, &format!("sdbox/mailboxes/{mailbox}/dbox-Mails/dovecot.index.log"));
+        let has_room = (0..1_000).any(|_| {
+            for command in
+                [&format!("SELECT {mailbox}"), "STORE 1 +FLAGS (\\Seen)", "STORE 1 -FLAGS (\\Seen)", "UNSELECT"]
+            {
+                imap.ok(command);
+            }
+            room.contains(&(4096 - fs::metadata(&log).expect("its log").len() % 4096))
+        });
+        assert!(has_room, "the last page of {mailbox}'s log never has {room:?} bytes left");
+    }
+    t.a().fill("home", 0);
+    let answers = mailboxes.map(|mailbox| imap.command(&format!("DELETE {mailbox}")));
+    t.a().free("home");
+    let left = mailboxes.map(|mailbox| t.a().imap(user).command(&format!("EXAMINE {mailbox}")).exists());
+    assert!(left.contains(&Some(0)), "no deletion came so far: {left:?}, {answers:?}");
+    assert_eq!(t.converged_within(DEADLINE, user).messages("INBOX").len(), 1);
+}
+
 /// Without us this ends with an empty mailbox, and files that nobody finds.
 #[test]
 fn a_maildir_whose_list_of_uids_cannot_be_written_takes_no_mail_for_expunged() {
