@@ -81,9 +81,11 @@ impl Records {
         self.ready.push(proto::Record { change: None, spans: Vec::new(), dropped: 1 });
     }
 
-    /// The transaction that `begin` announced did not happen.
+    /// The transaction that `begin` announced did not happen. What was written meanwhile it does not tell: a maildir's sync may have
+    /// found messages.
     pub fn rollback(&mut self, mailbox: Guid) {
-        let spans = self.end(mailbox);
+        let mut spans = self.end(mailbox);
+        spans.iter_mut().for_each(|span| span.untold = span.touches);
         self.keep_spans(spans);
     }
 
@@ -165,5 +167,44 @@ impl Written {
             touches: self.adds_or_changes || self.expunges,
             old_mailbox_guid: known(self.old_mailbox_guid),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::TAIL_MAX;
+    use super::*;
+
+    const MAILBOX: Guid = [1; 16];
+
+    fn written(begin: u64, appends: u32) -> Written {
+        Written {
+            user: "jane".into(),
+            private_user: None,
+            mailbox_guid: MAILBOX,
+            old_mailbox_guid: Guid::default(),
+            index_id: 7,
+            log_seq: 2,
+            begin,
+            end: begin + 100,
+            prev_log_seq: 0,
+            prev_log_end: 0,
+            tail: [0; TAIL_MAX],
+            tail_size: 0,
+            appends,
+            adds_or_changes: appends > 0,
+            expunges: false,
+        }
+    }
+
+    #[test]
+    fn what_was_found_during_a_transaction_that_is_rolled_back_is_told_by_nobody() {
+        let mut records = Records::new(|_| Vec::new());
+        records.begin(MAILBOX);
+        records.written(&written(100, 1));
+        records.written(&written(200, 0));
+        records.rollback(MAILBOX);
+        let spans: Vec<_> = records.take().into_iter().flat_map(|record| record.spans).collect();
+        assert_eq!(spans.iter().map(|span| (span.begin, span.untold)).collect::<Vec<_>>(), [(100, true), (200, false)]);
     }
 }
