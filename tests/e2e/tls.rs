@@ -6,6 +6,13 @@ use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
+use dovetail::settings::Tls;
+use dovetail::tls::{Credentials, Session};
+use dovetail::wire::frame::{self, Decoder};
+use dovetail::wire::proto::frame::Kind;
+use dovetail::wire::proto::op::What;
+use dovetail::wire::proto::{BodyRequest, Change, Hello, Mailbox, MailboxCreate, Op, Stamp};
+
 use crate::cluster::snapshot::table;
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Version};
 use crate::scene::{mail, Scene, SOON};
@@ -193,4 +200,110 @@ fn a_key_that_everybody_can_read_stops_replication_and_no_mail() {
         );
     }
     assert!(!t.a().log().contains(&secret));
+}
+
+/// Somebody with a peer's key.
+struct Thief {
+    socket: TcpStream,
+    tls: Session,
+    decoder: Decoder,
+}
+
+impl Thief {
+    /// With the key of the server `from`, on a connection to the relay of `to`.
+    fn connect(from: &Server, to: &Server) -> Thief {
+        let file = |name: &str| from.outside(&format!("/tls/{name}"));
+        let files = Tls { ca: Some(file("ca.pem")), cert: file("a.pem"), key: file("a.key"), fingerprints: Vec::new() };
+        let tls = Credentials::load(&files, "a", &["b"]).and_then(|credentials| credentials.connect("b"));
+        let socket = to.connect(to.ports.relay).expect("the relay listens");
+        socket.set_read_timeout(Some(SOON)).expect("setsockopt");
+        let mut thief = Thief { socket, tls: tls.expect("a's files"), decoder: Decoder::new() };
+        let hello = Hello { server: "a".into(), instance: b"thief".to_vec(), epoch: 1, ..Default::default() };
+        thief.say(Kind::Hello(hello));
+        thief
+    }
+
+    fn say(&mut self, kind: Kind) {
+        let bytes = frame::encode(&kind.into()).expect("a frame");
+        self.tls.write(&mut self.socket, &bytes).expect("write");
+    }
+
+    /// A mailbox that somebody has made.
+    fn say_change(&mut self, user: &str, seq: u64, origin: &str) {
+        let op = Op { what: Some(What::Create(MailboxCreate::default())) };
+        let mailbox = Mailbox { guid: vec![7; 16], path: vec!["Evil".into()], ..Default::default() };
+        self.say(Kind::Change(Change {
+            stamp: Some(Stamp { origin: origin.into(), epoch: 1, seq, clock: seq, ..Default::default() }),
+            user: user.into(),
+            mailbox: Some(mailbox),
+            ops: vec![op],
+            ..Default::default()
+        }));
+    }
+
+    /// The next frame of these; none at the connection's end.
+    fn hear<T>(&mut self, mut wanted: impl FnMut(Kind) -> Option<T>) -> Option<T> {
+        loop {
+            while let Some(frame) = self.decoder.next().expect("frames") {
+                if let Some(found) = frame.kind.and_then(&mut wanted) {
+                    return Some(found);
+                }
+            }
+            let decoder = &mut self.decoder;
+            match self.tls.read(&mut self.socket, &mut [0; 65_536], |bytes| decoder.push(bytes)) {
+                Ok(true) => {}
+                Ok(false) => return None,
+                Err(error) => panic!("waited in vain for the relay: {error}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stolen_key_reaches_no_user_who_is_not_replicated_with_that_server() {
+    let (hers, his) = ("story-thief-jane", "story-thief-joe");
+    let b = Setup::new("b", Format::Sdbox).user_with_peers(hers, "a").user_with_peers(his, "-");
+    let t = Scene::on(Cluster::start_apart(vec![Setup::new("a", Format::Sdbox), b]), hers);
+    t.expects_in_log("dovetail");
+    t.b().deliver(his, &mail("his own"));
+    let guid = t.b().doveadm(&["mailbox", "status", "-u", his, "guid", "INBOX"]);
+    let guid = guid.trim().rsplit('=').next().expect("a GUID").to_owned();
+    let guid: Vec<u8> = (0..16).map(|at| u8::from_str_radix(&guid[2 * at..2 * at + 2], 16).expect("hex")).collect();
+    t.a().stop();
+    wait_until(SOON, "A's connection has ended", || t.b().status()[0]["state"] != "connected");
+
+    let mut thief = Thief::connect(t.a(), t.b());
+    thief.say_change(his, 1, "a");
+    let refused = thief.hear(|kind| match kind {
+        Kind::Refused(refused) => Some(refused),
+        _ => None,
+    });
+    let reason = "server a is not among the user's peers here";
+    assert!(refused.is_some_and(|refused| refused.user == his && refused.error.contains(reason)));
+    t.b().wait_for_log(reason);
+    thief.say(Kind::BodyRequest(BodyRequest {
+        id: 9,
+        origin: "b".into(),
+        user: his.into(),
+        mailbox: Some(Mailbox { guid, path: vec!["INBOX".into()], ..Default::default() }),
+        uid: 1,
+        window: 1 << 20,
+        ..Default::default()
+    }));
+    let chunk = thief.hear(|kind| match kind {
+        Kind::BodyChunk(chunk) => Some(chunk),
+        _ => None,
+    });
+    assert!(chunk.is_some_and(|chunk| chunk.data.is_empty() && chunk.error.contains(reason)));
+    assert!(!t.b().doveadm(&["mailbox", "list", "-u", his]).contains("Evil"));
+
+    // Who says another server's changes as his own is cut off.
+    thief.say_change(hers, 2, "b");
+    assert!(thief.hear(|kind| matches!(kind, Kind::Refused(_)).then_some(())).is_none());
+    t.b().wait_for_log("it sent change 2 of server 'b'");
+    assert_eq!(t.b().counters().malformed, 1);
+
+    t.a().start();
+    t.a().deliver(hers, &mail("hers"));
+    assert_eq!(t.settled().messages("INBOX").len(), 1);
 }
