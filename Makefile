@@ -99,6 +99,10 @@ lint: deps ## Formatting and clippy, warnings denied
 	$(CARGO) clippy $(CARGO_FLAGS) --locked --all-targets --no-default-features -- -D warnings
 	$(CARGO) clippy $(CARGO_FLAGS) --locked --lib --bins -- -D warnings
 
+.PHONY: deny
+deny: ## Licences, sources and known holes of the crates (needs cargo-deny: cargo install cargo-deny)
+	$(CARGO) deny --locked check
+
 .PHONY: install
 install: build install-files ## Install beside the installed Dovecot (DESTDIR=...)
 
