@@ -266,6 +266,12 @@ pub fn has_saves(change: &Change) -> bool {
     change.ops.iter().any(|op| matches!(op.what, Some(What::Save(_))))
 }
 
+/// Of how many messages that the change brings the bodies are elsewhere.
+pub fn bodies_to_fetch(change: &Change) -> usize {
+    let is_elsewhere = |op: &&Op| matches!(&op.what, Some(What::Save(save)) if !save.body_inline);
+    change.ops.iter().filter(is_elsewhere).count()
+}
+
 /// As many changes as it takes for each to fit into a frame. Only the last one tells the mailbox's state behind all.
 pub fn split(ops: Vec<What>, user: &str, mailbox: &Mailbox, clock: u64) -> Vec<Change> {
     let mut changes: Vec<Change> = Vec::new();

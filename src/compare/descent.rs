@@ -17,7 +17,7 @@ const ASKED_MAX: usize = 256;
 /// Messages that one question brings at most, of ranges that did not grow.
 const MESSAGES_ASKED_MAX: u32 = 4_096;
 
-/// A question to both sides.
+/// A question to both sides; its ranges are in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ask {
     Digests(Vec<Range>),
@@ -78,15 +78,18 @@ impl Descent {
     /// What to ask both sides next; None: all is known.
     pub fn ask(&self) -> Option<Ask> {
         if !self.unknown.is_empty() {
-            return Some(Ask::Digests(self.unknown.iter().take(ASKED_MAX).copied().collect()));
+            let mut ranges: Vec<Range> = self.unknown.iter().take(ASKED_MAX).copied().collect();
+            ranges.sort();
+            return Some(Ask::Digests(ranges));
         }
         let mut messages = 0;
         let fits = |(at, (_, count)): &(usize, &(Range, u32))| {
             messages += count;
             *at == 0 || messages <= MESSAGES_ASKED_MAX
         };
-        let short: Vec<Range> =
+        let mut short: Vec<Range> =
             self.short.iter().take(ASKED_MAX).enumerate().take_while(fits).map(|(_, (range, _))| *range).collect();
+        short.sort();
         (!short.is_empty()).then_some(Ask::Messages(short))
     }
 

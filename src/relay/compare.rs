@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use mio::Token;
+use prost::Message as _;
 
 use super::engine::{Close, Engine, Role};
 use super::local::OUT_BYTES_MAX;
@@ -35,8 +36,13 @@ const ROUNDS_MAX: u32 = 6;
 /// For how long a comparison waits for a moment without changes.
 const SETTLE_MS_MAX: u64 = 120_000;
 const POLL_MS: u64 = 50;
-/// Until what could not be compared is tried again.
-const RETRY_MS: u64 = 60_000;
+/// And for answers: a mailbox may be large.
+const ANSWER_MS_MAX: u64 = 15 * 60_000;
+/// Until what could not be compared is tried again, doubling.
+const RETRY_MS_MIN: u64 = 60_000;
+const RETRY_MS_MAX: u64 = 3_600_000;
+/// What a peer answers to one question.
+const ANSWER_BYTES_MAX: usize = 32 << 20;
 /// Between two looks into the list of what failed, and users that one brings.
 const LIST_EVERY_MS: u64 = 5_000;
 const LISTED_MAX: usize = 100;
@@ -56,6 +62,8 @@ struct User {
     /// A person waits for it: what does not work now is an error.
     asked: bool,
     due_ms: u64,
+    /// After the last one that did not come to its end.
+    pause_ms: u64,
 }
 
 #[derive(Debug, PartialEq)]
@@ -78,6 +86,7 @@ struct Run {
     peers: Vec<usize>,
     repair: bool,
     asked: bool,
+    pause_ms: u64,
     began_us: u64,
     until_ms: u64,
     step: Step,
@@ -86,6 +95,8 @@ struct Run {
     /// Our number of the question.
     question: u64,
     partly: Vec<Surveyed>,
+    partly_bytes: usize,
+    answer_by_ms: u64,
     ours: Option<Vec<Surveyed>>,
     theirs: Option<Vec<Surveyed>>,
     pairs: Pairs,
@@ -101,10 +112,19 @@ struct Run {
 /// Who waits at the other end of doveadm.
 struct Listener {
     users: HashSet<Arc<str>>,
+    /// Comparisons up to this one had begun before.
+    after: u64,
     /// The userdb is asked for them.
     is_listing: bool,
     repair: bool,
     error: String,
+}
+
+impl Listener {
+    /// It has not begun before it was asked for.
+    fn waits_for(&self, run: &Run) -> bool {
+        run.id > self.after && (run.repair || !self.repair)
+    }
 }
 
 /// How far it is.
@@ -135,10 +155,10 @@ pub struct Comparisons {
 impl Comparisons {
     /// When [`Engine::tick_comparisons`] has something to do although nothing else happened.
     pub fn wake_up_ms(&self, now_ms: u64) -> Option<u64> {
-        let runs = self.runs.iter().filter_map(|run| match run.step {
-            Step::Settle => Some(now_ms + POLL_MS),
-            Step::Pause(until_ms) => Some(until_ms),
-            Step::Asked | Step::Tell => None,
+        let runs = self.runs.iter().map(|run| match run.step {
+            Step::Settle => now_ms + POLL_MS,
+            Step::Pause(until_ms) => until_ms,
+            Step::Asked | Step::Tell => run.answer_by_ms,
         });
         let alive = (!self.listeners.is_empty()).then_some(self.alive_at_ms);
         let users = self.users.values().map(|user| user.due_ms).filter(|due_ms| *due_ms > now_ms).min();
@@ -152,7 +172,7 @@ impl Comparisons {
         let progress = &mut self.progress;
         let wanted = self.users.entry(user.clone()).or_insert_with(|| {
             progress.users += 1;
-            User { repair: false, asked: false, due_ms: now_ms }
+            User { repair: false, asked: false, due_ms: now_ms, pause_ms: 0 }
         });
         wanted.repair |= repair;
         wanted.asked |= asked;
@@ -170,8 +190,13 @@ impl Engine {
     // ---- What a person asks for --------------------------------------------------------------------------------------
 
     pub fn compare(&mut self, token: Token, request: &CompareRequest) {
-        let listener =
-            Listener { users: HashSet::new(), is_listing: request.all, repair: request.repair, error: String::new() };
+        let listener = Listener {
+            users: HashSet::new(),
+            after: self.comparisons.last_id,
+            is_listing: request.all,
+            repair: request.repair,
+            error: String::new(),
+        };
         self.comparisons.listeners.insert(token, listener);
         self.comparisons.alive_at_ms = self.now_ms + ALIVE_EVERY_MS;
         if self.peers.is_empty() {
@@ -301,6 +326,9 @@ impl Engine {
         let sockets = &self.sockets;
         let is_there = |token: &Token| sockets.get(token).is_some_and(|socket| matches!(socket.role, Role::Local(_)));
         self.comparisons.listeners.retain(|token, _| is_there(token));
+        let listeners = &self.comparisons.listeners;
+        let is_waited_for = |user: &Arc<str>| listeners.values().any(|listener| listener.users.contains(user));
+        self.comparisons.users.retain(|name, user| user.repair || is_waited_for(name));
         let tokens: Vec<Token> = self.comparisons.listeners.keys().copied().collect();
         for token in tokens {
             self.send(token, &Kind::CompareList(CompareList { more: true, ..Default::default() }).into());
@@ -361,6 +389,7 @@ impl Engine {
             peers,
             repair: wanted.repair,
             asked: wanted.asked,
+            pause_ms: wanted.pause_ms,
             began_us: self.outside.now_us(),
             until_ms: 0,
             step: Step::Settle,
@@ -368,6 +397,8 @@ impl Engine {
             generation: 0,
             question: 0,
             partly: vec![],
+            partly_bytes: 0,
+            answer_by_ms: 0,
             ours: None,
             theirs: None,
             pairs: vec![],
@@ -417,12 +448,13 @@ impl Engine {
         }
         if run.repair && !is_equal {
             // It stands in the list.
-            let user = User { repair: true, asked: false, due_ms: self.now_ms + RETRY_MS };
+            let pause_ms = (run.pause_ms * 2).clamp(RETRY_MS_MIN, RETRY_MS_MAX);
+            let user = User { repair: true, asked: false, due_ms: self.now_ms + pause_ms, pause_ms };
             self.comparisons.users.entry(run.user.clone()).or_insert(user);
             self.comparisons.progress.users += 1;
         }
         for listener in self.comparisons.listeners.values_mut() {
-            let was_waiting = (!listener.repair || run.repair) && listener.users.remove(&run.user);
+            let was_waiting = listener.waits_for(&run) && listener.users.remove(&run.user);
             if let Some(error) = run.errors.first().filter(|_| was_waiting && listener.error.is_empty()) {
                 listener.error = change::printable(error);
             }
@@ -462,6 +494,9 @@ impl Engine {
         match run.step {
             Step::Pause(until_ms) if until_ms <= self.now_ms => {}
             Step::Settle => {}
+            Step::Asked | Step::Tell if run.answer_by_ms <= self.now_ms => {
+                return self.fail_run(id, "there is no answer");
+            }
             _ => return,
         }
         if !self.is_settled(&user, peer) {
@@ -477,19 +512,22 @@ impl Engine {
         let (theirs, ours) = (survey(&run, true), survey(&run, false));
         run.step = Step::Asked;
         (run.ours, run.theirs) = (None, None);
-        self.ask(&mut run, Question { survey: Some(theirs), ..Default::default() });
+        self.ask(&mut run, std::iter::once(Question { survey: Some(theirs), ..Default::default() }));
         let id = run.id;
         self.comparisons.runs.push(run);
         self.want_answer(Asker::Own(id), user, peer, Wanted::Survey(ours));
     }
 
     /// The peer.
-    fn ask(&mut self, run: &mut Run, question: Question) {
-        run.partly.clear();
+    fn ask(&mut self, run: &mut Run, questions: impl Iterator<Item = Question>) {
+        (run.partly, run.partly_bytes) = (Vec::new(), 0);
+        run.answer_by_ms = self.now_ms + ANSWER_MS_MAX;
         self.comparisons.last_id += 1;
         run.question = self.comparisons.last_id;
-        if let Some(link) = self.peers[run.peer].link.as_mut().filter(|link| link.session.is_up()) {
-            link.session.bulk(Kind::Question(Question { id: run.question, ..question }));
+        for question in questions {
+            if let Some(link) = self.peers[run.peer].link.as_mut().filter(|link| link.session.is_up()) {
+                link.session.bulk(Kind::Question(Question { id: run.question, ..question }));
+            }
         }
     }
 
@@ -498,8 +536,9 @@ impl Engine {
         let Some(run) = self.comparisons.runs.iter_mut().find(is_of) else { return };
         let id = run.id;
         if let Some(surveyed) = answer.surveyed {
+            run.partly_bytes += surveyed.encoded_len() + std::mem::size_of::<Surveyed>();
             run.partly.push(surveyed);
-            if run.partly.len() > NAMES_MAX {
+            if run.partly_bytes > ANSWER_BYTES_MAX {
                 return self.fail_run(id, "it answers too much");
             }
         }
@@ -649,7 +688,7 @@ impl Engine {
             all.push(proto::Difference { user, peer, what: "and_more".into(), ..Default::default() });
         }
         let listeners: Vec<Token> = (self.comparisons.listeners.iter())
-            .filter(|(_, listener)| listener.users.contains(&run.user))
+            .filter(|(_, listener)| listener.waits_for(run) && listener.users.contains(&run.user))
             .map(|(token, _)| *token)
             .collect();
         for token in listeners {
@@ -678,20 +717,12 @@ impl Engine {
         };
         let (ours, theirs) = (tell(&found.ours), tell(&found.theirs));
         run.step = Step::Tell;
+        run.answer_by_ms = self.now_ms + ANSWER_MS_MAX;
         (run.ours, run.theirs) = (None, None);
         if theirs.mailboxes.is_empty() {
             run.theirs = Some(vec![]);
         } else {
-            let frames: Vec<Tell> = tell_frames(&theirs).collect();
-            self.comparisons.last_id += 1;
-            run.question = self.comparisons.last_id;
-            run.partly.clear();
-            for tell in frames {
-                if let Some(link) = self.peers[run.peer].link.as_mut().filter(|link| link.session.is_up()) {
-                    let question = Question { id: run.question, tell: Some(tell), ..Default::default() };
-                    link.session.bulk(Kind::Question(question));
-                }
-            }
+            self.ask(&mut run, tell_frames(&theirs).map(|tell| Question { tell: Some(tell), ..Default::default() }));
         }
         let (id, user, peer) = (run.id, run.user.clone(), run.peer);
         if ours.mailboxes.is_empty() {

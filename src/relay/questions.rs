@@ -13,7 +13,7 @@ use prost::Message;
 use super::engine::{Close, Engine};
 use super::order::Release;
 use super::workers::{Task, Worker};
-use crate::change;
+use crate::change::{self, GUID_BYTES, RANGES_MAX};
 use crate::journal::JournalError;
 use crate::wire::proto::frame::Kind;
 use crate::wire::proto::{self, Answer, Looked, Question, Survey, Surveyed, Tell};
@@ -152,6 +152,9 @@ impl Engine {
             Wanted::Users => return Ok(()),
         };
         change::check_user(user).map_err(|error| Close::Malformed(error.to_string()))?;
+        if let Wanted::Survey(survey) = &wanted {
+            check_survey(survey)?;
+        }
         let user: Arc<str> = user.as_str().into();
         let is_of_peer = |job: &&Job| matches!(job.asker, Asker::Peer(peer, ..) if peer == index);
         if self.questions.line.iter().filter(is_of_peer).count() >= PER_PEER_MAX {
@@ -372,6 +375,20 @@ impl Engine {
         }
         link.session.bulk(Kind::Answer(Answer { id, error, ..Default::default() }));
     }
+}
+
+/// Ranges in order, so that each message is read once.
+fn check_survey(survey: &Survey) -> Result<(), Close> {
+    let in_order = survey.ranges.windows(2).all(|two| two[0].last < two[1].first);
+    let are_ranges = survey.ranges.iter().all(|range| range.first <= range.last);
+    if survey.ranges.len() > RANGES_MAX || !in_order || !are_ranges {
+        return Err(Close::Malformed("it asked for ranges of UIDs that are none".into()));
+    }
+    let Some(mailbox) = &survey.mailbox else { return Ok(()) };
+    if mailbox.guid.len() != GUID_BYTES {
+        return Err(Close::Malformed("it asked for a mailbox without a GUID".into()));
+    }
+    change::check_path(&mailbox.path).map_err(|error| Close::Malformed(error.to_string()))
 }
 
 /// Bytes of one frame with a part of a request.

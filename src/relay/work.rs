@@ -8,10 +8,13 @@ use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use super::poison::Tried;
+use crate::change;
 use crate::wire::proto::{Change, SeqOf, Stamp};
 
 /// Changes in one job.
 const JOB_CHANGES_MAX: usize = 64;
+/// Messages in one job whose bodies have to be asked for: who is seeded is not to have a worker for long.
+const JOB_BODIES_MAX: usize = 64;
 /// Encoded bytes in one job; a single change may have more.
 const JOB_BYTES_MAX: usize = 256 << 10;
 /// How long a change waits for those that it comes after: longer than a peer takes to connect again.
@@ -107,13 +110,14 @@ impl UserWork {
 
     fn take_from(&mut self, first: usize, waits: impl Fn(&Received, Option<&Received>) -> bool) -> Vec<Received> {
         let peer = self.queue[first].peer;
-        let mut bytes = 0;
+        let (mut bytes, mut bodies) = (0, 0);
         let mut last: Option<&Received> = None;
         let length = (self.queue.iter().skip(first).filter(|received| received.peer == peer))
             .take(JOB_CHANGES_MAX)
             .take_while(|received| {
                 bytes += received.bytes;
-                let fits = bytes <= JOB_BYTES_MAX || last.is_none();
+                bodies += change::bodies_to_fetch(&received.change);
+                let fits = (bytes <= JOB_BYTES_MAX && bodies <= JOB_BODIES_MAX) || last.is_none();
                 let goes = last.is_none_or(|last| last.origin() == received.origin() && !waits(received, Some(last)));
                 last = Some(received);
                 fits && goes

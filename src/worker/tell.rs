@@ -15,6 +15,9 @@ use super::storage::{Result, Storage};
 use crate::change;
 use crate::wire::proto::{self, frame::Kind, op::What, Change, Looked, Mailbox, Tell, TellOf, UidRange};
 
+/// Messages in one change: the peer does as much in one piece.
+const OPS_MAX: usize = 64;
+
 /// Tells, and answers. False if Dovecot failed; fails only if the connection cannot be used any more.
 pub fn tell<S: Storage, C: Read + Write>(storage: &mut S, connection: &mut Connection<C>, wanted: &Tell) -> Link<bool> {
     storage.applying(&[]);
@@ -77,8 +80,14 @@ fn tell_of<S: Storage>(storage: &mut S, user: &str, of: &TellOf) -> Result<Vec<C
         // UIDNEXT is what it is.
         ops.push(change::nothing());
     }
-    changes.extend(change::split(ops, user, &mailbox, 0));
     storage.close();
+    // Only the last says how the mailbox is behind all.
+    let before = Mailbox { uid_next: 0, highest_modseq: 0, ..mailbox.clone() };
+    while ops.len() > OPS_MAX {
+        let rest = ops.split_off(OPS_MAX);
+        changes.extend(change::split(std::mem::replace(&mut ops, rest), user, &before, 0));
+    }
+    changes.extend(change::split(ops, user, &mailbox, 0));
     Ok(changes)
 }
 

@@ -182,6 +182,33 @@ fn differences_of_maildirs_are_found_or_healed_by_their_logs_and_resync_removes_
     });
 }
 
+/// Each has served the user by itself: other mailboxes of the same names, the same UIDs for other mails.
+fn two_servers_with_mail_of_their_own_are_joined(t: &Scene) {
+    let user = t.user.as_str();
+    for server in t.servers() {
+        fill(server, user, 9);
+        untold(server, &["mailbox", "create", "-u", user, server.name()]);
+        untold_mail(server, user, server.name(), "at home");
+    }
+    wait_for_connection(t);
+    // What is not told by their logs first.
+    differences(t.a(), &["resync", "-u", user]);
+    let snapshot = t.settled();
+    let counts = ["INBOX", "Work", "Work/Old", "a", "b"].map(|mailbox| snapshot.messages(mailbox).len());
+    assert_eq!(counts, [6, 4, 6, 1, 1]);
+    are_equal(t, &["compare", "-u", user]);
+}
+
+#[test]
+fn two_servers_with_mail_of_their_own_are_joined_dbox() {
+    in_pairs(DBOXES, "joined", two_servers_with_mail_of_their_own_are_joined);
+}
+
+#[test]
+fn two_servers_with_mail_of_their_own_are_joined_maildir() {
+    in_pairs(MAILDIRS, "joined", two_servers_with_mail_of_their_own_are_joined);
+}
+
 #[test]
 fn a_mailbox_that_stands_in_the_list_of_what_failed_is_compared_by_itself() {
     let t = Scene::on(Cluster::pair(Format::Sdbox, Format::Sdbox), "story-listed");

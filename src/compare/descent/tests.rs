@@ -43,6 +43,7 @@ fn compare(ours: &Box, theirs: &Box) -> (Repair, usize) {
     while let Some(ask) = descent.ask() {
         let is_taken = match ask {
             Ask::Digests(ranges) => {
+                assert!(ranges.windows(2).all(|two| two[0].last < two[1].first), "{ranges:?}");
                 crossed += ranges.len();
                 let digests = |messages| ranges.iter().map(|range| in_range(messages, *range)).collect::<Vec<_>>();
                 descent.take_digests(&digests(ours), &digests(theirs))
@@ -145,6 +146,15 @@ fn one_flag_of_a_hundred_thousand_messages_is_found_with_little_on_the_wire() {
     assert_eq!(found, [(What::Flags, 77_777, "only there: \\Seen")]);
     assert!((repair.ours.is_empty(), repair.theirs[0].flags.len()) == (true, 1));
     assert!(crossed < 200, "{crossed}");
+}
+
+#[test]
+fn differences_all_over_a_large_mailbox_are_asked_for_in_order() {
+    let ours: Box = (1..=60_000).map(|uid| (uid, message(uid, &format!("g{uid}"), 0))).collect();
+    let mut theirs = ours.clone();
+    theirs.values_mut().filter(|message| message.uid % 301 == 0).for_each(|message| message.flags = 1);
+    let (repair, _) = compare(&ours, &theirs);
+    assert_eq!(repair.differences.len(), 60_000 / 301);
 }
 
 #[test]
