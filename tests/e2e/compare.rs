@@ -5,7 +5,7 @@ use std::fs;
 use std::time::Duration;
 
 use crate::cluster::snapshot::table;
-use crate::cluster::{wait_until, Cluster, Format, Server, Setup};
+use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
 use crate::scene::{mail, mail_of_size, Scene, SOON};
 
 /// What stands in the list of what failed is compared after half a minute.
@@ -207,6 +207,42 @@ fn two_servers_with_mail_of_their_own_are_joined_dbox() {
 #[test]
 fn two_servers_with_mail_of_their_own_are_joined_maildir() {
     in_pairs(MAILDIRS, "joined", two_servers_with_mail_of_their_own_are_joined);
+}
+
+/// Its disk is gone, and what the others remember of it is not.
+#[test]
+fn a_server_that_was_lost_comes_back_empty_and_is_seeded() {
+    let formats = [("a", Format::Sdbox), ("b", Format::Maildir), ("c", Format::Sdbox)];
+    let t = Scene::on(Cluster::start(formats.map(|(name, format)| Setup::new(name, format)).into()), "story-replaced");
+    t.expects_in_log("Peer ");
+    let users: Vec<String> = (1..=2).map(|n| format!("{}-{n}", t.user)).collect();
+    for user in &users {
+        t.servers().iter().for_each(|server| server.add_user(user));
+        for n in 1..=10 {
+            t.servers().iter().for_each(|server| server.deliver(user, &mail(&format!("mail {n}"))));
+        }
+        let mut imap = t.a().imap(user);
+        imap.ok("CREATE Work");
+        imap.append("Work", &mail("work"));
+        imap.select("INBOX").ok("STORE 3:7 +FLAGS (\\Seen work)");
+        t.converged(user);
+    }
+    let before: Vec<Snapshot> = users.iter().map(|user| t.converged(user)).collect();
+    let lost = &t.servers()[2];
+    lost.stop();
+    for user in &users {
+        fs::remove_dir_all(lost.outside(&format!("/home/{user}"))).expect("the user's mail");
+    }
+    fs::remove_dir_all(lost.outside("/state/dovetail")).expect("the relay's journal");
+    lost.start();
+    wait_for_connection(&t);
+    differences(t.a(), &["resync", "-A"]);
+    for (user, before) in users.iter().zip(before) {
+        assert_eq!(before.difference(&t.converged(user)), "", "{user}");
+    }
+    are_equal(&t, &["compare", "-A"]);
+    t.servers()[2].deliver(&users[0], &mail("new"));
+    t.converged(&users[0]);
 }
 
 #[test]
