@@ -2,7 +2,7 @@
 //!
 //! Of two sessions, a short and a long one, the difference by the operations that the long one has more. Under valgrind a
 //! process is some fifty times slower, so each operation has a sending to the relay of its own, which many share otherwise, and
-//! for which no client waits. So it is counted by itself, too.
+//! for which no client waits. So it is left out once.
 
 use std::path::Path;
 use std::time::Duration;
@@ -25,32 +25,35 @@ const WITHOUT_STRING_INSTRUCTIONS: &str =
     "glibc.cpu.x86_rep_stosb_threshold=1000000000:glibc.cpu.x86_rep_movsb_threshold=1000000000";
 
 pub fn measure(variant: Variant, report: &mut Report) {
-    for (what, only) in [("", None), (", of them for sending", Some(SENDING))] {
-        if only.is_some() && !variant.replicates() {
-            continue;
-        }
-        let cluster = variant.start_with(false, &|setup| under_valgrind(setup, only));
-        for operation in OPERATIONS {
-            println!("{}: {operation}, instructions{what}", variant.name());
-            let [short, long] = [SHORT, LONG].map(|count| session(cluster.a(), operation, count));
-            let each = long.saturating_sub(short) as f64 / (LONG - SHORT) as f64;
-            report.add(&format!("instructions of {operation}{what}"), "", variant, Value::exact(each.round()));
-        }
+    let cluster = variant.start_with(false, &under_valgrind);
+    for operation in OPERATIONS {
+        println!("{}: {operation}, instructions", variant.name());
+        let [short, long] = [SHORT, LONG].map(|count| session(cluster.a(), operation, count));
+        let each = |short: u64, long: u64| long.saturating_sub(short) as f64 / (LONG - SHORT) as f64;
+        let (all, sending) = (each(short.all, long.all), each(short.sending, long.sending));
+        report.add(&format!("instructions of {operation}"), "", variant, Value::exact(all.round()));
+        let rest = Value::exact((all - sending).round());
+        report.add(&format!("instructions of {operation}, without sending"), "", variant, rest);
     }
 }
 
-/// Its processes of `imap` and `lmtp` are counted; or only what they do in a function.
-fn under_valgrind(setup: Setup, only: Option<&str>) -> Setup {
+struct Count {
+    all: u64,
+    /// Of them.
+    sending: u64,
+}
+
+/// The processes of `imap` and `lmtp` are counted.
+fn under_valgrind(setup: Setup) -> Setup {
     if setup.name != "a" {
         return setup;
     }
-    let only = only.map_or(String::new(), |function| format!("--toggle-collect={function}"));
     // The process is another user's when it ends.
     let script = |program: &str| {
         format!(
             "#!/bin/sh\nout={{DIR}}/home/count.$$\n: > $out\nchmod 666 $out\n\
              export GLIBC_TUNABLES={WITHOUT_STRING_INSTRUCTIONS}\n\
-             exec valgrind -q --vgdb=no --tool=callgrind --callgrind-out-file=$out {only} \
+             exec valgrind -q --vgdb=no --tool=callgrind --callgrind-out-file=$out \
              /usr/lib/dovecot/{program} \"$@\"\n"
         )
     };
@@ -63,7 +66,7 @@ fn under_valgrind(setup: Setup, only: Option<&str>) -> Setup {
 }
 
 /// Instructions of a process with so many operations.
-fn session(server: &Server, operation: &str, count: usize) -> u64 {
+fn session(server: &Server, operation: &str, count: usize) -> Count {
     let user = format!("instructions-{}", operation.to_lowercase());
     if operation == "STORE" {
         fill(server, &user);
@@ -95,7 +98,7 @@ fn session(server: &Server, operation: &str, count: usize) -> u64 {
         counted = read_count(&server.outside(&format!("/home/count.{}", pid[0])));
         counted.is_some()
     });
-    counted.unwrap_or(0)
+    counted.expect("it has")
 }
 
 /// The user has mails enough, none of them flagged.
@@ -111,11 +114,13 @@ fn fill(server: &Server, user: &str) {
 }
 
 /// None: it is not all written.
-fn read_count(file: &Path) -> Option<u64> {
+fn read_count(file: &Path) -> Option<Count> {
     let text = std::fs::read_to_string(file).ok()?;
-    let count = text.lines().find_map(|line| line.strip_prefix("totals: ")?.parse().ok())?;
-    if let Some(keep) = std::env::var_os("DOVETAIL_BENCH_KEEP") {
-        let _ = std::fs::copy(file, Path::new(&keep).join(file.file_name()?));
-    }
-    Some(count)
+    let all = text.lines().find_map(|line| line.strip_prefix("totals: ")?.parse().ok())?;
+    let mut annotate = std::process::Command::new("callgrind_annotate");
+    let output = annotate.args(["--inclusive=yes", "--auto=no", "--threshold=100"]).arg(file).output();
+    let functions = String::from_utf8_lossy(&output.expect("valgrind's callgrind_annotate").stdout).into_owned();
+    let line = functions.lines().find(|line| line.contains(&format!(":{SENDING} [")));
+    let sending = line.and_then(|line| line.split_whitespace().next()?.replace(',', "").parse().ok());
+    Some(Count { all, sending: sending.unwrap_or(0) })
 }
