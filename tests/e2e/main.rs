@@ -1,7 +1,7 @@
 //! End-to-end tests: real Dovecots, driven as users and admins do.
 //!
 //! Each story runs for every pair of mail formats, both ways; `cargo test --test e2e sdbox_to_mdbox` runs one pair,
-//! `cargo test --test e2e flags::` one chapter. They need root and the files of `make stage`.
+//! `cargo test --test e2e flags::` one chapter. They need root and the files of `make stage` and `make stage-panics`.
 
 mod cluster;
 mod scene;
