@@ -6,7 +6,7 @@ use std::ffi::{c_char, c_int};
 use std::fs::DirBuilder;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -164,7 +164,10 @@ extern "C" fn dt_rs_relay_accept(fd: c_int, listener: c_int, is_peer: bool) {
             drop(fd);
             return super::log::connection_closed();
         }
-        let kind = if is_peer { relay::Connection::Peer } else { relay::Connection::Local };
+        let kind = match is_peer {
+            true => relay::Connection::Peer,
+            false => relay::Connection::Local { may_ask: may_ask(&fd) },
+        };
         RELAY.with_borrow(|relay| {
             let accepted = match relay {
                 Relay::Running(handle) => handle.accept(fd, kind),
@@ -180,6 +183,19 @@ extern "C" fn dt_rs_relay_accept(fd: c_int, listener: c_int, is_peer: bool) {
             }
         })
     })
+}
+
+/// Whether root or the relay's own user is at the other end.
+fn may_ask(fd: &OwnedFd) -> bool {
+    let mut other = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut length = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the fd is open, and what is written fits.
+    let ret = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut other).cast(), &raw mut length)
+    };
+    // SAFETY: it only returns a number.
+    let own = unsafe { libc::geteuid() };
+    ret == 0 && (other.uid == 0 || other.uid == own)
 }
 
 /// The process ends: says goodbye to whom it can.

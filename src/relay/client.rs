@@ -148,7 +148,12 @@ fn ask_on(
         }
         stream.set_read_timeout(Some(left)).map_err(|e| fail("setsockopt", &e))?;
         match stream.read(&mut buffer) {
-            Ok(0) => return Err(fail("read", &"the relay closed the connection without an answer")),
+            Ok(0) => {
+                return Err(fail(
+                    "read",
+                    &"the relay closed the connection without an answer; it has one for root and its own user only",
+                ))
+            }
             Ok(length) => decoder.push(&buffer[..length]),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}

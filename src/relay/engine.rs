@@ -376,7 +376,7 @@ impl Engine {
 
     fn accept(&mut self, socket: OwnedFd, kind: Kind) {
         let outcome = match kind {
-            Kind::Local => self.accept_local(socket),
+            Kind::Local { may_ask } => self.accept_local(socket, may_ask),
             Kind::Peer => self.accept_stranger(socket),
         };
         if let Err(error) = outcome {
@@ -388,15 +388,15 @@ impl Engine {
         }
     }
 
-    fn accept_local(&mut self, socket: OwnedFd) -> Result<(), String> {
+    fn accept_local(&mut self, socket: OwnedFd, may_ask: bool) -> Result<(), String> {
         let stream = std::os::unix::net::UnixStream::from(socket);
         stream.set_nonblocking(true).map_err(|e| format!("fcntl() failed: {e}"))?;
-        self.take_local(Stream::Unix(mio::net::UnixStream::from_std(stream)))
+        self.take_local(Stream::Unix(mio::net::UnixStream::from_std(stream)), may_ask)
     }
 
-    pub fn take_local(&mut self, stream: Stream) -> Result<(), String> {
+    pub fn take_local(&mut self, stream: Stream, may_ask: bool) -> Result<(), String> {
         let connection = Connection::new(stream, None, false);
-        self.insert(connection, true, Role::Local(Local::default())).map_err(|e| format!("epoll failed: {e}"))?;
+        self.insert(connection, true, Role::Local(Local::new(may_ask))).map_err(|e| format!("epoll failed: {e}"))?;
         Ok(())
     }
 

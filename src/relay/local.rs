@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use mio::Token;
 
-use super::engine::{Close, Engine, Role};
+use super::engine::{Close, Engine, Role, Socket};
 use super::order::{Arrival, Hole, Release};
 use super::spans::Need;
 use crate::change::{self, ChangeError, GUID_BYTES};
@@ -30,6 +30,7 @@ type Intents = HashMap<Arc<str>, HashSet<Vec<u8>>>;
 /// One local process.
 #[derive(Default)]
 pub struct Local {
+    may_ask: bool,
     is_attached: bool,
     process: String,
     pid: u32,
@@ -40,6 +41,10 @@ pub struct Local {
 }
 
 impl Local {
+    pub fn new(may_ask: bool) -> Local {
+        Local { may_ask, ..Local::default() }
+    }
+
     fn intend(&mut self, user: &str, mailbox: Vec<u8>) {
         let mailboxes = self.intents.entry(user.into()).or_default();
         // Without a GUID, all of the user's mailboxes.
@@ -58,6 +63,20 @@ impl Local {
 impl Engine {
     pub fn local_frame(&mut self, token: Token, frame: Frame) -> Result<(), Close> {
         let Some(kind) = frame.kind else { return Ok(()) };
+        let is_question = matches!(
+            kind,
+            Kind::StatusRequest(_)
+                | Kind::FailedRequest(_)
+                | Kind::WaitingRequest(_)
+                | Kind::ClearFailed(_)
+                | Kind::CompareRequest(_)
+                | Kind::ProgressRequest(_)
+        );
+        let may_ask =
+            matches!(self.sockets.get(&token), Some(Socket { role: Role::Local(local), .. }) if local.may_ask);
+        if is_question && !may_ask {
+            return Err(Close::Malformed("it asks what only root and the relay's own user may know".into()));
+        }
         if let Kind::StatusRequest(_) = kind {
             return self.answer_status(token);
         }

@@ -128,8 +128,8 @@ pub struct Peer {
 /// What an accepted connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Connection {
-    /// A Unix socket: a mail process or doveadm.
-    Local,
+    /// A Unix socket: a mail process or doveadm. Whether it may ask what goes on with all users: root, and the relay's own user.
+    Local { may_ask: bool },
     /// A TCP socket: another server's relay.
     Peer,
 }

@@ -34,7 +34,7 @@ impl Stepped {
         // It is now that it comes.
         self.0.take(&mut Vec::new());
         match kind {
-            Connection::Local => self.0.take_local(Stream::Pipe(pipe)),
+            Connection::Local { may_ask } => self.0.take_local(Stream::Pipe(pipe), may_ask),
             Connection::Peer => self.0.take_stranger(Stream::Pipe(pipe), None),
         }
     }

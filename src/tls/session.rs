@@ -43,7 +43,9 @@ impl Session {
         let length = socket.read(buffer)?;
         if length == 0 {
             return match self.tls.is_handshaking() {
-                true => Err(refused("it closed the connection while it should have proven who it is".into())),
+                true => {
+                    Err(refused("it closed the connection in the TLS handshake: is dovetail_cert set there?".into()))
+                }
                 false => Ok(false),
             };
         }

@@ -17,7 +17,7 @@ pub const PAYLOAD_BYTES_MAX: usize = 65_536;
 /// Why bytes are not a frame, or a record does not fit into one.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum FrameError {
-    #[error("the frame is of version {0}, and only version {VERSION} is known here")]
+    #[error("the frame is of version {0}, and only version {VERSION} is known here{hint}", hint = hint(*.0))]
     UnknownVersion(u8),
     #[error("the frame is {0} bytes long, and at most {PAYLOAD_BYTES_MAX} are allowed")]
     TooLong(usize),
@@ -25,6 +25,14 @@ pub enum FrameError {
     Undecodable(String),
     #[error("the frame is of a kind that is not known here")]
     UnknownKind,
+}
+
+/// What the other side may be that begins with this byte: RFC 8446, 5.1.
+fn hint(first: u8) -> &'static str {
+    match first {
+        20..=23 => ": it speaks TLS",
+        _ => "",
+    }
 }
 
 impl From<Kind> for Frame {

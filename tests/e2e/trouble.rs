@@ -145,6 +145,47 @@ fn garbage_on_the_relays_unix_socket_closes_that_connection_only() {
     });
 }
 
+/// In a thread that is another user.
+fn as_user<T: Send + 'static>(uid: u32, act: impl FnOnce() -> T + Send + 'static) -> T {
+    let act = move || {
+        // SAFETY: it only changes this thread, as the C library's function would not.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, -1, uid, -1) }, 0);
+        act()
+    };
+    std::thread::spawn(act).join().expect("no panic")
+}
+
+#[test]
+fn what_goes_on_is_told_to_root_and_the_relays_own_user_only() {
+    use std::os::unix::fs::MetadataExt;
+    let t = pair("story-who-asks");
+    t.expects_in_log("it asks what only root and the relay's own user may know");
+    let socket = t.b().outside("/run/dovetail");
+    let ask = |uid: u32| {
+        let socket = socket.clone();
+        as_user(uid, move || {
+            let text = |error: String| Err::<(), String>(error);
+            [
+                dovetail::relay::client::status(&socket, SOON).map_or_else(text, |_| Ok(())),
+                dovetail::relay::client::failed(&socket, SOON).map_or_else(text, |_| Ok(())),
+                dovetail::relay::client::waiting(&socket, SOON).map_or_else(text, |_| Ok(())),
+                dovetail::relay::client::clear_failed(&socket, None, SOON).map_or_else(text, |_| Ok(())),
+            ]
+        })
+    };
+    let relay = t.b().pids("dovetail")[0];
+    let own = std::fs::metadata(format!("/proc/{relay}")).expect("a process").uid();
+    assert_ne!(own, 0);
+    for uid in [0, own] {
+        assert!(ask(uid).iter().all(Result::is_ok), "{uid}: {:?}", ask(uid));
+    }
+    // Who may well tell what he did.
+    for answer in ask(8) {
+        assert!(answer.is_err_and(|error| error.contains("it has one for root and its own user only")));
+    }
+    t.b().wait_for_log("it asks what only root and the relay's own user may know");
+}
+
 #[test]
 fn a_malformed_setting_is_named_and_mail_goes_on() {
     let setup = Setup::new("a", Format::Sdbox).peers("nonsense");

@@ -177,7 +177,7 @@ impl Server {
                 }
             }
         };
-        let (take_local, take_peer) = (accept(Connection::Local), accept(Connection::Peer));
+        let (take_local, take_peer) = (accept(Connection::Local { may_ask: true }), accept(Connection::Peer));
         let (ends, ending) = (is_ending.clone(), is_ending.clone());
         let listeners = vec![
             listen(ending.clone(), move || for_local.accept().unwrap().0, move |s| take_local(s.into())),

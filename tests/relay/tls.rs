@@ -205,6 +205,28 @@ fn a_server_refuses_to_start_with_files_that_are_not_right() {
     assert!(bad.contains("dovetail_peers: 'b-' cannot stand in a certificate"), "{bad}");
 }
 
+#[test]
+fn where_only_one_has_certificates_both_logs_say_so() {
+    lines();
+    let house = House::new();
+    let folder = authority_of(&house, "ca", &["a", "b"]);
+    let start = |with: &str| {
+        let edit = |config: &mut Config| {
+            if config.server == with {
+                with_tls(config, &folder);
+            }
+        };
+        let b = house.server_with("b", &[("a", "127.0.0.1:9".into())], edit);
+        (house.server_with("a", &[("b", b.address())], edit), b)
+    };
+    let (a, b) = start("a");
+    until("A is told", || a.peer("b").last_error.ends_with("in the TLS handshake: is dovetail_cert set there?"));
+    until_logged("turned away: the frame is of version 22, and only version 1 is known here: it speaks TLS.");
+    drop((a, b));
+    let (a, _b) = start("b");
+    until("A is told", || a.peer("b").last_error.ends_with("only version 1 is known here: it speaks TLS"));
+}
+
 // ---- Others.
 
 /// A client that trusts everybody and shows what it has.

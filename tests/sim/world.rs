@@ -324,7 +324,7 @@ impl World {
             for (server, end) in &accepting {
                 let pipe = Box::new(PipeEnd { network: self.network.clone(), end: *end });
                 let kind = match self.network.borrow().is_local(*end) {
-                    true => Kind::Local,
+                    true => Kind::Local { may_ask: true },
                     false => Kind::Peer,
                 };
                 story::speaks(SERVERS[*server]);
