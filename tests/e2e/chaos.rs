@@ -82,11 +82,14 @@ impl Drop for Story<'_> {
 /// one in 2.3 that closes an sdbox to whose index it could not write: sdbox_sync_finish() has left a view open. And of one that
 /// lists users while auth is not there, as doveadm -A does: auth_master_user_list_deinit() does once more what a failed connect()
 /// has done.
+/// And of one that saves into a maildir on a full disk: its sync finds another file, cannot write the UID of that to dovecot-uidlist,
+/// and forgets the list (maildir_uidlist_sync_finish()).
 fn is_dovecots(panic: &str) -> bool {
     let is_deadlock = panic.contains("/dovecot.list.index.log, ") && panic.contains("Resource deadlock avoided");
     let is_leak = panic.contains("Panic: Leaked view for index ") && panic.contains("Opened in mail-index-sync.c:");
     let is_listing = panic.contains("(auth_master_unset_io): assertion failed: (conn->to == NULL)");
-    is_deadlock || is_leak || is_listing
+    let is_unlisted = panic.contains("(maildir_save_sync_index): assertion failed: (first_uid != 0)");
+    is_deadlock || is_leak || is_listing || is_unlisted
 }
 
 fn play(seed: u64) {
