@@ -334,8 +334,8 @@ fn turned_away(server: &Server) -> u64 {
     notes.iter().find(|NamedCount { name, .. }| name == "turned_away").map_or(0, |note| note.count)
 }
 
-/// B, whose peers are a, whom the test plays, and c, who would connect to it, too.
-fn b_with_a_and_c(house: &House, folder: &Path) -> Server {
+/// B with peers whom the test plays, both of which connect to it.
+fn b_with_two_peers(house: &House, folder: &Path) -> Server {
     let peers = [("a", "127.0.0.1:9".into()), ("a2", "127.0.0.1:9".into())];
     house.server_with("b", &peers, |config| with_tls(config, folder))
 }
@@ -346,7 +346,7 @@ fn who_cannot_prove_to_be_a_peer_is_turned_away_and_a_good_peer_goes_on() {
     let house = House::new();
     let folder = authority_of(&house, "ca", &["a", "a2", "b", "x"]);
     let foreign = authority_of(&house, "other-ca", &["a"]);
-    let b = b_with_a_and_c(&house, &folder);
+    let b = b_with_two_peers(&house, &folder);
     let mut good = Attacker::of(&folder, "a").connect(b.connect_raw()).wire;
     good.greet("a");
 
@@ -418,7 +418,7 @@ fn a_peer_that_says_what_it_must_not_is_cut_off_and_a_good_peer_goes_on() {
     lines();
     let house = House::new();
     let folder = authority_of(&house, "ca", &["a", "a2", "b"]);
-    let b = b_with_a_and_c(&house, &folder);
+    let b = b_with_two_peers(&house, &folder);
     let mut good = Attacker::of(&folder, "a").connect(b.connect_raw()).wire;
     good.greet("a");
     let bad = Attacker::of(&folder, "a2");
@@ -476,7 +476,7 @@ fn a_crowd_that_says_nothing_is_cut_off_and_keeps_out_no_peer() {
     lines();
     let house = House::new();
     let folder = authority_of(&house, "ca", &["a", "b"]);
-    let b = b_with_a_and_c(&house, &folder);
+    let b = b_with_two_peers(&house, &folder);
     let mut crowd: Vec<TcpStream> = (0..200).map(|_| b.connect_raw()).collect();
     until_logged("turned away: more than 64 have not said which peer they are.");
     // They are slow, too: the begin of a ClientHello.
