@@ -28,6 +28,9 @@ const POLL_MS: u64 = 50;
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 /// What one request to tell may have.
 const TELL_BYTES_MAX: usize = 16 << 20;
+/// Of bodies that ride along with what one request tells, so much at most, and this part of the journal's size.
+const INLINE_BYTES_MAX: u64 = 8 << 20;
+const INLINE_SHARE: u64 = 64;
 /// Changes came in the middle of so many answers: the next one is an error.
 const TRIES_MAX: u32 = 50;
 
@@ -248,7 +251,11 @@ impl Engine {
                 }
                 vec![Kind::Survey(survey)]
             }
-            Wanted::Tell(tell) => tell_frames(&Tell { job: id, asker, ..tell.clone() }).map(Kind::Tell).collect(),
+            Wanted::Tell(tell) => {
+                let inline_bytes = INLINE_BYTES_MAX.min(self.config.journal_bytes_max / INLINE_SHARE);
+                let tell = Tell { job: id, asker, inline_bytes, ..tell.clone() };
+                tell_frames(&tell).map(Kind::Tell).collect()
+            }
             Wanted::Users => vec![Kind::Look(proto::Look { job: id, users: true, ..Default::default() })],
         };
         if matches!(job.wanted, Wanted::Tell(_)) {

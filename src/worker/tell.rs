@@ -18,12 +18,16 @@ use crate::wire::proto::{self, frame::Kind, op::What, Change, Looked, Mailbox, T
 /// Messages in one change: the peer does as much in one piece.
 const OPS_MAX: usize = 64;
 
+/// A body that may ride along.
+const BODY_BYTES_MAX: usize = 32 << 10;
+
 /// Tells, and answers. False if Dovecot failed; fails only if the connection cannot be used any more.
 pub fn tell<S: Storage, C: Read + Write>(storage: &mut S, connection: &mut Connection<C>, wanted: &Tell) -> Link<bool> {
     storage.applying(&[]);
     let mut outcome = check_asker(storage, &wanted.user, &wanted.asker).map(drop);
+    let mut room = wanted.inline_bytes;
     for of in &wanted.mailboxes {
-        let told = outcome.and_then(|()| tell_of(storage, &wanted.user, of));
+        let told = outcome.and_then(|()| tell_of(storage, &wanted.user, of, &mut room));
         for change in told.as_deref().unwrap_or_default() {
             let change = Some(change.clone());
             connection.send(Kind::Looked(Looked { job: wanted.job, more: true, change, ..Default::default() }))?;
@@ -38,7 +42,8 @@ pub fn tell<S: Storage, C: Read + Write>(storage: &mut S, connection: &mut Conne
     Ok(is_done)
 }
 
-fn tell_of<S: Storage>(storage: &mut S, user: &str, of: &TellOf) -> Result<Vec<Change>> {
+/// `room`: bytes of bodies that may ride along.
+fn tell_of<S: Storage>(storage: &mut S, user: &str, of: &TellOf, room: &mut u64) -> Result<Vec<Change>> {
     let named = of.mailbox.clone().unwrap_or_default();
     if of.subscribed {
         let mailbox = Mailbox { path: named.path, ..Default::default() };
@@ -72,7 +77,7 @@ fn tell_of<S: Storage>(storage: &mut S, user: &str, of: &TellOf) -> Result<Vec<C
         let made = Mailbox { uid_next: 0, highest_modseq: 0, ..mailbox.clone() };
         changes.extend(change::split(vec![create], user, &made, 0));
     }
-    let mut ops = saves(storage, &of.saves)?;
+    let mut ops = saves(storage, &of.saves, room)?;
     for update in &of.flags {
         ops.extend(holding(storage, &update.messages, update)?.into_iter().map(What::Flags));
     }
@@ -91,7 +96,7 @@ fn tell_of<S: Storage>(storage: &mut S, user: &str, of: &TellOf) -> Result<Vec<C
     Ok(changes)
 }
 
-fn saves<S: Storage>(storage: &mut S, ranges: &[UidRange]) -> Result<Vec<What>> {
+fn saves<S: Storage>(storage: &mut S, ranges: &[UidRange], room: &mut u64) -> Result<Vec<What>> {
     if ranges.is_empty() {
         return Ok(Vec::new());
     }
@@ -108,7 +113,36 @@ fn saves<S: Storage>(storage: &mut S, ranges: &[UidRange]) -> Result<Vec<What>> 
         let Some((flags, keywords)) = storage.message_flags(uid)? else { continue };
         let Some(save) = look::save(storage, uid, flags as u8)? else { continue };
         let found = times.get(&save.guid) == Some(&1);
-        saves.push(What::Save(proto::Save { keywords, found, ..save }));
+        let mut save = proto::Save { keywords, found, ..save };
+        if let Some(body) = small_body(storage, uid, &save, *room) {
+            *room -= body.len() as u64;
+            save = proto::Save { size: body.len() as u64, body_inline: true, body, ..save };
+        }
+        saves.push(What::Save(save));
     }
     Ok(saves)
+}
+
+/// The bytes of a message that may ride along; the others are fetched one by one, each with a commit of its own. One that cannot be
+/// read is left to that: it says why.
+fn small_body<S: Storage>(storage: &mut S, uid: u32, save: &proto::Save, room: u64) -> Option<Vec<u8>> {
+    let most = usize::try_from(room).unwrap_or(usize::MAX).min(BODY_BYTES_MAX);
+    if save.size > most as u64 || most < BODY_BYTES_MAX || !storage.body_open(uid, &save.guid).unwrap_or(false) {
+        return None;
+    }
+    let mut body = vec![0; BODY_BYTES_MAX + 1];
+    let mut length = 0;
+    let outcome = loop {
+        match storage.body_read(&mut body[length..]) {
+            Ok(0) => break Ok(()),
+            Ok(read) => length += read,
+            Err(error) => break Err(error),
+        }
+        if length > BODY_BYTES_MAX {
+            break Ok(());
+        }
+    };
+    storage.body_close();
+    body.truncate(length);
+    (outcome.is_ok() && length <= BODY_BYTES_MAX).then_some(body)
 }

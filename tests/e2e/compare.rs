@@ -93,6 +93,9 @@ fn an_empty_server_is_seeded(t: &Scene) {
     for user in &users {
         t.servers().iter().for_each(|server| server.add_user(user));
         fill(t.a(), user, 12);
+        // One that is fetched.
+        let args = ["-o", "mail_plugins=", "save", "-u", user, "-m", "Work/Old"];
+        t.a().doveadm_bytes(&args, &mail_of_size(100_000));
     }
     wait_for_connection(t);
     let found = differences(t.a(), &["resync", "-A"]);
@@ -101,7 +104,7 @@ fn an_empty_server_is_seeded(t: &Scene) {
     for user in &users {
         let snapshot = t.converged(user);
         let counts = ["INBOX", "Work", "Work/Old"].map(|mailbox| snapshot.messages(mailbox).len());
-        assert_eq!(counts, [4, 3, 4], "{user}");
+        assert_eq!(counts, [4, 3, 5], "{user}");
     }
     are_equal(t, &["compare", "-A"]);
     assert_eq!(t.a().status()[0]["failed"], "0");
