@@ -61,7 +61,12 @@ const MAILDIRS: [(Format, Format); 2] = [(Format::Maildir, Format::Maildir), (Fo
 fn in_pairs(pairs: [(Format, Format); 2], name: &str, story: fn(&Scene)) {
     for (a, b) in pairs {
         let user = format!("story-{name}-{a:?}-{b:?}").to_lowercase();
-        story(&Scene::on(Cluster::pair(a, b), &user));
+        let t = Scene::on(Cluster::pair(a, b), &user);
+        // Or its look for users of whom nobody has told finds what is delivered here without being told.
+        wait_until(SOON, "the relays have looked at all after their start", || {
+            t.servers().iter().all(Server::has_looked)
+        });
+        story(&t);
     }
 }
 
