@@ -282,7 +282,8 @@ int dt_worker_users(void (*each)(const char *username, void *context), void *con
 	const char *username;
 	int ret;
 
-	mail_storage_service_all_init_mask(w.storage_service, "");
+	/* Without a mask 2.4 lists nobody: match_user() in its auth compares each with it. */
+	mail_storage_service_all_init_mask(w.storage_service, "*");
 	while ((ret = mail_storage_service_all_next(w.storage_service, &username)) > 0)
 		each(username, context);
 	return ret < 0 ? dt_worker_set_error("the userdb does not list them") : 1;

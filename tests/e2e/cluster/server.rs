@@ -161,6 +161,19 @@ impl Server {
         }
     }
 
+    /// The configuration without our plugin, see [`Server::untold`].
+    fn write_untold(&self, text: &str) {
+        let example = fs::read_to_string(self.outside(&format!("/{}", config::EXAMPLE))).expect("the example");
+        let without = match self.version {
+            Version::V23 => example.replace("mail_plugins notify dovetail\n", "mail_plugins notify\n"),
+            Version::V24 => example.replace("  dovetail = yes\n", "  dovetail = no\n"),
+        };
+        assert_ne!(example, without, "the example loads the plugin in another way");
+        let name = format!("untold-{}", config::EXAMPLE);
+        fs::write(self.outside(&format!("/{name}")), without).expect("write");
+        fs::write(self.outside("/untold.conf"), text.replace(config::EXAMPLE, &name)).expect("write");
+    }
+
     /// Puts the build that can panic in the place of the plugin, and makes the folder that it reads.
     fn make_panics(&self, plugin: &Path) {
         let mut built = self.root.stage.clone().into_os_string();
@@ -199,7 +212,10 @@ impl Server {
         }
         .text()
         .replace("{DIR}", &self.dir);
-        fs::write(self.outside("/dovecot.conf"), text).expect("dovecot.conf");
+        fs::write(self.outside("/dovecot.conf"), &text).expect("dovecot.conf");
+        if self.setup.plugin {
+            self.write_untold(&text);
+        }
     }
 
     /// Starts Dovecot and waits until it answers on all its ports.
@@ -396,6 +412,15 @@ impl Server {
             String::from_utf8_lossy(&output.stderr)
         );
         output.stdout
+    }
+
+    /// doveadm without our plugin: what it does nobody is told of. By a configuration of its own, as Dovecot 2.4 does not take
+    /// `-o mail_plugins=`.
+    pub fn untold(&self, args: &[&str], input: &[u8]) {
+        let conf = format!("{}/untold.conf", self.dir);
+        let output = self.run_with_input(self.command("doveadm").args(["-c", &conf]).args(args), input);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}: doveadm {args:?} failed ({}): {stderr}", self.name(), output.status);
     }
 
     /// The rows of `doveadm dovetail status`: one for each peer.
