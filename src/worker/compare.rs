@@ -24,7 +24,7 @@ const GONE: &str = "it was renamed or deleted just now";
 
 type Outcome = std::result::Result<(), Failure>;
 
-/// Answers. False if Dovecot failed; fails only if the connection cannot be used any more.
+/// Answers. False if that failed; fails only if the connection cannot be used any more.
 pub fn survey<S: Storage, C: Read + Write>(
     storage: &mut S,
     connection: &mut Connection<C>,

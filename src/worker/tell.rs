@@ -21,7 +21,7 @@ const OPS_MAX: usize = 64;
 /// A body that may ride along.
 const BODY_BYTES_MAX: usize = 32 << 10;
 
-/// Tells, and answers. False if Dovecot failed; fails only if the connection cannot be used any more.
+/// Tells, and answers. False if that failed; fails only if the connection cannot be used any more.
 pub fn tell<S: Storage, C: Read + Write>(storage: &mut S, connection: &mut Connection<C>, wanted: &Tell) -> Link<bool> {
     storage.applying(&[]);
     let mut outcome = check_asker(storage, &wanted.user, &wanted.asker).map(drop);
