@@ -29,7 +29,7 @@ INSTALLED = $(MODULEDIR)/$(LIBRARY) \
 
 .PHONY: help
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: deps
 deps: ## Install by apt what building and testing need, if something is missing
@@ -57,11 +57,29 @@ stage-panics: deps
 	$(CARGO) build $(CARGO_FLAGS) --locked --lib --features panics
 	@install -D -m 644 $(TARGET_DIR)/debug/libdovetail.so $(STAGE)-panics/$(LIBRARY)
 
+# The same with the C shim under the sanitizers. It can panic, too: those tests are checked as well.
+.PHONY: stage-asan
+stage-asan: deps
+	$(CARGO) build $(CARGO_FLAGS) --locked --lib --features panics,sanitizers
+	@install -D -m 644 $(TARGET_DIR)/debug/libdovetail.so $(STAGE)-asan/$(LIBRARY)
+
 .PHONY: test
 test: stage stage-panics ## All tests, end-to-end tests against this machine's Dovecot included (TESTS="--lib --test e2e": only these)
 	@# Those against Dovecot wait most of their time.
-	DOVETAIL_TEST_STAGE=$(STAGE) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$((3 * $$(nproc)))} \
+	DOVETAIL_TEST_STAGE=$(STAGE) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$((6 * $$(nproc)))} \
 	$(CARGO) test $(CARGO_FLAGS) --locked --no-default-features $(TESTS)
+
+.PHONY: test-asan
+test-asan: stage stage-panics stage-asan ## The end-to-end tests with the C shim under AddressSanitizer (TESTS="flags:: tls::": only these)
+	DOVETAIL_TEST_CHECKER=asan DOVETAIL_TEST_STAGE=$(STAGE) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$((3 * $$(nproc)))} \
+	$(CARGO) test $(CARGO_FLAGS) --locked --no-default-features --test e2e -- $(TESTS)
+
+VALGRIND_TESTS ?= acks::with_peers_1_a_server_lost_after_its_ok_loses_no_mail_maildir acks::with_peers_1_a_server_lost_after_its_ok_loses_no_mail_mdbox
+.PHONY: test-valgrind
+test-valgrind: stage ## A few end-to-end tests with Dovecot's processes under valgrind
+	@./tests/deps.sh valgrind
+	DOVETAIL_TEST_CHECKER=valgrind DOVETAIL_TEST_STAGE=$(STAGE) RUST_TEST_THREADS=1 \
+	$(CARGO) test $(CARGO_FLAGS) --locked --no-default-features --test e2e -- $(VALGRIND_TESTS)
 
 .PHONY: chaos
 chaos: stage ## Random schedules of writing and killing: seeds 1 to 12 (SEEDS=200 JOBS=8; SEED=17: that one, with its output)
@@ -70,7 +88,7 @@ chaos: stage ## Random schedules of writing and killing: seeds 1 to 12 (SEEDS=20
 
 .PHONY: sim
 sim: ## A whole cluster simulated: SEEDS=10000 FIRST=1 runs of random schedules (SEED=17: that one, with its story)
-	DOVETAIL_SIM_SEED=$(SEED) DOVETAIL_SIM_SEEDS=$(SEEDS) DOVETAIL_SIM_FIRST=$(FIRST) DOVETAIL_SIM_SERVERS=$(SERVERS) DOVETAIL_SIM_CLASHES=$(CLASHES) \
+	DOVETAIL_SIM_SEED=$(SEED) DOVETAIL_SIM_SEEDS=$(SEEDS) DOVETAIL_SIM_FIRST=$(FIRST) DOVETAIL_SIM_SERVERS=$(SERVERS) DOVETAIL_SIM_CLASHES=$(CLASHES) DOVETAIL_SIM_FAILURES=$(FAILURES) \
 	$(CARGO) test $(CARGO_FLAGS) --locked --profile sim --no-default-features --test sim every_seed -- --nocapture
 
 .PHONY: bench
@@ -84,10 +102,26 @@ test-matrix: stage ## The same against the other Debian releases, and against pa
 	./tests/matrix.sh
 
 SECS ?= 60
+FUZZ_TARGETS ?= indexlog frame session relay journal settings
+FUZZ_DIR = $(abspath $(TARGET_DIR))/fuzz
+FUZZ_TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
+# As cargo-fuzz builds them (the targets are its own), without having to install it first. The sanitizer is a part of each Rust of
+# rustup's, behind a switch of the nightly one's.
+FUZZ_FLAGS = --cfg fuzzing -Zsanitizer=address -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	-Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions
 .PHONY: fuzz
-fuzz: ## Fuzz the parser of index logs for SECS seconds (needs cargo-fuzz: cargo install cargo-fuzz)
-	@mkdir -p fuzz/corpus/indexlog
-	RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run indexlog fuzz/corpus/indexlog tests/golden/indexlog -- -max_total_time=$(SECS)
+fuzz: deps ## Fuzz all that reads what others wrote, each for SECS seconds
+	@./tests/deps.sh g++
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(FUZZ_FLAGS)" $(CARGO) build $(CARGO_FLAGS) --locked --release --manifest-path fuzz/Cargo.toml \
+		--target $(FUZZ_TRIPLE) --target-dir $(FUZZ_DIR)
+	@# What is found to be new goes below target/fuzz; tests/golden and fuzz/seeds are where it begins.
+	@printf '%s\n' $(FUZZ_TARGETS) | xargs -P $$(nproc) -I TARGET bash -o pipefail -euc '\
+		case TARGET in indexlog) seeds=tests/golden/indexlog ;; *) seeds=fuzz/seeds/TARGET ;; esac; \
+		mkdir -p $(FUZZ_DIR)/corpus/TARGET $(FUZZ_DIR)/artifacts/TARGET; \
+		$(FUZZ_DIR)/$(FUZZ_TRIPLE)/release/TARGET $(FUZZ_DIR)/corpus/TARGET $$seeds \
+			-artifact_prefix=$(FUZZ_DIR)/artifacts/TARGET/ -max_total_time=$(SECS) -timeout=20 -rss_limit_mb=2048 -verbosity=0 \
+			-print_funcs=0 -print_final_stats=1 2>&1 | sed -n "/# Uses:/!s/^/TARGET: /p"'
 
 .PHONY: header
 header: ## Write include/dovetail.h anew, after a change in src/host
@@ -100,8 +134,8 @@ lint: deps ## Formatting and clippy, warnings denied
 	$(CARGO) clippy $(CARGO_FLAGS) --locked --lib --bins -- -D warnings
 
 .PHONY: deny
-deny: ## Licences, sources and known holes of the crates (needs cargo-deny: cargo install cargo-deny)
-	$(CARGO) deny --locked check
+deny: ## Licences, sources and known holes of the crates that are built in
+	@./tests/deny.sh
 
 .PHONY: install
 install: build install-files ## Install beside the installed Dovecot (DESTDIR=...)
@@ -117,7 +151,7 @@ install-files:
 		ln -sf ../$(LIBRARY) $(DESTDIR)$(MODULEDIR)/settings/libdovetail_settings.so ;; \
 	esac
 	install -m 755 $(TARGET_DIR)/release/dovetail $(DESTDIR)$(LIBEXECDIR)/dovetail
-	install -m 644 dovecot-plugin.conf.example dovecot-plugin-2.3.conf.example $(DESTDIR)$(DOCDIR)/
+	install -m 644 dovecot-plugin.conf.example dovecot-plugin-2.3.conf.example dovecot-service.conf.example $(DESTDIR)$(DOCDIR)/
 	@# The C contract, for those who link to the library.
 	if [ -e include/dovetail.h ]; then install -m 644 include/dovetail.h $(DESTDIR)$(INCLUDEDIR)/; fi
 

@@ -18,6 +18,8 @@ fn main() {
     }
 }
 
+const SANITIZERS: &str = "-fsanitize=address,undefined";
+
 /// The values of Dovecot's `dovecot-config`, a shell fragment that dovecot-dev installs.
 struct DovecotConfig {
     include: String,
@@ -56,7 +58,13 @@ fn build_shim(dovecot: &DovecotConfig) {
         .filter(|path| path.extension().is_some_and(|e| e == "c"))
         .collect();
     sources.sort();
-    cc::Build::new()
+    let mut build = cc::Build::new();
+    if std::env::var_os("CARGO_FEATURE_SANITIZERS").is_some() {
+        build.flag(SANITIZERS).flag("-fno-omit-frame-pointer").flag("-fno-sanitize-recover=undefined");
+        println!("cargo:rustc-cdylib-link-arg=-lasan");
+        println!("cargo:rustc-cdylib-link-arg=-lubsan");
+    }
+    build
         .files(&sources)
         .include("include")
         .include(&dovecot.include)

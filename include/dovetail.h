@@ -8,6 +8,16 @@
 #include <stdint.h>
 
 /*
+ What is said of a save that was committed.
+ */
+#define DT_ACK_OK 0
+
+/*
+ It is to be taken back, and has failed then.
+ */
+#define DT_ACK_FAIL -1
+
+/*
  Bytes of `dt_span.tail`.
  */
 #define DT_SPAN_TAIL_SIZE 64
@@ -23,7 +33,7 @@
 #define DT_SPAN_FLAGS 2
 
 /*
- Messages went, and dt_spans_tell_expunge() was not told before.
+ Messages went or are asked to, and dt_spans_tell_expunge() was not told before.
  */
 #define DT_SPAN_EXPUNGES 4
 
@@ -157,14 +167,16 @@ struct dt_span {
    */
   uint32_t touched;
   /*
-   The last bytes of the log before `end`.
    Messages that it added.
    */
   uint32_t appends;
+  /*
+   The last bytes of the log before `end`.
+   */
   uint8_t tail[DT_SPAN_TAIL_SIZE];
   uintptr_t tail_size;
   /*
-   If not all zero, nothing was written: the mailbox had this GUID before.
+   If not all zero, nothing was written: the mailbox had this GUID before, until the log was as long as `end`.
    */
   uint8_t old_mailbox_guid[16];
   /*
@@ -184,6 +196,11 @@ typedef const char *(*DtGuidOf)(const uint8_t *mailbox_guid, uint32_t uid);
 struct dt_stale {
   uint32_t first_uid;
   uint32_t last_uid;
+  /*
+   Where it stands in the index's log.
+   */
+  uint32_t log_seq;
+  uint64_t log_offset;
   /*
    It could not be found out which message it is: it may be on its way.
    */
@@ -207,9 +224,13 @@ struct dt_stale {
 typedef const char *(*DtFollow)(const uint8_t *mailbox_guid, const struct dt_stale *stale);
 
 /*
- A message was moved from a UID to another.
+ A message was moved from a UID to another, by the commit at that place of the log.
  */
-typedef void (*DtMove)(uint32_t from, uint32_t to, void *context);
+typedef void (*DtMove)(uint32_t from,
+                       uint32_t to,
+                       uint32_t log_seq,
+                       uint64_t log_offset,
+                       void *context);
 
 /*
  A row of `doveadm dovetail status`.
@@ -225,6 +246,10 @@ struct dt_status_row {
    Changes that this server's mail processes could not tell the relay, since it was started.
    */
   uint64_t process_dropped;
+  /*
+   Of this server, in each row.
+   */
+  uint64_t unacknowledged;
   /*
    What needs a comparison or a person, of all peers and of this server.
    */
@@ -304,6 +329,12 @@ struct dt_progress {
   uint64_t secs;
   uint64_t mails_per_sec;
   uint64_t secs_left;
+  /*
+   Of the pass over all users; none: there is none.
+   */
+  uint64_t background_users;
+  uint64_t background_users_done;
+  uint64_t background_secs_left;
 };
 
 /*
@@ -444,16 +475,19 @@ void dt_rs_expunge(void *txn, uint32_t uid, const char *guid);
 
 /*
  Called inside of a commit: only notes. dt_rs_flush() is to be called soon; true: so much waits that it is to be called now.
+ wants_ack: dt_rs_await_ack() will be called.
  */
 bool dt_rs_commit(void *txn,
                   const struct dt_mailbox *mailbox,
                   const struct dt_saved *saved,
-                  uintptr_t saved_count);
+                  uintptr_t saved_count,
+                  bool wants_ack);
 
 /*
- The same, for a mailbox whose index is in memory only because its disk is full.
+ The same, for a mailbox whose index is in memory only because its disk is full. UIDNEXT as the session has it, or 0.
  */
-bool dt_rs_commit_in_memory(void *txn);
+bool dt_rs_commit_in_memory(void *txn,
+                            uint32_t uid_next);
 
 /*
  Notes it, as dt_rs_commit() does.
@@ -494,11 +528,31 @@ void dt_rs_moves(const char *path,
                  void *context);
 
 /*
+ Whether clients' answers wait for more than the commit.
+ */
+bool dt_rs_acks(void);
+
+/*
+ Sends what was noted, and waits until the save that was committed last is as safe as dovetail_ack wants, or the time is over.
+ `user` and `mailbox`: for the log. `can_fail`: it can be taken back.
+ */
+int dt_rs_await_ack(const char *user,
+                    const char *mailbox,
+                    bool can_fail);
+
+/*
  The client has its answer: what could wait until then is sent.
  */
 void dt_rs_flush(void);
 
-int dt_rs_status(void (*row)(void*, const struct dt_status_row*),
+/*
+ `user`: NULL: of all users.
+
+ # Safety
+ `user` is NUL-terminated or null.
+ */
+int dt_rs_status(const char *user,
+                 void (*row)(void*, const struct dt_status_row*),
                  void *context,
                  char *error,
                  uintptr_t error_size);
@@ -531,6 +585,34 @@ int dt_rs_compare(const char *user,
  `progress` can be written to.
  */
 int dt_rs_progress(struct dt_progress *progress, char *error, uintptr_t error_size);
+
+/*
+ Waits until all peers have applied what was done here until now. `user`: NULL: by all users. `secs`: for how long at most; NULL: as usual.
+ 0: they have. 1: somebody lacks something, and the error says who and what. -1: it could not be asked. -2: `secs` is no number.
+
+ # Safety
+ The strings are NUL-terminated or null.
+ */
+int dt_rs_wait(const char *user,
+               const char *secs,
+               char *error,
+               uintptr_t error_size);
+
+/*
+ Forgets a peer that is gone for good; `changes`: how many it had not acknowledged.
+
+ # Safety
+ `peer` is NUL-terminated, `changes` can be written to.
+ */
+int dt_rs_peer_remove(const char *peer, uint64_t *changes, char *error, uintptr_t error_size);
+
+/*
+ Lets a peer in again of which there were two.
+
+ # Safety
+ `peer` is NUL-terminated.
+ */
+int dt_rs_peer_accept(const char *peer, char *error, uintptr_t error_size);
 
 /*
  `user`: NULL: of all users.
@@ -614,10 +696,11 @@ void doveadm_dovetail_plugin_deinit(void);
 
 /*
  Reads the settings and makes the journal's folder, while the process may. `uid` and `gid` are those that it will have,
- or -1. 0 if ok; otherwise it was logged what is wrong.
+ or -1; it will have so many connections at the same time. 0 if ok; otherwise it was logged what is wrong.
  */
 int dt_rs_relay_configure(uid_t uid,
-                          gid_t gid);
+                          gid_t gid,
+                          unsigned int client_limit);
 
 /*
  Starts the engine. The master listens for it on `listener_count` sockets from `first_listener` on. 0 if ok; otherwise the
@@ -640,6 +723,12 @@ void dt_rs_relay_stop(void);
  Reads the settings, while the process may. 0 if ok; otherwise it was logged what is wrong.
  */
 int dt_rs_worker_configure(void);
+
+/*
+ Whether it is the relay that has connected: root, or the owner of its journal's folder. Whatever the mode of our socket is, nobody else may
+ have mail read and changed. What is wrong is logged once.
+ */
+bool dt_rs_worker_is_relay(int fd);
 
 /*
  A connection from the relay begins; there is none so far.

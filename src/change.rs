@@ -46,6 +46,9 @@ pub const ERROR_CHARS_MAX: usize = 400;
 /// Longest encoded change, stamp included: leaves room for what stands around it in a frame.
 pub const CHANGE_BYTES_MAX: usize = 64_000;
 
+/// What is said, behind a server's name, where it wants something of a user with whom it has nothing to do.
+pub const NO_PEER: &str = "is not among the user's peers here";
+
 /// Aim for the encoded size of a change: a frame holds 64 KiB, and spans and stamp are added later.
 const CHANGE_SIZE_AIM: usize = 48 << 10;
 
@@ -58,6 +61,8 @@ pub enum ChangeError {
     UserTooLong(usize),
     #[error("the user's name has a control character")]
     UserControl,
+    #[error("the user's name has a part that is '.' or '..'")]
+    UserDots,
     #[error("the change names no mailbox")]
     NoMailbox,
     #[error("the {what} has {bytes} bytes instead of {GUID_BYTES}")]
@@ -118,6 +123,26 @@ pub fn check_change(change: &Change) -> Result<(), ChangeError> {
     }
 }
 
+/// The memory that a change takes, roughly: an operation of four bytes in a frame has hundreds here.
+pub fn memory_of(change: &Change) -> usize {
+    let of_op = |op: &Op| match &op.what {
+        Some(What::Save(save)) => size_of_val(save.keywords.as_slice()),
+        Some(What::Flags(flags)) => {
+            size_of_val(flags.messages.as_slice())
+                + (flags.add_keywords.len() + flags.remove_keywords.len()) * size_of::<String>()
+        }
+        Some(What::Expunge(expunge)) => size_of_val(expunge.messages.as_slice()),
+        Some(What::Rebuilt(rebuilt)) => size_of_val(rebuilt.present.as_slice()),
+        _ => 0,
+    };
+    let vector = change.stamp.as_ref().map_or(0, |stamp| size_of_val(stamp.vector.as_slice()));
+    let lists = size_of_val(change.ops.as_slice())
+        + size_of_val(change.spans.as_slice())
+        + size_of_val(change.given.as_slice())
+        + vector;
+    size_of::<Change>() + change.encoded_len() + lists + change.ops.iter().map(of_op).sum::<usize>()
+}
+
 /// Whether it can be a server's name.
 pub fn is_server(name: &str) -> bool {
     (1..=SERVER_BYTES_MAX).contains(&name.len()) && !name.chars().any(char::is_control)
@@ -133,6 +158,10 @@ pub fn check_user(user: &str) -> Result<(), ChangeError> {
     }
     if user.chars().any(char::is_control) {
         return Err(ChangeError::UserControl);
+    }
+    // Of the parts of a name paths are made: mail_home = /mail/%d/%n.
+    if user.split(['/', '@']).any(|part| part == "." || part == "..") {
+        return Err(ChangeError::UserDots);
     }
     Ok(())
 }
@@ -453,6 +482,18 @@ mod tests {
     }
 
     #[test]
+    fn small_operations_count_with_the_memory_that_they_take() {
+        let nothing = || Op { what: Some(What::Delete(Default::default())) };
+        let many = Change { ops: (0..1_000).map(|_| nothing()).collect(), ..change(expunge(1, 1)) };
+        assert!(memory_of(&many) >= 1_000 * size_of::<Op>());
+        let range = MessageRange { first_uid: 1, last_uid: 1, ..Default::default() };
+        let ranges = change(What::Expunge(Expunge { messages: vec![range; 1_000] }));
+        assert!(memory_of(&ranges) >= 1_000 * size_of::<MessageRange>());
+        let body = Save { body: vec![0; 30_000], ..Default::default() };
+        assert!(memory_of(&change(What::Save(body))) < 33_000, "a mail costs what it has");
+    }
+
+    #[test]
     fn bad_names_are_refused() {
         let with = |edit: fn(&mut Change)| {
             let mut change = change(expunge(1, 1));
@@ -462,6 +503,10 @@ mod tests {
         assert_eq!(with(|c| c.user.clear()), ChangeError::NoUser);
         assert_eq!(with(|c| c.user = "x".repeat(513)), ChangeError::UserTooLong(513));
         assert_eq!(with(|c| c.user = "a\nb".into()), ChangeError::UserControl);
+        for user in ["..", "a/../b", "..@example.org", "jane@.", "."] {
+            assert_eq!(check_user(user), Err(ChangeError::UserDots));
+        }
+        assert_eq!(check_user("j..d.@example.org"), Ok(()));
         assert_eq!(with(|c| c.mailbox = None), ChangeError::NoMailbox);
         assert_eq!(with(|c| c.mailbox.as_mut().unwrap().path.clear()), ChangeError::PathParts(0));
         assert_eq!(with(|c| c.mailbox.as_mut().unwrap().path = vec!["a".into(); 65]), ChangeError::PathParts(65));

@@ -51,12 +51,31 @@ pub struct Settings {
     pub journal_size: u64,
     /// Days after which it holds them no more.
     pub journal_days: u64,
+    /// In which time all users are compared with the peers once, in milliseconds; None: never.
+    pub compare_interval_ms: Option<u64>,
     /// Bodies up to this many bytes ride along with their change.
     pub inline_body_size: u64,
+    /// When a client is told that its mail is saved.
+    pub ack: Ack,
+    /// For how long it waits for that at most, in milliseconds.
+    pub ack_timeout_ms: u64,
+    /// It is told that it is not then, and the mail is taken back.
+    pub ack_may_fail: bool,
     /// Allows plaintext connections outside of loopback.
     pub insecure_plaintext: bool,
     /// None: servers talk in plaintext.
     pub tls: Option<Tls>,
+}
+
+/// When a client is told that its mail is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ack {
+    /// When it is saved here.
+    Async,
+    /// When the relay has it in its journal, too.
+    Relay,
+    /// When so many peers have applied it, or all of the user's if these are fewer.
+    Peers(u32),
 }
 
 /// Where the relay finds what it proves itself with, and by what it knows its peers.
@@ -71,7 +90,7 @@ pub struct Tls {
 }
 
 /// Everything that can be set, for checks of unknown names and for the documentation.
-pub const NAMES: [&str; 17] = [
+pub const NAMES: [&str; 21] = [
     "dovetail_server",
     "dovetail_peers",
     "dovetail_socket",
@@ -83,7 +102,11 @@ pub const NAMES: [&str; 17] = [
     "dovetail_state_dir",
     "dovetail_journal_size",
     "dovetail_journal_days",
+    "dovetail_compare_interval",
     "dovetail_inline_body_size",
+    "dovetail_ack",
+    "dovetail_ack_timeout",
+    "dovetail_ack_on_timeout",
     "dovetail_ca",
     "dovetail_cert",
     "dovetail_key",
@@ -168,6 +191,31 @@ impl Settings {
             errors.push(error);
             None
         });
+        let count = user_peers.is_none().then_some(peers.len());
+        let ack = parse_ack(get("dovetail_ack"), count).unwrap_or_else(|error| {
+            errors.push(error);
+            Ack::Async
+        });
+        let compare_interval_ms = match get("dovetail_compare_interval") {
+            "0" | "no" => None,
+            value => parse_interval("dovetail_compare_interval", value).map(Some).unwrap_or_else(|error| {
+                errors.push(error);
+                None
+            }),
+        };
+        let ack_timeout_ms = parse_msecs("dovetail_ack_timeout", get("dovetail_ack_timeout"), 2_000, 10, 60_000)
+            .unwrap_or_else(|error| {
+                errors.push(error);
+                0
+            });
+        let ack_may_fail = match get("dovetail_ack_on_timeout") {
+            "" | "ok" => false,
+            "fail" => true,
+            other => {
+                errors.push(format!("Invalid setting dovetail_ack_on_timeout = {other}: it must be ok or fail"));
+                false
+            }
+        };
         let insecure_plaintext = match get("dovetail_insecure_plaintext") {
             "" | "no" => false,
             "yes" => true,
@@ -205,7 +253,11 @@ impl Settings {
             state_dir: state_dir.join(or(get("dovetail_state_dir"), "dovetail")),
             journal_size,
             journal_days,
+            compare_interval_ms,
             inline_body_size,
+            ack,
+            ack_timeout_ms,
+            ack_may_fail,
             insecure_plaintext,
             tls,
         })
@@ -327,6 +379,67 @@ fn parse_user_peers(value: &str) -> Result<Option<Vec<String>>, String> {
     }
 }
 
+/// `count`: of the peers, if it is not the user's.
+fn parse_ack(value: &str, count: Option<usize>) -> Result<Ack, String> {
+    let wrong = |why: &str| Err(format!("Invalid setting dovetail_ack = {value}: {why}"));
+    let peers = match value {
+        "" | "async" => return Ok(Ack::Async),
+        "relay" => return Ok(Ack::Relay),
+        value => value.strip_prefix("peers:").and_then(|number| number.parse::<u32>().ok()),
+    };
+    match peers {
+        Some(peers) if count.is_some_and(|count| peers as usize > count) => {
+            wrong("there are not so many in dovetail_peers")
+        }
+        Some(peers) if peers > 0 => Ok(Ack::Peers(peers)),
+        _ => wrong("it must be async, relay, or peers: and a number from 1 on, for example peers:1"),
+    }
+}
+
+/// A time with one of the units that Dovecot's own settings have, `s` and `ms` in short or in full.
+fn parse_msecs(name: &str, value: &str, default: u64, min: u64, max: u64) -> Result<u64, String> {
+    if value.is_empty() {
+        return Ok(default);
+    }
+    let digits = value.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let factor = match value[digits.len()..].trim() {
+        "" | "s" | "sec" | "secs" | "second" | "seconds" => Some(1_000),
+        "ms" | "msec" | "msecs" | "millisecond" | "milliseconds" => Some(1),
+        _ => None,
+    };
+    let msecs = factor.and_then(|factor| digits.parse::<u64>().ok()?.checked_mul(factor));
+    match msecs.filter(|msecs| (min..=max).contains(msecs)) {
+        Some(msecs) => Ok(msecs),
+        None => Err(format!(
+            "Invalid setting {name} = {value}: it must be a time from {min} ms to {} s, for example 2s or 500ms",
+            max / 1_000
+        )),
+    }
+}
+
+/// In milliseconds; by default a day.
+fn parse_interval(name: &str, value: &str) -> Result<u64, String> {
+    const DAY: u64 = 86_400_000;
+    if value.is_empty() {
+        return Ok(DAY);
+    }
+    let digits = value.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let factor = match value[digits.len()..].trim() {
+        "s" | "sec" | "secs" | "second" | "seconds" => Some(1_000),
+        "m" | "min" | "mins" | "minute" | "minutes" => Some(60_000),
+        "h" | "hour" | "hours" => Some(3_600_000),
+        "d" | "day" | "days" => Some(DAY),
+        _ => None,
+    };
+    let msecs = factor.and_then(|factor| digits.parse::<u64>().ok()?.checked_mul(factor));
+    match msecs.filter(|msecs| (5_000..=3650 * DAY).contains(msecs)) {
+        Some(msecs) => Ok(msecs),
+        None => Err(format!(
+            "Invalid setting {name} = {value}: it must be a time from 5 s to 3650 d, for example 1d or 12h, or no"
+        )),
+    }
+}
+
 fn parse_number(name: &str, value: &str, default: u64, min: u64, max: u64) -> Result<u64, String> {
     if value.is_empty() {
         return Ok(default);
@@ -380,6 +493,35 @@ mod tests {
         assert_eq!(settings.inline_body_size, 32 << 10);
         assert_eq!(settings.state_dir, PathBuf::from("/var/lib/dovecot/dovetail"));
         assert_eq!((settings.journal_size, settings.journal_days), (1 << 30, 7));
+        assert_eq!((settings.ack, settings.ack_timeout_ms, settings.ack_may_fail), (Ack::Async, 2_000, false));
+    }
+
+    #[test]
+    fn all_users_are_compared_as_often_as_the_admin_wants() {
+        let day = 86_400_000;
+        let every = |value| parse(&[("dovetail_compare_interval", value)]).unwrap().compare_interval_ms;
+        assert_eq!(every(""), Some(day));
+        assert_eq!((every("no"), every("0")), (None, None));
+        for (value, msecs) in [("5s", 5_000), ("30 mins", 1_800_000), ("12h", day / 2), ("7d", 7 * day)] {
+            assert_eq!(every(value), Some(msecs), "{value}");
+        }
+    }
+
+    #[test]
+    fn acknowledgements_are_as_the_admin_wants_them() {
+        let peers = ("dovetail_peers", "b=h:1 c=h:1");
+        for (value, ack) in
+            [("async", Ack::Async), ("relay", Ack::Relay), ("peers:1", Ack::Peers(1)), ("peers:2", Ack::Peers(2))]
+        {
+            assert_eq!(parse(&[peers, ("dovetail_ack", value)]).unwrap().ack, ack);
+        }
+        for (value, msecs) in [("3", 3_000), ("3s", 3_000), ("3 secs", 3_000), ("250ms", 250), ("250 msecs", 250)] {
+            assert_eq!(parse(&[("dovetail_ack_timeout", value)]).unwrap().ack_timeout_ms, msecs);
+        }
+        assert!(parse(&[("dovetail_ack_on_timeout", "fail")]).unwrap().ack_may_fail);
+        // A user with fewer peers waits for those that he has.
+        let of_user = [("dovetail_peers", "b"), ("dovetail_ack", "peers:2")].map(|(n, v)| (n.to_owned(), v.to_owned()));
+        assert_eq!(Settings::parse_of_user(&of_user, "mx1").unwrap().ack, Ack::Peers(2));
     }
 
     #[test]
@@ -415,6 +557,16 @@ mod tests {
             ("dovetail_process_queue_size", "99999999999999999999", "16M"),
             ("dovetail_inline_body_size", "1M", "49152"),
             ("dovetail_server", "a b", "letters"),
+            ("dovetail_ack", "peers:0", "from 1 on"),
+            ("dovetail_ack", "peers", "from 1 on"),
+            ("dovetail_ack", "peers:1", "not so many in dovetail_peers"),
+            ("dovetail_ack_timeout", "5m", "500ms"),
+            ("dovetail_ack_timeout", "0", "500ms"),
+            ("dovetail_compare_interval", "1", "12h"),
+            ("dovetail_compare_interval", "1s", "12h"),
+            ("dovetail_compare_interval", "never", "12h"),
+            ("dovetail_compare_interval", "99999999999999999999d", "12h"),
+            ("dovetail_ack_on_timeout", "maybe", "ok or fail"),
             ("dovetail_insecure_plaintext", "maybe", "yes or no"),
             ("dovetail_ca", "ca.pem", "path of a file"),
             ("dovetail_cert", "/a.pem", "dovetail_key: it is not set"),

@@ -1,5 +1,6 @@
 #!/bin/bash
-# Installs by apt what building and testing Dovetail need, if something is missing. Debian 12 and 13, as root.
+# Installs by apt what building and testing Dovetail need, if something is missing; and the packages that are named, which
+# only some targets need. Debian 12 and 13, as root.
 set -eu
 
 packages=(
@@ -7,9 +8,8 @@ packages=(
     gcc libc6-dev
     # unshare, nsenter; kill and ps; networks of their own
     util-linux procps iproute2
+    "$@"
 )
-# Only for `make test-matrix`.
-if [ "${1-}" = --matrix ]; then packages+=(debootstrap); fi
 
 missing=()
 for package in "${packages[@]}"; do

@@ -187,6 +187,19 @@ fn the_version_of_dovecot_is_asked_in_one_header() {
     }
 }
 
+/// Dovecot 2.4 refuses to start with a setting that the plugin has not told it.
+#[test]
+fn every_setting_is_told_to_dovecot_and_stands_in_the_readme() {
+    let read = |path: &str| std::fs::read_to_string(root().join(path)).unwrap();
+    let compat = read("src/shim/compat.h");
+    for name in dovetail::settings::NAMES {
+        for form in [format!("const char *{name};"), format!("DEF({name})"), format!(".{name} = ")] {
+            assert!(compat.contains(&form), "src/shim/compat.h lacks {form}");
+        }
+        assert!(read("README.md").contains(name), "README.md lacks {name}");
+    }
+}
+
 #[test]
 fn c_stands_in_the_shim_only() {
     for extension in ["c", "h"] {

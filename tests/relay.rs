@@ -2,12 +2,15 @@
 //! No Dovecot is needed.
 
 mod relay {
+    mod compare;
     pub mod house;
+    mod local;
     mod mesh;
     mod tls;
 }
 
-use std::time::Duration;
+use std::net::TcpListener;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prost::Message;
 
@@ -16,9 +19,9 @@ use dovetail::wire::frame;
 use dovetail::wire::proto::frame::Kind;
 use dovetail::wire::proto::op::What;
 use dovetail::wire::proto::{
-    Ack, Alias, Applied, Apply, Birth, BodyChunk, BodyMore, BodyRequest, Change, Doubt, Elsewhere, FlagUpdate, Goodbye,
-    Intent, Looked, Mailbox, MailboxCreate, MailboxDelete, MailboxRename, MessageRange, Record, Refused, SeqOf, Span,
-    Stamp, Subscription,
+    Ack, AckWanted, Acked, Alias, Answer, Applied, Apply, Birth, BodyChunk, BodyMore, BodyRequest, Change, Doubt,
+    Elsewhere, Expunge, FlagUpdate, Goodbye, Hello, Intent, Looked, Mailbox, MailboxCreate, MailboxDelete,
+    MailboxRebuilt, MailboxRename, MessageRange, Pong, Record, Refused, SeqOf, Span, Stamp, Subscription, Surveyed,
 };
 use relay::house::*;
 
@@ -180,6 +183,32 @@ fn what_was_applied_is_acknowledged_again_and_not_applied_again() {
     assert_eq!(b.status().counters.unwrap().applied, 1);
 }
 
+/// Its peers have forgotten what it had applied, and lost with the log.
+#[test]
+fn after_a_power_failure_all_users_are_to_be_compared_and_after_an_orderly_boot_nobody() {
+    let house = House::new();
+    let start = |boot: &str| house.server_with("b", &[("a", "127.0.0.1:9".into())], |config| config.boot = boot.into());
+    let b = start("first");
+    let mut a = b.connect_as_peer("a");
+    a.send_change("jane", 1);
+    let (worker, apply) = b.next_job();
+    worker.applied(&apply);
+    a.next_ack(1);
+    drop((a, b));
+    let b = start("second");
+    assert_eq!((b.failed().len(), b.status().counters.unwrap().failed), (0, 0));
+    drop(b);
+
+    let journal = rusqlite::Connection::open(house.path("b-journal/journal.sqlite")).unwrap();
+    assert_eq!(journal.execute("UPDATE meta SET value = 0 WHERE key = 'clean'", []).unwrap(), 1);
+    drop(journal);
+    let b = start("third");
+    let failed = b.failed();
+    assert_eq!((failed.len(), failed[0].peer.as_str(), failed[0].user.as_str(), failed[0].seq), (1, "a", "jane", 0));
+    assert!(failed[0].error.contains("the power of this server failed"), "{failed:?}");
+    assert_eq!(b.status().counters.unwrap().failed, 1);
+}
+
 #[test]
 fn a_refusal_names_nothing_that_was_sent_again_and_is_applied() {
     let house = House::new();
@@ -282,8 +311,43 @@ fn of_two_relays_of_one_server_the_newer_one_is_talked_to() {
 
     let mut old = b.connect();
     old.say_hello_of("a", 5);
-    assert!(matches!(old.next(), Kind::Refused(Refused { error, .. }) if error.contains("newer relay")));
+    assert!(matches!(old.next(), Kind::Refused(Refused { error, .. }) if error.contains("a later state of server a")));
     assert_eq!(b.peer("a").state, "connected");
+    // If that one is still there, there are two.
+    let probe = loop {
+        match new.next() {
+            Kind::Ping(ping) => break ping,
+            Kind::Linked(_) => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    new.send(Kind::Pong(Pong { id: probe.id }));
+    assert!(matches!(new.next(), Kind::Refused(Refused { error, .. }) if error.contains("two servers")));
+    assert!(new.is_closed());
+    for epoch in [5, 6] {
+        let mut again = b.connect();
+        again.say_hello_of("a", epoch);
+        assert!(matches!(again.next(), Kind::Refused(Refused { set_back: false, .. })));
+    }
+    assert_eq!(b.peer("a").state, "disputed");
+}
+
+#[test]
+fn who_comes_in_an_earlier_epoch_is_told_to_begin_a_new_one_behind_the_later() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut a = b.connect();
+    a.say_hello_of("a", 6);
+    assert!(matches!(a.next(), Kind::Hello(_)));
+    drop(a);
+    until("it is gone", || b.peer("a").state != "connected");
+    let mut a = b.connect();
+    a.say_hello_of("a", 5);
+    assert!(matches!(a.next(), Kind::Refused(Refused { set_back: true, epoch: 6, .. })));
+    assert!(a.is_closed());
+    let mut a = b.connect();
+    a.say_hello_of("a", 7);
+    assert!(matches!(a.next(), Kind::Hello(_)));
 }
 
 #[test]
@@ -641,6 +705,19 @@ fn what_a_killed_worker_did_to_the_list_of_mailboxes_is_not_told_back() {
     }
 }
 
+/// What is in the logs is on its way: told by a look, copies would come without their sources, and behind what was done next.
+#[test]
+fn of_who_changed_a_subscription_while_the_relay_started_only_the_list_is_looked_at() {
+    let house = House::new();
+    let a = house.server("a", &[("b", "127.0.0.1:9".into())]);
+    let mut imap = a.process("imap");
+    let subscribed = What::Subscription(Subscription { subscribed: true });
+    let told = change("jane", named(1, &["Work"]), subscribed);
+    imap.send(Kind::Record(Record { change: Some(told), ..Default::default() }));
+    let (_worker, look) = a.next_look();
+    assert!(look.whole && look.list_only);
+}
+
 /// A change of a peer that had applied ours up to `heard`.
 fn theirs(seq: u64, clock: u64, heard: Option<(u64, u64)>, mailbox: Mailbox, what: What) -> Change {
     let vector = heard.map(|(epoch, seq)| SeqOf { origin: "b".into(), epoch, seq });
@@ -699,6 +776,44 @@ fn of_two_names_the_later_holds_and_what_was_named_later_goes_back() {
     let counters = b.status().counters.unwrap();
     let count = |kind: &str| counters.notes.iter().find(|note| note.name == kind).map_or(0, |note| note.count);
     assert_eq!((count("rename_conflict"), count("subscription_conflict")), (2, 1));
+}
+
+/// Whichever comes first: here b's own.
+#[test]
+fn of_changes_with_one_clock_that_of_the_server_whose_name_sorts_last_holds() {
+    let house = House::new();
+    let for_c = house.listener();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into()), ("c", address(&for_c))]);
+    let mailbox = || named(1, &["Work"]);
+    let subscription = |subscribed| What::Subscription(Subscription { subscribed });
+    let flags = |is_set, first_uid, last_uid| {
+        let messages = vec![MessageRange { first_uid, last_uid, ..Default::default() }];
+        let (add, remove) = if is_set { (8, 0) } else { (0, 8) };
+        What::Flags(FlagUpdate { messages, add, remove, ..Default::default() })
+    };
+    let ours = [rename_to(&["Play"]), subscription(true), flags(true, 1, 1)];
+    let theirs = [rename_to(&["Job"]), subscription(false), flags(false, 1, 2)];
+    let mut imap = b.process("imap");
+    for what in [What::Create(MailboxCreate::default())].into_iter().chain(ours.clone()) {
+        imap.send(Kind::Record(Record { change: Some(change("jane", mailbox(), what)), ..Default::default() }));
+    }
+    until("they are told", || b.status().counters.unwrap().changes == 4);
+
+    let [rename, subscribed, _] = ours;
+    let mut c = Wire::accept(&for_c);
+    c.greet("c");
+    c.next_whole_change();
+    let clocks = theirs.clone().map(|_| c.next_whole_change().stamp.unwrap().clock);
+    let ours_hold = [rename, subscribed, flags(false, 2, 2)];
+    for (origin, mut peer, holds) in [("a", b.connect_as_peer("a"), ours_hold), ("c", c, theirs.clone())] {
+        for (((seq, clock), what), holds) in (1..).zip(clocks).zip(&theirs).zip(holds) {
+            let stamp = Some(Stamp { origin: origin.into(), epoch: 5, seq, clock, vector: vec![] });
+            peer.send(Kind::Change(Change { stamp, ..change("jane", mailbox(), what.clone()) }));
+            let (worker, apply) = b.next_job();
+            assert_eq!(only_op(&apply), holds, "of {origin}");
+            worker.applied(&apply);
+        }
+    }
 }
 
 #[test]
@@ -775,7 +890,7 @@ fn what_a_mailbox_became_is_remembered() {
     let mut a = b.connect_as_peer("a");
     a.send(Kind::Change(theirs(1, 1, None, named(1, &["Work"]), What::Create(MailboxCreate::default()))));
     let (mut worker, apply) = b.next_job();
-    let aliases = vec![Alias { guid: vec![1; 16], is: vec![2; 16] }];
+    let aliases = vec![Alias { guid: vec![1; 16], is: vec![2; 16], index_id: 0 }];
     worker.send(Kind::Applied(Applied { job: apply.job, more: true, aliases: aliases.clone(), ..Default::default() }));
     worker.applied(&apply);
     a.next_ack(1);
@@ -985,9 +1100,31 @@ fn a_name_is_resolved() {
 }
 
 #[test]
+fn a_peer_whose_clock_is_wrong_is_reported_until_it_is_right() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let now_us = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64;
+    let hour_us = 3_600_000_000;
+    for (clock, now_us, reported) in [
+        (0, now_us + hour_us, " seconds ahead of this server's"),
+        (0, now_us - hour_us, " seconds behind this server's"),
+        (u64::MAX, now_us, "its clock is years ahead of this server's"),
+        (0, now_us, ""),
+    ] {
+        let mut a = b.connect();
+        let (server, instance) = ("a".to_owned(), b"a5".to_vec());
+        a.send(Kind::Hello(Hello { server, instance, epoch: 5, clock, now_us, ..Default::default() }));
+        assert!(matches!(a.next(), Kind::Hello(_)));
+        let peer = b.peer("a");
+        assert_eq!(peer.state, "connected");
+        assert!(peer.last_error.ends_with(reported) && peer.last_error.is_empty() == reported.is_empty(), "{peer:?}");
+    }
+}
+
+#[test]
 fn who_asks_for_the_status_of_nothing_is_told_so() {
     let house = House::new();
-    let error = client::status(&house.path("nothing"), Duration::from_secs(1)).unwrap_err();
+    let error = client::status(&house.path("nothing"), None, Duration::from_secs(1)).unwrap_err();
     assert!(error.starts_with("connect("), "{error}");
 }
 
@@ -1055,11 +1192,8 @@ fn a_change_on_which_workers_die_is_set_aside_after_some_tries_and_kept() {
     a.next_ack(2);
 }
 
-#[test]
-fn a_change_that_does_not_decode_is_set_aside_and_others_go_on() {
-    let house = House::new();
-    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
-    let mut a = b.connect_as_peer("a");
+/// A change of user jane with number 1 that does not decode.
+fn broken_change() -> Vec<u8> {
     let stamp = Some(Stamp { origin: "a".into(), epoch: 5, seq: 1, clock: 1, vector: vec![] });
     let path = vec!["not a text".to_owned()];
     let change = Change {
@@ -1069,6 +1203,15 @@ fn a_change_that_does_not_decode_is_set_aside_and_others_go_on() {
     let mut broken = frame::encode(&Kind::Change(change).into()).unwrap();
     let at = broken.windows(3).position(|bytes| bytes == b"not").unwrap();
     broken[at] = 0xff;
+    broken
+}
+
+#[test]
+fn a_change_that_does_not_decode_is_set_aside_and_others_go_on() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut a = b.connect_as_peer("a");
+    let broken = broken_change();
     for _ in 0..2 {
         a.send_bytes(&broken);
         assert_eq!(a.next_refusal().user, "jane");
@@ -1082,6 +1225,30 @@ fn a_change_that_does_not_decode_is_set_aside_and_others_go_on() {
     let failed = b.failed();
     assert_eq!((failed.len(), failed[0].peer.as_str(), failed[0].user.as_str(), failed[0].seq), (1, "a", "jane", 1));
     assert_eq!(set_aside(&house).user, "jane");
+}
+
+/// What it would have brought, the comparison finds, if it is missing.
+#[test]
+fn the_user_of_a_change_that_was_set_aside_is_compared_and_what_was_listed_is_over_if_both_have_the_same() {
+    let house = House::new();
+    let edit = |config: &mut dovetail::relay::Config| config.compare_listed_after_us = Some(0);
+    let b = house.server_with("b", &[("a", "127.0.0.1:9".into())], edit);
+    let mut a = b.connect_as_peer("a");
+    for _ in 0..2 {
+        a.send_bytes(&broken_change());
+        assert_eq!(a.next_refusal().user, "jane");
+    }
+    a.send_bytes(&broken_change());
+    a.next_ack(1);
+    assert_eq!(b.failed()[0].seq, 1);
+
+    let question = a.next_question();
+    assert_eq!(question.survey.map(|survey| survey.user).unwrap_or_default(), "jane");
+    let (worker, survey) = b.next_survey();
+    worker.finish(Kind::Surveyed(Surveyed { job: survey.job, ..Default::default() }));
+    a.send(Kind::Answer(Answer { id: question.id, ..Default::default() }));
+    until("nothing is listed any more", || b.status().counters.unwrap().failed == 0);
+    assert!(b.failed().is_empty());
 }
 
 #[test]
@@ -1210,17 +1377,21 @@ fn a_journal_that_was_set_back_is_noticed_and_no_change_is_taken_for_an_old_one(
     let a = house.server("a", &[("b", address(&listener))]);
     a.process("lmtp").save("jane", 2);
     until("it was taken", || a.status().counters.unwrap().changes == 1);
-    let mut b = Wire::accept(&listener);
-    b.greet_knowing("b", epoch, 500);
-    until("the engine ended", || a.has_failed());
-    drop((a, b));
+    until("it begins anew", || {
+        if let Some(mut b) = Wire::try_accept(&listener) {
+            b.say_hello_knowing("b", epoch, 500);
+            assert!(b.is_closed());
+        }
+        a.has_failed()
+    });
+    drop(a);
 
     let a = house.server("a", &[("b", address(&listener))]);
-    assert_eq!(a.status().counters.unwrap().failed, 1);
     let mut b = Wire::accept(&listener);
     b.greet_knowing("b", epoch, 500);
     let change = b.next_change();
-    assert_eq!((change.epoch, change.seq), (epoch, 501));
+    assert!(change.epoch > epoch && change.seq > 500);
+    drop(a);
 }
 
 #[test]
@@ -1256,7 +1427,7 @@ fn a_change_of_flags_that_an_earlier_one_of_a_peer_undid_is_made_again_before_al
     // A client's STORE is told while the peer's change is being applied, which stands behind it in the log.
     let own = Change { spans: vec![span(40, 60, vec![])], ..change("jane", mailbox(), flags(true, (2, 3))) };
     let spans = own.spans.clone();
-    b.process("imap").send(Kind::Record(Record { change: Some(own), spans, dropped: 0 }));
+    b.process("imap").send(Kind::Record(Record { change: Some(own), spans, ..Default::default() }));
     until("it is told", || b.peer("a").pending == 1);
     send(2, true, (1, 3));
     let applied = vec![SeqOf { origin: "a".into(), epoch: 5, seq: 1 }];
@@ -1295,10 +1466,9 @@ fn a_change_of_flags_that_an_earlier_one_of_a_peer_undid_is_made_again_before_al
     assert!(b.try_next_job(Duration::from_millis(50)).is_none(), "it is made");
 }
 
-/// Dovecot has made its index anew, with another GUID, and the worker was the first to see it.
-#[test]
-fn a_mailbox_that_gets_its_guid_back_is_listed_as_one_to_be_compared_and_looked_at() {
-    let house = House::new();
+/// B, which knows the mailbox's log up to 200, is told by its worker that the mailbox had another GUID up to `place`, and has its own
+/// again.
+fn gets_its_guid_back(house: &House, index_id: u32, place: u64) -> (Server, Server) {
     let (a, b) = house.pair();
     b.process("lmtp").save_with_span("jane", 1, (100, 200));
     let (worker, apply) = a.next_job();
@@ -1307,18 +1477,229 @@ fn a_mailbox_that_gets_its_guid_back_is_listed_as_one_to_be_compared_and_looked_
 
     a.process("lmtp").save("jane", 2);
     let (mut worker, apply) = b.next_job();
-    let span = |guid: u8| Span { user: "jane".into(), mailbox_guid: vec![guid; 16], index_id: 7, ..Default::default() };
+    let span = |guid: u8, begin, end| {
+        let user = "jane".into();
+        Span { user, mailbox_guid: vec![guid; 16], index_id, log_seq: 2, begin, end, ..Default::default() }
+    };
     let spans = vec![
-        Span { log_seq: 2, begin: 112, end: 200, ..span(9) },
-        Span { old_mailbox_guid: vec![9; 16], untold: true, ..span(1) },
-        Span { log_seq: 2, begin: 200, end: 300, ..span(1) },
+        span(9, place - 10, place),
+        Span { old_mailbox_guid: vec![9; 16], untold: true, ..span(1, place, place) },
+        span(1, place, place + 100),
     ];
     worker.send(Kind::Applied(Applied { job: apply.job, more: true, spans, ..Default::default() }));
     worker.applied(&apply);
+    (a, b)
+}
+
+/// Dovecot has made its index anew, with another GUID, and the worker was the first to see it. In the second test that was in the
+/// second in which it had made the one before, and both have the same id.
+fn is_listed_and_looked_at(index_id: u32, place: u64) {
+    let house = House::new();
+    let (_a, b) = gets_its_guid_back(&house, index_id, place);
     let (worker, look) = b.next_look();
     assert_eq!((look.mailboxes[0].guid.clone(), look.mailboxes[0].index_id), (vec![1; 16], u32::MAX), "all of it anew");
-    worker.found(look.job, vec![], Some(((2, 100), (2, 300))));
+    worker.found(look.job, vec![], Some(((2, 100), (2, place + 100))));
     let failed = b.failed();
     assert_eq!((failed.len(), failed[0].user.as_str(), failed[0].mailbox_guid.clone()), (1, "jane", vec![1; 16]));
     assert!(failed[0].error.starts_with("mailbox INBOX: its index was made anew"), "{}", failed[0].error);
+}
+
+#[test]
+fn a_mailbox_that_gets_its_guid_back_is_listed_as_one_to_be_compared_and_looked_at() {
+    is_listed_and_looked_at(7, 210);
+}
+
+#[test]
+fn a_mailbox_that_gets_its_guid_back_in_the_same_second_is_listed_and_looked_at() {
+    is_listed_and_looked_at(0, 190);
+}
+
+/// A session that came upon a new maildir had given it another GUID.
+#[test]
+fn a_mailbox_that_gets_its_guid_back_and_whose_log_goes_on_is_not_listed() {
+    let house = House::new();
+    let (a, b) = gets_its_guid_back(&house, 0, 210);
+    until("it is applied", || a.peer("b").pending == 0);
+    assert!(b.failed().is_empty());
+}
+
+/// A process that saves, and waits for so many peers for that long.
+fn save_and_wait(process: &mut Wire, user: &str, uid: u32, peers: u32, timeout_ms: u64) {
+    let ack = Some(AckWanted { id: u64::from(uid), peers, timeout_ms });
+    process.send(Kind::Record(Record { change: Some(save(user, uid)), ack, ..Default::default() }));
+}
+
+fn acked(process: &mut Wire) -> Acked {
+    match process.next() {
+        Kind::Acked(acked) => acked,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn is_acked(process: &mut Wire, id: u64) {
+    assert_eq!(acked(process), Acked { id, error: String::new() });
+}
+
+const LONG_MS: u64 = 60_000;
+
+#[test]
+fn a_process_that_waits_for_a_peer_hears_when_the_change_is_applied_there() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut lmtp = a.process("lmtp");
+    save_and_wait(&mut lmtp, "jane", 1, 0, LONG_MS);
+    is_acked(&mut lmtp, 1);
+    let (worker, apply) = b.next_job();
+    assert_eq!(a.peer("b").acked, 0, "the relay alone was waited for");
+    worker.applied(&apply);
+
+    save_and_wait(&mut lmtp, "jane", 2, 1, LONG_MS);
+    let (worker, apply) = b.next_job();
+    // Whoever comes in between is answered before.
+    save_and_wait(&mut lmtp, "joe", 3, 0, LONG_MS);
+    is_acked(&mut lmtp, 3);
+    worker.applied(&apply);
+    is_acked(&mut lmtp, 2);
+    // There are not so many.
+    save_and_wait(&mut lmtp, "jane", 4, 7, LONG_MS);
+    for _ in 0..2 {
+        let (worker, apply) = b.next_job();
+        worker.applied(&apply);
+    }
+    is_acked(&mut lmtp, 4);
+}
+
+#[test]
+fn who_waits_for_a_peer_that_refuses_or_is_away_hears_why_at_once() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut lmtp = a.process("lmtp");
+    save_and_wait(&mut lmtp, "jane", 1, 1, LONG_MS);
+    let (worker, apply) = b.next_job();
+    worker.finish(Kind::Applied(Applied { job: apply.job, error: "disk full".into(), ..Default::default() }));
+    let refused = acked(&mut lmtp);
+    assert_eq!(refused.error, "0 peers of 1 have applied it, and these have not: b (user jane: disk full)");
+    // Also for what he does next, and nobody else.
+    save_and_wait(&mut lmtp, "jane", 2, 1, LONG_MS);
+    assert!(acked(&mut lmtp).error.contains("disk full"));
+    save_and_wait(&mut lmtp, "joe", 3, 1, LONG_MS);
+    let (worker, apply) = b.next_job();
+    assert_eq!(apply.user, "joe");
+    worker.applied(&apply);
+    is_acked(&mut lmtp, 3);
+
+    drop(b);
+    until("b is away", || a.peer("b").state != "connected");
+    save_and_wait(&mut lmtp, "joe", 4, 1, 50);
+    assert!(acked(&mut lmtp).error.starts_with("0 peers of 1 have applied it, and these have not: b ("));
+    // It has been away for longer than this by now.
+    save_and_wait(&mut lmtp, "joe", 5, 1, 49);
+    assert!(acked(&mut lmtp).error.starts_with("0 peers of 1"));
+    assert_eq!(a.status().counters.unwrap().unacknowledged, 0, "processes tell");
+    lmtp.send(Kind::Record(Record { unacknowledged: 2, ..Default::default() }));
+    until("they are counted", || a.status().counters.unwrap().unacknowledged == 2);
+}
+
+#[test]
+fn of_three_servers_as_many_are_waited_for_as_wanted() {
+    let house = House::new();
+    let [a, b, c] = house.mesh(["a", "b", "c"]);
+    let mut lmtp = a.process("lmtp");
+    save_and_wait(&mut lmtp, "jane", 1, 1, LONG_MS);
+    let (at_b, apply) = b.next_job();
+    at_b.applied(&apply);
+    is_acked(&mut lmtp, 1);
+    let (at_c, apply) = c.next_job();
+    at_c.applied(&apply);
+    until("both have it", || a.peer("b").acked == 1 && a.peer("c").acked == 1);
+
+    save_and_wait(&mut lmtp, "jane", 2, 2, LONG_MS);
+    let (at_b, apply) = b.next_job();
+    at_b.applied(&apply);
+    until("b has it", || a.peer("b").acked == 2);
+    save_and_wait(&mut lmtp, "joe", 3, 0, LONG_MS);
+    is_acked(&mut lmtp, 3);
+    let (at_c, apply) = c.next_job();
+    at_c.applied(&apply);
+    is_acked(&mut lmtp, 2);
+}
+
+/// Dovecot went on with the index in memory; the look that finds it anew began before the client expunged.
+#[test]
+fn what_a_client_expunges_while_a_look_is_under_way_does_not_come_back() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut imap = a.process("imap");
+    imap.save("jane", 1);
+    let (worker, apply) = b.next_job();
+    worker.applied(&apply);
+    let inbox = Mailbox { guid: vec![1; 16], path: vec!["INBOX".into()], uid_next: 9, ..Default::default() };
+    imap.send(Kind::Intent(Intent { user: "jane".into(), mailbox: Some(inbox.clone()), ..Default::default() }));
+    imap.send(Kind::Record(Record { dropped: 1, ..Default::default() }));
+    let (worker, look) = a.next_look();
+    let one = |uid| MessageRange { first_uid: uid, last_uid: uid, ..Default::default() };
+    let named = MessageRange { guid: "two".into(), guid_128: vec![2; 16], ..one(2) };
+    let expunge = What::Expunge(Expunge { messages: vec![named] });
+    let expunged = Some(change("jane", inbox.clone(), expunge));
+    imap.send(Kind::Record(Record { expunged_in_memory: expunged, ..Default::default() }));
+    until("it is heard", || a.status().counters.unwrap().records == 3);
+    let rebuilt = What::Rebuilt(MailboxRebuilt { present: vec![one(1)], uid_next: 3 });
+    worker.found(look.job, vec![change("jane", inbox, rebuilt)], None);
+    let (worker, apply) = b.next_job();
+    let Some(What::Rebuilt(told)) = &apply.changes[0].ops[0].what else { panic!("{apply:?}") };
+    assert_eq!(told.present, [one(1), one(2)]);
+    worker.applied(&apply);
+    let (worker, look) = a.next_look();
+    assert_eq!(look.mailboxes[0].expunged_in_memory.len(), 1, "the next look is told");
+    worker.found(look.job, vec![], None);
+}
+
+/// Server a, to which b says that; whether a is to begin anew over it.
+fn is_said_to_be_set_back(house: &House, listener: &TcpListener, begins_anew: bool, say: impl Fn(&mut Wire, u64)) {
+    let a = house.server("a", &[("b", address(listener))]);
+    let epoch = a.status().epoch;
+    until("it is heard, when the relay has run for a while", || {
+        if let Some(mut b) = Wire::try_accept(listener) {
+            say(&mut b, epoch);
+            assert!(b.is_closed());
+        }
+        match begins_anew {
+            true => a.has_failed(),
+            false => a.peer("b").state == "disputed" || a.status().counters.unwrap().malformed > 0,
+        }
+    });
+    drop(a);
+    let a = house.server("a", &[("b", "127.0.0.1:9".into())]);
+    assert_eq!(a.status().epoch > epoch, begins_anew);
+}
+
+#[test]
+fn no_peer_can_make_a_server_begin_an_epoch_that_others_do_not_take_for_one() {
+    let house = House::new();
+    let listener = house.listener();
+    let far = (1 << 62) - 1;
+    is_said_to_be_set_back(&house, &listener, false, |b, _| b.say_hello_knowing("b", far, 1));
+    let set_back = |epoch| Kind::Refused(Refused { set_back: true, epoch, ..Default::default() });
+    is_said_to_be_set_back(&house, &listener, false, |b, _| b.send(set_back(u64::MAX)));
+    // A number that cannot be is not counted on from.
+    is_said_to_be_set_back(&house, &listener, true, |b, epoch| b.say_hello_knowing("b", epoch, u64::MAX));
+    let a = house.server("a", &[("b", address(&listener))]);
+    let mut b = Wire::accept(&listener);
+    b.greet("b");
+    a.process("lmtp").save("jane", 1);
+    let seq = b.next_change().seq;
+    assert!(seq > 500 && seq < 1 << 50, "{seq}");
+}
+
+#[test]
+fn a_peer_by_whose_word_a_server_begins_anew_is_heard_so_once_in_an_hour() {
+    let house = House::new();
+    let listener = house.listener();
+    is_said_to_be_set_back(&house, &listener, true, |b, epoch| b.say_hello_knowing("b", epoch, 500));
+    is_said_to_be_set_back(&house, &listener, false, |b, epoch| b.say_hello_knowing("b", epoch, 5_000));
+    let a = house.server("a", &[("b", address(&listener))]);
+    assert_eq!(a.peer("b").state, "disputed");
+    a.accept_peer("b");
+    drop(a);
+    is_said_to_be_set_back(&house, &listener, true, |b, epoch| b.say_hello_knowing("b", epoch, 50_000));
 }

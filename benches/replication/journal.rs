@@ -79,7 +79,9 @@ fn memory(folder: &Path, report: &mut Report) {
         journal: folder.into(),
         journal_bytes_max: 1 << 30,
         compare_listed_after_us: None,
+        compare_interval_ms: None,
         journal_age_us_max: u64::MAX >> 1,
+        client_limit: 10_000,
         boot: "bench".into(),
         tls: None,
         insecure_plaintext: false,
@@ -88,7 +90,7 @@ fn memory(folder: &Path, report: &mut Report) {
     let before = memory_kb(std::process::id()).1;
     let relay = start(config, || {}, || {}).expect("an engine");
     let (mut ours, theirs) = UnixStream::pair().expect("a pair of sockets");
-    assert!(relay.accept(theirs.into(), Connection::Local { may_ask: true }), "the engine takes no connection");
+    assert!(relay.accept(theirs.into(), Connection::Local { uid: None }), "the engine takes no connection");
     let attach = Kind::Attach(Attach { process: "bench".into(), pid: 1 });
     ours.write_all(&frame::encode(&attach.into()).expect("a small frame")).expect("the engine reads");
     for user in 0..USERS {
@@ -109,10 +111,11 @@ fn memory(folder: &Path, report: &mut Report) {
         }
     }
     let (socket, theirs) = UnixStream::pair().expect("a pair of sockets");
-    assert!(relay.accept(theirs.into(), Connection::Local { may_ask: true }), "the engine takes no connection");
+    assert!(relay.accept(theirs.into(), Connection::Local { uid: None }), "the engine takes no connection");
     let count = (USERS * MAILBOXES_PER_USER) as u64;
     let heard = holds_within(Duration::from_secs(60), || {
-        client::status_on(&socket, Duration::from_secs(10)).is_ok_and(|s| s.counters.unwrap_or_default().spans == count)
+        client::status_on(&socket, None, Duration::from_secs(10))
+            .is_ok_and(|s| s.counters.unwrap_or_default().spans == count)
     });
     assert!(heard, "the engine never heard of all {count} mailboxes");
     let after = memory_kb(std::process::id()).1;

@@ -15,6 +15,7 @@ mod load;
 mod outage;
 mod processes;
 mod report;
+mod seeding;
 mod variant;
 
 use std::time::Instant;
@@ -43,6 +44,12 @@ pub struct Plan {
     pub outage_mails: usize,
     /// Users that a restarted relay has to look at.
     pub sweep_users: usize,
+    pub seed_users: usize,
+    /// Of each of them.
+    pub seed_mails: usize,
+    /// Mails of the one large mailbox that is compared.
+    pub seed_big: usize,
+    pub ack_mails: usize,
 }
 
 const FULL: Plan = Plan {
@@ -59,6 +66,10 @@ const FULL: Plan = Plan {
     speed_round_secs: 4.0,
     outage_mails: 5_000,
     sweep_users: 10_000,
+    seed_users: 100,
+    seed_mails: 1_000,
+    seed_big: 100_000,
+    ack_mails: 500,
 };
 
 const QUICK: Plan = Plan {
@@ -75,6 +86,10 @@ const QUICK: Plan = Plan {
     speed_round_secs: 2.0,
     outage_mails: 1_000,
     sweep_users: 500,
+    seed_users: 20,
+    seed_mails: 100,
+    seed_big: 5_000,
+    ack_mails: 100,
 };
 
 fn main() {
@@ -85,7 +100,8 @@ fn main() {
     let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty() && value != "0");
     let plan = if set("DOVETAIL_BENCH_QUICK").is_some() { &QUICK } else { &FULL };
     let wanted = set("DOVETAIL_BENCH_VARIANTS").unwrap_or_else(|| "plain dsync dovetail".into());
-    let parts = set("DOVETAIL_BENCH_PARTS").unwrap_or_else(|| "lag load burst cost speed outage journal".into());
+    let parts =
+        set("DOVETAIL_BENCH_PARTS").unwrap_or_else(|| "lag load burst cost speed outage seed ack journal".into());
     let variants = Variant::wanted(&wanted);
     let in_memory = set("DOVETAIL_BENCH_MAILS").is_some_and(|value| value == "memory");
     let measures = |part: &str| parts.split_whitespace().any(|p| p == part);
@@ -119,6 +135,12 @@ fn main() {
         let cluster = Variant::Dovetail.start(in_memory);
         outage::measure(Variant::Dovetail, &cluster, plan, &mut report);
         report_complaints(Variant::Dovetail, &cluster, &mut report);
+    }
+    if measures("seed") && variants.contains(&Variant::Dovetail) {
+        seeding::measure(plan, &mut report);
+    }
+    if measures("ack") && variants.contains(&Variant::Dovetail) {
+        seeding::measure_acks(plan, &mut report);
     }
     if measures("journal") && variants.contains(&Variant::Dovetail) {
         journal::measure(&mut report);

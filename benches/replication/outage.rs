@@ -16,12 +16,12 @@ const DEADLINE: Duration = Duration::from_secs(300);
 pub fn measure(variant: Variant, cluster: &Running, plan: &Plan, report: &mut Report) {
     let users: Vec<String> = (0..USERS).map(|n| format!("outage-{n}")).collect();
     println!("{}: {} mails while b is away, then {} users swept", variant.name(), plan.outage_mails, plan.sweep_users);
-    deliver(cluster.a(), &users, USERS);
+    deliver(cluster.a(), &users, USERS, &mail);
     let has_all = |count: usize| users.iter().map(|user| stored(cluster.b(), user)).sum::<usize>() == count;
     assert!(holds_within(DEADLINE, || has_all(USERS)), "the first mails never reached b");
 
     cluster.b().stop();
-    let local = deliver(cluster.a(), &users, plan.outage_mails);
+    let local = deliver(cluster.a(), &users, plan.outage_mails, &mail);
     let rate = |time: Duration| plan.outage_mails as f64 / time.as_secs_f64();
     report.add("local delivery, 4 LMTP clients, b away", "mails/s", variant, Value::exact(rate(local)));
     cluster.b().start();
@@ -43,7 +43,7 @@ pub fn measure(variant: Variant, cluster: &Running, plan: &Plan, report: &mut Re
     report.add("catch-up with flags, one message each", "changes/s", variant, value);
 
     let many: Vec<String> = (0..plan.sweep_users).map(|n| format!("sweep-{n}")).collect();
-    deliver(cluster.a(), &many, many.len());
+    deliver(cluster.a(), &many, many.len(), &mail);
     assert!(holds_within(DEADLINE, || cluster.a().has_nothing_pending()), "b never had the swept users' mails");
     let old = cluster.a().pids("dovetail");
     old.iter().for_each(|pid| signal(*pid, "KILL"));
@@ -78,7 +78,7 @@ fn flag(server: &Server, users: &[String]) {
 }
 
 /// `count` mails to the users in turn, by four clients; how long it took.
-fn deliver(server: &Server, users: &[String], count: usize) -> Duration {
+pub fn deliver(server: &Server, users: &[String], count: usize, mail: &(impl Fn(usize) -> Vec<u8> + Sync)) -> Duration {
     let start = Instant::now();
     std::thread::scope(|scope| {
         for client in 0..CLIENTS {

@@ -59,6 +59,11 @@ impl Report {
         Report { variants: variants.to_vec(), rows: Vec::new(), notes: Vec::new() }
     }
 
+    /// Whether the variant is measured.
+    pub fn has(&self, variant: Variant) -> bool {
+        self.variants.contains(&variant)
+    }
+
     pub fn add(&mut self, name: &str, unit: &'static str, variant: Variant, value: Value) {
         println!("    {}: {name}: {} {unit}", variant.name(), value.text());
         let index = self.rows.iter().position(|row| row.name == name).unwrap_or_else(|| {
@@ -183,6 +188,7 @@ impl Target {
             _ if row.contains("users at once") => (1.0, "s"),
             _ if row.contains("processes on b") => (4.0, ""),
             _ if row.contains("time over the delivery's") => (1.0, ""),
+            _ if row.starts_with("  on the wire") && row.contains("one flag") => (100.0, "kB"),
             _ if row.starts_with("relay: memory") => (100.0, "MB"),
             _ if row.ends_with("median of rounds") => (1.05, ""),
             _ => return None,

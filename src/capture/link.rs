@@ -7,13 +7,17 @@
 //! in lmtp interrupts it.
 
 use super::INTENTS_MAX;
+use crate::wire::frame::Decoder;
 use crate::wire::{frame, proto};
 use crossbeam_channel::{bounded, Receiver, Sender, TryRecvError};
 use mio::net::UnixStream;
+use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
+use nix::sys::socket::{setsockopt, sockopt::PassCred};
 use prost::Message as _;
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind, IoSlice, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,6 +36,12 @@ const STACK_SIZE: usize = 128 << 10;
 
 const SOCKET: Token = Token(0);
 const WAKE: Token = Token(1);
+
+/// After an answer that did not come, none is waited for so long, and twice as long after the next.
+const SILENCE_MIN: Duration = Duration::from_secs(1);
+const SILENCE_MAX: Duration = Duration::from_secs(32);
+/// Between two looks whether the thread has connected again.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Starts a thread.
 pub type Spawn = fn(std::thread::Builder, Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>;
@@ -61,6 +71,20 @@ pub struct Link {
     waker: Option<Arc<Waker>>,
     thread: Option<JoinHandle<()>>,
     unusable: bool,
+    /// What the relay says, if it is ever waited for.
+    answers: Option<Answers>,
+    /// It said nothing the last time: nobody waits for it before.
+    silent_until: Option<Instant>,
+    silence: Duration,
+}
+
+/// The relay's half of the connection. Read by the process's own thread, and only while that waits.
+struct Answers {
+    poll: Poll,
+    events: Events,
+    decoder: Decoder,
+    /// Whose bytes they are.
+    connection: u64,
 }
 
 struct Shared {
@@ -90,6 +114,8 @@ struct Output {
     bytes: usize,
     /// Bytes already written of the preamble, or else of the first frame.
     written: usize,
+    /// How often it was connected.
+    connections: u64,
     /// What the relay must know after a reconnect.
     intents: Vec<proto::Intent>,
 }
@@ -158,7 +184,11 @@ impl Output {
     }
 
     fn connect(&mut self, config: &LinkConfig) -> io::Result<()> {
-        self.stream = Some(UnixStream::connect(&config.socket)?);
+        let stream = UnixStream::connect(&config.socket)?;
+        // The kernel tells the relay with each byte who we really are; lmtp is one user and then another.
+        setsockopt(&stream, PassCred, &true)?;
+        self.stream = Some(stream);
+        self.connections += 1;
         let intents = self.intents.iter().cloned().map(proto::frame::Kind::Intent);
         self.preamble = std::iter::once(attach(config))
             .chain(intents)
@@ -195,6 +225,9 @@ impl Link {
             waker: None,
             thread: None,
             unusable: false,
+            answers: None,
+            silent_until: None,
+            silence: SILENCE_MIN,
         }
     }
 
@@ -257,6 +290,87 @@ impl Link {
     pub fn send(&mut self, records: Vec<proto::Record>) {
         for record in self.write_through(records) {
             self.queue(record);
+        }
+    }
+
+    /// Waits until the relay says that this record is as safe as it should be. Does not wait if it said nothing the last time.
+    ///
+    /// # Errors
+    ///
+    /// Why it is not, or not yet.
+    pub fn await_ack(&mut self, id: u64, timeout: Duration) -> Result<(), String> {
+        let deadline = Instant::now() + timeout;
+        if self.silent_until.is_some_and(|until| Instant::now() < until) {
+            return Err("the relay did not answer the last time".into());
+        }
+        self.silent_until = None;
+        loop {
+            match self.read_answer(id) {
+                Ok(Some(acked)) => {
+                    self.silence = SILENCE_MIN;
+                    return if acked.error.is_empty() { Ok(()) } else { Err(acked.error) };
+                }
+                Ok(None) => {}
+                Err(error) => return Err(format!("the connection to the relay failed: {error}")),
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                self.silent_until = Some(Instant::now() + self.silence);
+                self.silence = (2 * self.silence).min(SILENCE_MAX);
+                return Err(format!("the relay did not answer within {} msecs", timeout.as_millis()));
+            }
+            let is_connected = lock(&self.shared.output).stream.is_some();
+            let Some(answers) = &mut self.answers else { continue };
+            let wait = if is_connected { left } else { left.min(LOOK_AGAIN) };
+            match answers.poll.poll(&mut answers.events, Some(wait)) {
+                Err(error) if error.kind() != ErrorKind::Interrupted => return Err(format!("poll() failed: {error}")),
+                _ => {}
+            }
+        }
+    }
+
+    /// Reads what is there. None: the answer is not among it.
+    fn read_answer(&mut self, id: u64) -> io::Result<Option<proto::Acked>> {
+        let answers = match &mut self.answers {
+            Some(answers) => answers,
+            none => none.insert(Answers {
+                poll: Poll::new()?,
+                events: Events::with_capacity(4),
+                decoder: Decoder::new(),
+                connection: 0,
+            }),
+        };
+        let shared = Arc::clone(&self.shared);
+        let mut output = lock(&shared.output);
+        let connection = output.connections;
+        let Some(stream) = &mut output.stream else { return Ok(None) };
+        if answers.connection != connection {
+            // A closed one leaves the poll by itself.
+            let fd = stream.as_raw_fd();
+            answers.poll.registry().register(&mut SourceFd(&fd), SOCKET, Interest::READABLE)?;
+            (answers.connection, answers.decoder) = (connection, Decoder::new());
+        }
+        let mut buffer = [0; 4096];
+        loop {
+            // Those before are to questions that nobody asks any more.
+            while let Some(frame) = answers.decoder.next().map_err(|error| io::Error::other(error.to_string()))? {
+                match frame.kind {
+                    Some(proto::frame::Kind::Acked(acked)) if acked.id == id => return Ok(Some(acked)),
+                    _ => {}
+                }
+            }
+            match stream.read(&mut buffer) {
+                Ok(0) => {
+                    output.disconnect();
+                    drop(output);
+                    self.hand_over_unless(false);
+                    return Err(io::Error::new(ErrorKind::UnexpectedEof, "it was closed"));
+                }
+                Ok(size) => answers.decoder.push(&buffer[..size]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
         }
     }
 
@@ -711,5 +825,64 @@ mod tests {
         link.finish();
         let heard = hear(&listener, |_| false);
         assert_eq!(heard.last(), Some(&proto::frame::Kind::Goodbye(proto::Goodbye { dropped: 3 })));
+    }
+
+    /// A relay that reads so many records and says this about each.
+    fn answering(listener: UnixListener, records: usize, answer: fn(u64) -> Vec<proto::Acked>) -> JoinHandle<()> {
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let (mut decoder, mut buffer, mut left) = (Decoder::new(), [0; 4096], records);
+            while left > 0 {
+                let size = stream.read(&mut buffer).unwrap();
+                decoder.push(&buffer[..size]);
+                while let Some(frame) = decoder.next().unwrap() {
+                    let Some(proto::frame::Kind::Record(record)) = frame.kind else { continue };
+                    left -= 1;
+                    for acked in answer(record.ack.unwrap().id) {
+                        let answer = frame::encode(&proto::frame::Kind::Acked(acked).into()).unwrap();
+                        stream.write_all(&answer).unwrap();
+                    }
+                }
+            }
+        })
+    }
+
+    fn record_with_ack(id: u64) -> Vec<proto::Record> {
+        vec![proto::Record { ack: Some(proto::AckWanted { id, ..Default::default() }), ..record("u") }]
+    }
+
+    #[test]
+    fn the_relays_answer_is_waited_for() {
+        let dir = TempDir::new("ack");
+        let relay = answering(UnixListener::bind(dir.socket()).unwrap(), 3, |id| {
+            if id == 3 {
+                // It ends.
+                return vec![];
+            }
+            // To a question of before, then to this one.
+            let before = proto::Acked { id: id - 1, error: "late".into() };
+            vec![before, proto::Acked { id, error: if id == 2 { "no peer".into() } else { String::new() } }]
+        });
+        let mut link = link(&dir.socket(), 1 << 20);
+        for (id, outcome) in [(1, Ok(())), (2, Err("no peer".to_owned()))] {
+            link.send(record_with_ack(id));
+            assert_eq!(link.await_ack(id, Duration::from_secs(20)), outcome);
+        }
+        link.send(record_with_ack(3));
+        let error = link.await_ack(3, Duration::from_secs(20)).unwrap_err();
+        relay.join().unwrap();
+        assert!(error.contains("connection to the relay failed"), "{error}");
+    }
+
+    #[test]
+    fn a_relay_that_says_nothing_is_not_waited_for_again_and_again() {
+        let dir = TempDir::new("silent");
+        let _listener = UnixListener::bind(dir.socket()).unwrap();
+        let mut link = link(&dir.socket(), 1 << 20);
+        link.send(record_with_ack(1));
+        assert!(link.await_ack(1, Duration::from_millis(10)).unwrap_err().contains("within 10 msecs"));
+        let began = Instant::now();
+        let error = link.await_ack(1, Duration::from_secs(3600)).unwrap_err();
+        assert!(error.contains("the last time") && began.elapsed() < Duration::from_secs(60), "{error}");
     }
 }

@@ -16,6 +16,7 @@ use crate::wire::proto;
 use records::Records;
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
+use std::time::Duration;
 
 /// Notes that wait for the client's answer, at most, and what they take as records.
 const NOTES_MAX: usize = 256;
@@ -23,6 +24,9 @@ const NOTES_BYTES_MAX: usize = 1 << 20;
 
 /// Mailboxes that the relay was told of, at most: then they are told again.
 const INTENTS_MAX: usize = 10_000;
+
+/// An answer of the relay's is on its way no longer than that.
+const ANSWER_MARGIN: Duration = Duration::from_millis(200);
 
 /// Bytes of a log that a span carries to be recognized by, at most.
 pub const TAIL_MAX: usize = 64;
@@ -66,6 +70,8 @@ pub struct Commit {
     pub highest_modseq: u64,
     /// UIDs (and GUIDs) in the order of the saves.
     pub saved: Vec<Saved>,
+    /// Its client is answered when the relay says so.
+    pub ack: Option<proto::AckWanted>,
     /// Microseconds since 1970.
     pub clock: u64,
 }
@@ -97,7 +103,7 @@ pub struct Written {
 enum Note {
     Begin(Guid),
     Commit(Rc<Place>, Transaction, Commit),
-    CommitInMemory(Guid),
+    CommitInMemory(Rc<Place>, Transaction, u32),
     Rollback(Guid),
     Mailbox(proto::Change),
     Written(Written),
@@ -123,11 +129,18 @@ impl Notes {
         }
     }
 
-    /// See [`Transaction::follow`].
-    pub fn follow(&mut self, mut follow: impl FnMut(&Guid, &proto::MessageRange, Done) -> Option<String>) {
+    /// See [`Transaction::follow`]. With where what was done stands in the log: the file's number, and the offset in it; at its end if
+    /// that is not known.
+    pub fn follow(&mut self, mut follow: impl FnMut(&Guid, (u32, u64), &proto::MessageRange, Done) -> Option<String>) {
+        let mut written = HashMap::new();
         for note in &mut self.0 {
-            if let Note::Commit(place, transaction, _) = note {
-                transaction.follow(|range, done| follow(&place.guid, range, done));
+            match note {
+                Note::Written(span) => drop(written.insert(span.mailbox_guid, (span.log_seq, span.begin))),
+                Note::Commit(place, transaction, _) => {
+                    let at = written.remove(&place.guid).unwrap_or((u32::MAX, u64::MAX));
+                    transaction.follow(|range, done| follow(&place.guid, at, range, done));
+                }
+                _ => {}
             }
         }
     }
@@ -147,6 +160,8 @@ pub struct Capture {
     notes_bytes: usize,
     records: Records,
     given_up: u64,
+    /// The last record that the relay is to say something about, and whether it was told.
+    ack: (u64, bool),
 }
 
 impl Capture {
@@ -161,6 +176,7 @@ impl Capture {
             notes_bytes: 0,
             records: Records::new(birth_guid),
             given_up: 0,
+            ack: (0, false),
         }
     }
 
@@ -222,11 +238,38 @@ impl Capture {
         self.notes.push(Note::Commit(place, transaction, commit));
     }
 
+    /// For [`Commit::ack`], before [`Capture::await_ack`].
+    pub fn next_ack(&mut self, peers: u32, timeout: Duration) -> proto::AckWanted {
+        self.ack = (self.ack.0 + 1, false);
+        // So that the answer is here when the time is over.
+        let timeout = timeout - (timeout / 4).min(ANSWER_MARGIN);
+        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        proto::AckWanted { id: self.ack.0, peers, timeout_ms }
+    }
+
+    /// Tells what was noted, and waits until the last save is as safe as it should be.
+    ///
+    /// # Errors
+    ///
+    /// Why it is not, or not yet. The relay is told to count it.
+    pub fn await_ack(&mut self, timeout: Duration) -> Result<(), String> {
+        self.flush();
+        let outcome = match self.ack {
+            (id, true) => self.link.await_ack(id, timeout),
+            _ => Err("it could not be told to the relay".into()),
+        };
+        if outcome.is_err() {
+            self.link.send(vec![proto::Record { unacknowledged: 1, ..Default::default() }]);
+        }
+        outcome
+    }
+
     /// The transaction was committed to an index in memory, which ends with the session. What of it lasts, as maildir's files do, is to be
     /// looked for: told as a change it would be on the peers alone.
-    pub fn commit_in_memory(&mut self, begun: Begun, place: &Place) {
+    pub fn commit_in_memory(&mut self, begun: Begun, place: Rc<Place>, transaction: Transaction, uid_next: u32) {
         if begun == self.begun() {
-            self.notes.push(Note::CommitInMemory(place.guid));
+            self.notes_bytes += transaction.size();
+            self.notes.push(Note::CommitInMemory(place, transaction, uid_next));
         }
     }
 
@@ -273,7 +316,9 @@ impl Capture {
             match note {
                 Note::Begin(guid) => self.records.begin(guid),
                 Note::Commit(place, transaction, commit) => self.records.commit(&place, transaction, &commit),
-                Note::CommitInMemory(guid) => self.records.commit_in_memory(guid),
+                Note::CommitInMemory(place, transaction, uid_next) => {
+                    self.records.commit_in_memory(&place, transaction, uid_next)
+                }
                 Note::Rollback(guid) => self.records.rollback(guid),
                 Note::Mailbox(change) => self.records.mailbox(change),
                 Note::Written(written) => self.records.written(&written),
@@ -281,6 +326,8 @@ impl Capture {
         }
         let records = self.records.take();
         if !records.is_empty() {
+            let wants = |record: &proto::Record| record.ack.as_ref().is_some_and(|ack| ack.id == self.ack.0);
+            self.ack.1 |= records.iter().any(wants);
             self.link.send(records);
         }
     }

@@ -1,7 +1,9 @@
 //! What a mail process noted becomes records for the relay: a transaction's changes together with the spans that they
 //! explain.
 
+use super::transaction::RANGES_PER_OP_MAX;
 use super::{known, Commit, Guid, Place, Transaction, Untold, Written};
+use crate::change;
 use crate::wire::proto;
 use std::collections::BTreeMap;
 
@@ -59,7 +61,8 @@ impl Records {
                 for (i, change) in changes.into_iter().enumerate() {
                     // The last part completes what the spans cover.
                     let spans = if i + 1 == count { std::mem::take(&mut spans) } else { Vec::new() };
-                    self.ready.push(proto::Record { change: Some(change), spans, dropped: 0 });
+                    let ack = commit.ack.filter(|_| i + 1 == count);
+                    self.ready.push(proto::Record { change: Some(change), spans, ack, ..Default::default() });
                 }
             }
             Err(error) => {
@@ -75,10 +78,27 @@ impl Records {
         self.keep_spans(spans);
     }
 
-    /// The transaction that `begin` announced was committed where nothing lasts.
-    pub fn commit_in_memory(&mut self, mailbox: Guid) {
-        self.rollback(mailbox);
-        self.ready.push(proto::Record { change: None, spans: Vec::new(), dropped: 1 });
+    /// The transaction that `begin` announced was committed where nothing lasts: what it did is to be looked for. Only that somebody
+    /// asked for an expunge could not be seen then.
+    pub fn commit_in_memory(&mut self, place: &Place, transaction: Transaction, uid_next: u32) {
+        self.rollback(place.guid);
+        let mut expunges = transaction.into_named_expunges(self.birth_guid).into_iter().peekable();
+        let mut ops = Vec::new();
+        while expunges.peek().is_some() {
+            let messages = expunges.by_ref().take(RANGES_PER_OP_MAX).collect();
+            ops.push(proto::op::What::Expunge(proto::Expunge { messages }));
+        }
+        let mut expunged = change::split(ops, &place.user, &place.mailbox(), 0);
+        expunged
+            .iter_mut()
+            .filter_map(|change| change.mailbox.as_mut())
+            .for_each(|mailbox| mailbox.uid_next = uid_next);
+        self.ready.extend(
+            expunged
+                .into_iter()
+                .map(|expunged| proto::Record { expunged_in_memory: Some(expunged), ..Default::default() }),
+        );
+        self.ready.push(proto::Record { dropped: 1, ..Default::default() });
     }
 
     /// The transaction that `begin` announced did not happen. What was written meanwhile it does not tell: a maildir's sync may have
@@ -91,7 +111,7 @@ impl Records {
 
     /// A change without a transaction: of a mailbox itself.
     pub fn mailbox(&mut self, change: proto::Change) {
-        self.ready.push(proto::Record { change: Some(change), spans: Vec::new(), dropped: 0 });
+        self.ready.push(proto::Record { change: Some(change), ..Default::default() });
     }
 
     /// A commit wrote this. It belongs to the mailbox's open transactions; without any, nobody will tell what it did.
@@ -112,7 +132,7 @@ impl Records {
     /// Whatever was announced or is ready, it is to be looked for.
     pub fn forget(&mut self) {
         self.open.clear();
-        self.ready = vec![proto::Record { change: None, spans: Vec::new(), dropped: 1 }];
+        self.ready = vec![proto::Record { dropped: 1, ..Default::default() }];
     }
 
     /// Spans whose transactions are still open are told without them.
@@ -137,12 +157,12 @@ impl Records {
     fn keep_spans(&mut self, spans: Vec<proto::Span>) {
         for span in spans {
             match self.ready.last_mut() {
-                Some(proto::Record { change: None, spans, .. })
+                Some(proto::Record { change: None, spans, expunged_in_memory: None, .. })
                     if spans.len() < PENDING_SPANS_MAX && spans.last().is_some_and(|last| last.user == span.user) =>
                 {
                     spans.push(span);
                 }
-                _ => self.ready.push(proto::Record { change: None, spans: vec![span], dropped: 0 }),
+                _ => self.ready.push(proto::Record { spans: vec![span], ..Default::default() }),
             }
         }
     }
@@ -195,6 +215,23 @@ mod tests {
             adds_or_changes: appends > 0,
             expunges: false,
         }
+    }
+
+    #[test]
+    fn what_was_expunged_in_memory_is_named_for_the_look() {
+        let mut records = Records::new(|guid| guid.as_bytes().to_vec());
+        let mut transaction = Transaction::new(1 << 20);
+        transaction.expunge(5, Some("five".into()));
+        transaction.expunge(6, None);
+        let place = Place { user: "jane".into(), guid: MAILBOX, path: vec!["INBOX".into()] };
+        records.begin(MAILBOX);
+        records.commit_in_memory(&place, transaction, 9);
+        let [first, last] = &records.take()[..] else { panic!() };
+        let expunged = first.expunged_in_memory.as_ref().expect("it is told");
+        let Some(proto::op::What::Expunge(expunge)) = &expunged.ops[0].what else { panic!() };
+        let named: Vec<_> = expunge.messages.iter().map(|m| (m.first_uid, &m.guid[..], &m.guid_128[..])).collect();
+        assert_eq!(named, [(5, "five", &b"five"[..])]);
+        assert_eq!((expunged.user.as_str(), expunged.mailbox.as_ref().unwrap().uid_next, last.dropped), ("jane", 9, 1));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use prost::Message as _;
 const RANGE_BYTES: usize = 16;
 
 /// Most messages that one flag change names: their ranges must fit into a frame.
-const RANGES_PER_OP_MAX: usize = 512;
+pub const RANGES_PER_OP_MAX: usize = 512;
 
 /// Flag updates of one transaction that may name the message by its GUID, too: worth opening some files, but not thousands.
 const NAMED_UPDATES_MAX: usize = 100;
@@ -172,6 +172,12 @@ impl Transaction {
                 }),
             }
         }
+    }
+
+    /// Of what it expunged, what has a GUID, with that and its hash.
+    pub fn into_named_expunges(self, generate_birth_guid: impl Fn(&str) -> Vec<u8>) -> Vec<proto::MessageRange> {
+        let named = self.expunges.into_iter().filter(|range| !range.guid.is_empty());
+        named.map(|range| proto::MessageRange { guid_128: generate_birth_guid(&range.guid), ..range }).collect()
     }
 
     /// The changes, in the order in which they have to be applied. `saved` are the UIDs (and GUIDs) in the order of

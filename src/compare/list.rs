@@ -1,9 +1,9 @@
 //! Which mailboxes and subscriptions two servers have of a user.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::repair::{Repair, Telling, What};
-use super::{Mailbox, Range};
+use super::{Guid, Mailbox, Range};
 
 /// All UIDs.
 const ALL: Range = Range { first: 1, last: u32::MAX };
@@ -23,10 +23,17 @@ pub fn compare(ours: &List, theirs: &List) -> (Repair, Pairs) {
     let mut repair = Repair::default();
     let mut pairs = Vec::new();
     let mut met = BTreeSet::new();
+    let our_guids: BTreeSet<&Guid> = ours.mailboxes.iter().map(|our| &our.guid).collect();
+    let mut by_guid = BTreeMap::new();
+    let mut by_name = BTreeMap::new();
+    for their in &theirs.mailboxes {
+        by_guid.entry(&their.guid).or_insert(their);
+        if !our_guids.contains(&their.guid) {
+            by_name.entry(&their.path).or_insert(their);
+        }
+    }
     for our in &ours.mailboxes {
-        let same_guid = theirs.mailboxes.iter().find(|their| their.guid == our.guid);
-        let same_name = || theirs.mailboxes.iter().find(|their| their.path == our.path && !has(ours, &their.guid));
-        match same_guid.or_else(same_name) {
+        match by_guid.get(&our.guid).or_else(|| by_name.get(&our.path)) {
             Some(their) => {
                 met.insert(&their.guid);
                 compare_pair(our, their, &mut repair, &mut pairs);
@@ -39,10 +46,6 @@ pub fn compare(ours: &List, theirs: &List) -> (Repair, Pairs) {
     }
     compare_subscriptions(ours, theirs, &mut repair);
     (repair, pairs)
-}
-
-fn has(list: &List, guid: &[u8]) -> bool {
-    list.mailboxes.iter().any(|mailbox| mailbox.guid == guid)
 }
 
 fn missing(mailbox: &Mailbox, what: What, repair: &mut Repair) {
@@ -59,8 +62,12 @@ fn compare_pair(our: &Mailbox, their: &Mailbox, repair: &mut Repair, pairs: &mut
     let mut how = false;
     if our.path != their.path {
         repair.differ(&our.path, What::Name, 0, their.path.join("/"));
-        let mailbox = our.clone();
-        repair.ours.push(Telling { mailbox, was: their.path.clone(), ..Default::default() });
+        // The later name holds, whoever compares. If none is known to be, it is ours.
+        let (side, last, other) = match their.named > our.named {
+            true => (&mut repair.theirs, their, our),
+            false => (&mut repair.ours, our, their),
+        };
+        side.push(Telling { mailbox: last.clone(), was: other.path.clone(), ..Default::default() });
     }
     if our.guid != their.guid {
         repair.differ(&our.path, What::Guid, 0, format!("{} and {}", hex(&our.guid), hex(&their.guid)));
@@ -113,9 +120,11 @@ fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::merge::mailbox::Named;
 
     fn mailbox(guid: u8, name: &str, digest: u64) -> Mailbox {
-        Mailbox { guid: vec![guid; 16], path: vec![name.into()], uid_validity: 1, uid_next: 3, messages: 2, digest }
+        let (guid, path) = (vec![guid; 16], vec![name.into()]);
+        Mailbox { guid, path, uid_validity: 1, uid_next: 3, messages: 2, digest, ..Default::default() }
     }
 
     fn list(mailboxes: &[Mailbox], subscribed: &[&str]) -> List {
@@ -169,6 +178,44 @@ mod tests {
         let theirs = list(&[mailbox(2, "Work", 7), mailbox(1, "Old", 7)], &[]);
         let (repair, _) = compare(&ours, &theirs);
         assert_eq!(found(&repair), [("Work".into(), What::Name), ("Work".into(), What::MailboxHere)]);
+    }
+
+    /// The relay's thread has nothing else to do meanwhile; each against each takes minutes.
+    #[test]
+    fn as_many_names_as_a_peer_may_send_are_compared_in_a_moment() {
+        let named = |side: &str, guid_from: u32| {
+            let mailbox = |n: u32| Mailbox {
+                guid: (guid_from + n).to_be_bytes().repeat(4),
+                path: vec![format!("{side}{n}")],
+                ..Default::default()
+            };
+            List { mailboxes: (0..100_000).map(mailbox).collect(), ..Default::default() }
+        };
+        let (repair, pairs) = compare(&named("Work", 0), &named("Play", 500_000));
+        assert_eq!((repair.ours.len(), repair.theirs.len(), pairs.len()), (100_000, 100_000, 0));
+    }
+
+    #[test]
+    fn of_two_names_the_later_is_told() {
+        let named = |name, clock, origin: &str| {
+            let named = Named { clock, origin: origin.into() };
+            list(&[Mailbox { named, ..mailbox(1, name, 7) }], &[])
+        };
+        let told = |ours, theirs| {
+            let (repair, _) = compare(&ours, &theirs);
+            assert_eq!(found(&repair)[0].1, What::Name);
+            let told = |side: &[Telling]| side.iter().map(|t| (t.mailbox.path.join("/"), t.was.join("/"))).collect();
+            let (ours, theirs): (Vec<_>, Vec<_>) = (told(&repair.ours), told(&repair.theirs));
+            assert_eq!(ours.len() + theirs.len(), 1);
+            [ours, theirs].concat().remove(0)
+        };
+        let (new, old) = (|| named("New", 9, "a"), || named("Old", 5, "b"));
+        for (name, was) in [told(new(), old()), told(old(), new())] {
+            assert_eq!((name.as_str(), was.as_str()), ("New", "Old"));
+        }
+        // Of the same time, and if nothing is known.
+        assert_eq!(told(named("Ours", 5, "a"), named("Theirs", 5, "a")), ("Ours".into(), "Theirs".into()));
+        assert_eq!(told(named("Ours", 0, ""), named("Theirs", 5, "a")), ("Theirs".into(), "Ours".into()));
     }
 
     #[test]

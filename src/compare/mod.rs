@@ -9,6 +9,8 @@
 //! Pure: no clock, no files, no sockets.
 #![forbid(unsafe_code)]
 
+use crate::merge::mailbox::Named;
+
 pub mod descent;
 pub mod digest;
 pub mod list;
@@ -27,6 +29,8 @@ pub struct Mailbox {
     pub messages: u32,
     /// Of all its messages.
     pub digest: u64,
+    /// What its relay knows of it.
+    pub named: Named,
 }
 
 /// A message, as one side has it.

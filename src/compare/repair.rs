@@ -1,6 +1,6 @@
 //! What differs, for people, and what each side must tell so that it does not any more.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Mailbox, Range};
 
@@ -86,68 +86,162 @@ pub struct Repair {
     pub theirs: Vec<Telling>,
     /// Messages that are missing on either side.
     pub mails: u64,
-    is_cut_off: bool,
+    /// Of all, also of those that are not listed.
+    keys: Keys,
 }
 
-/// What a difference is about, to find it again.
-pub type Key = (Vec<String>, What, u32);
+/// What differences are about, to find them again: for each path what, and which UID.
+pub type Keys = BTreeMap<Vec<String>, BTreeSet<(What, u32)>>;
 
 impl Repair {
     pub fn is_empty(&self) -> bool {
-        self.differences.is_empty() && !self.is_cut_off
+        self.keys.is_empty()
+    }
+
+    /// Differences, listed or not.
+    pub fn count(&self) -> usize {
+        self.keys.values().map(BTreeSet::len).sum()
     }
 
     /// There is more than is listed.
     pub fn is_cut_off(&self) -> bool {
-        self.is_cut_off
+        self.count() > self.differences.len()
     }
 
     pub fn differ(&mut self, path: &[String], what: What, uid: u32, detail: String) {
-        if self.differences.len() == DIFFERENCES_MAX {
-            self.is_cut_off = true;
-            return;
+        match self.keys.get_mut(path) {
+            Some(of_path) => of_path.insert((what, uid)),
+            None => self.keys.entry(path.to_vec()).or_default().insert((what, uid)),
+        };
+        if self.differences.len() < DIFFERENCES_MAX {
+            self.differences.push(Difference { path: path.to_vec(), what, uid, detail });
         }
-        self.differences.push(Difference { path: path.to_vec(), what, uid, detail });
     }
 
     /// Only what was found before, too: the rest may still be on its way. A message that is missing is told in any case: it is known
     /// again, and who expunged it says so.
-    pub fn retain_known(&mut self, before: &BTreeSet<Key>) {
-        if self.is_cut_off {
-            return;
-        }
+    pub fn retain_known(&mut self, before: &Keys) {
         let is_known = |path: &[String], whats: &[What], uid: u32| {
-            whats.iter().any(|what| before.contains(&(path.to_vec(), *what, uid)))
+            let of_path = before.get(path);
+            of_path.is_some_and(|of_path| whats.iter().any(|what| of_path.contains(&(*what, uid))))
         };
+        self.keys.retain(|path, keys| {
+            keys.retain(|(what, uid)| is_known(path, &[*what], *uid));
+            !keys.is_empty()
+        });
         self.differences.retain(|difference| is_known(&difference.path, &[difference.what], difference.uid));
-        for telling in self.ours.iter_mut().chain(&mut self.theirs) {
+        let is_named = |path: &[String]| is_known(path, &[What::Name], 0);
+        let is_to_be_told = |telling: &mut Telling| {
             let path = telling.mailbox.path.clone();
-            telling.flags.retain(|more| is_known(&path, &[What::Flags], more.uid));
-            telling.subscribed &= is_known(&path, &[What::SubscriptionHere, What::SubscriptionThere], 0);
-            if telling.create
-                && !is_known(&path, &[What::MailboxHere, What::MailboxThere, What::Guid, What::UidValidity], 0)
-            {
+            let is_known = |whats: &[What], uid: u32| is_known(&path, whats, uid);
+            if telling.create && !is_known(&[What::MailboxHere, What::MailboxThere, What::Guid, What::UidValidity], 0) {
                 // It was made, or deleted, just now.
-                *telling = Telling::default();
+                return false;
             }
-        }
-        let is_something = |telling: &Telling| *telling != Telling::default();
-        self.ours.retain(is_something);
-        self.theirs.retain(is_something);
+            telling.flags.retain(|more| is_known(&[What::Flags], more.uid));
+            telling.subscribed &= is_known(&[What::SubscriptionHere, What::SubscriptionThere], 0);
+            // Listed under the name that it has here.
+            if !is_named(&path) && !is_named(&telling.was) {
+                telling.was.clear();
+            }
+            let says_more = telling.create || telling.subscribed || !telling.was.is_empty();
+            says_more || !telling.saves.is_empty() || !telling.flags.is_empty() || is_known(&[What::UidNext], 0)
+        };
+        self.ours.retain_mut(is_to_be_told);
+        self.theirs.retain_mut(is_to_be_told);
     }
 
-    pub fn keys(&self) -> BTreeSet<Key> {
-        self.differences.iter().map(|difference| (difference.path.clone(), difference.what, difference.uid)).collect()
+    pub fn keys(&self) -> Keys {
+        self.keys.clone()
     }
 
     /// What was found of one mailbox, too.
     pub fn add(&mut self, other: Repair) {
         self.mails += other.mails;
-        self.is_cut_off |= other.is_cut_off;
-        for difference in other.differences {
-            self.differ(&difference.path, difference.what, difference.uid, difference.detail);
+        for (path, keys) in other.keys {
+            self.keys.entry(path).or_default().extend(keys);
         }
+        let room = DIFFERENCES_MAX - self.differences.len();
+        self.differences.extend(other.differences.into_iter().take(room));
         self.ours.extend(other.ours);
         self.theirs.extend(other.theirs);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compare::list::{self, List};
+    use crate::merge::mailbox::Named;
+
+    fn mailbox(guid: u8, name: &str) -> Mailbox {
+        let (guid, path) = (vec![guid; 16], vec![name.into()]);
+        Mailbox { guid, path, uid_validity: 1, uid_next: 3, messages: 2, digest: 7, ..Default::default() }
+    }
+
+    fn list(mailboxes: &[Mailbox], subscribed: &[&str]) -> List {
+        let subscribed = subscribed.iter().map(|name| vec![(*name).to_owned()]).collect();
+        List { mailboxes: mailboxes.to_vec(), subscribed }
+    }
+
+    fn found(ours: &List, theirs: &List) -> Repair {
+        list::compare(ours, theirs).0
+    }
+
+    fn tells_nothing(repair: &Repair) -> bool {
+        repair.is_empty() && repair.ours.is_empty() && repair.theirs.is_empty()
+    }
+
+    #[test]
+    fn what_differs_only_the_second_time_is_not_told() {
+        let before = list(&[mailbox(1, "Work")], &[]);
+        let known = found(&before, &before).keys();
+        for later in [
+            list(&[mailbox(1, "Renamed")], &[]),
+            list(&[], &[]),
+            list(&[mailbox(1, "Work"), mailbox(2, "Made")], &[]),
+            list(&[mailbox(1, "Work")], &["Work"]),
+            list(&[Mailbox { uid_next: 4, ..mailbox(1, "Work") }], &[]),
+        ] {
+            for (ours, theirs) in [(&before, &later), (&later, &before)] {
+                let mut repair = found(ours, theirs);
+                assert!(!tells_nothing(&repair));
+                repair.retain_known(&known);
+                assert!(tells_nothing(&repair), "{repair:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_differs_twice_is_told() {
+        let later = |name| Mailbox { named: Named { clock: 9, origin: "b".into() }, ..mailbox(4, name) };
+        let ours = list(&[mailbox(1, "Work"), mailbox(2, "Here"), mailbox(4, "Old")], &["Work"]);
+        let theirs = list(&[mailbox(1, "Renamed"), mailbox(3, "There"), later("New")], &["There"]);
+        let known = found(&ours, &theirs).keys();
+        let mut repair = found(&ours, &theirs);
+        repair.retain_known(&known);
+        let whole = found(&ours, &theirs);
+        assert_eq!((repair.differences, repair.ours, repair.theirs), (whole.differences, whole.ours, whole.theirs));
+    }
+
+    #[test]
+    fn of_more_differences_than_are_listed_all_must_be_there_twice() {
+        let all: Vec<String> = (0..DIFFERENCES_MAX).map(|n| format!("{n:04}")).collect();
+        let all: Vec<&str> = all.iter().map(String::as_str).collect();
+        let (ours, before) = (list(&[mailbox(1, "Work")], &all), list(&[mailbox(1, "Work")], &[]));
+        let deleted = list(&[], &[]);
+        let known = found(&ours, &before).keys();
+        let mut repair = found(&ours, &deleted);
+        assert!(repair.is_cut_off());
+        repair.retain_known(&known);
+        assert_eq!((repair.count(), repair.ours.len()), (DIFFERENCES_MAX, DIFFERENCES_MAX), "it was deleted just now");
+        assert!(repair.ours.iter().all(|telling| telling.subscribed));
+
+        let mut other = found(&ours, &deleted);
+        other.add(found(&ours, &deleted));
+        assert_eq!((other.count(), other.differences.len()), (DIFFERENCES_MAX + 1, DIFFERENCES_MAX));
+        let known = other.keys();
+        other.retain_known(&known);
+        assert!(other.is_cut_off() && other.ours.iter().any(|telling| telling.create), "it was deleted long ago");
     }
 }

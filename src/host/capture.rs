@@ -5,15 +5,17 @@ use super::settings::{read, text};
 use super::worker::{read_bounded, storage_separator, StringList};
 use crate::capture::{mailbox_change, Begun, Capture, Commit, Done, LinkConfig, Place, Saved, Transaction};
 use crate::guard;
+use crate::settings::{Ack, Settings};
+use crate::time::now_us;
 use crate::wire::proto;
-use crate::worker::mark::moves;
+use crate::worker::mark::moves_at;
 use crate::worker::name;
 use crate::worker::storage::Namespace;
 use std::cell::RefCell;
 use std::ffi::{c_char, c_int, c_void, CStr};
 use std::path::Path;
 use std::rc::Rc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// Waiting longer for the relay would hold up the end of the process.
 const FINISH_TIMEOUT: Duration = Duration::from_millis(500);
@@ -23,7 +25,31 @@ struct Process {
     capture: Capture,
     inline_body_size: u64,
     process_queue_size: u64,
+    ack: Option<AckPolicy>,
     last: Last,
+}
+
+/// dovetail_ack, if it is not async.
+#[derive(Clone, Copy)]
+struct AckPolicy {
+    /// 0: that it is journaled is enough.
+    peers: u32,
+    timeout: Duration,
+    may_fail: bool,
+    /// The last one was not acknowledged: the log has it.
+    is_warned: bool,
+}
+
+impl AckPolicy {
+    fn of(settings: &Settings) -> Option<AckPolicy> {
+        let peers = match settings.ack {
+            Ack::Async => return None,
+            Ack::Relay => 0,
+            Ack::Peers(peers) => peers,
+        };
+        let timeout = Duration::from_millis(settings.ack_timeout_ms);
+        Some(AckPolicy { peers, timeout, may_fail: settings.ack_may_fail, is_warned: false })
+    }
 }
 
 /// The names that came last: most often the next ones are the same.
@@ -82,6 +108,9 @@ impl Last {
 fn guard<T>(what: &str, failure: T, f: impl FnOnce() -> T) -> T {
     guard::catch(what, f).unwrap_or_else(|| {
         guard::guard("give_up", (), || {
+            // The look that this leads to may be over before an expunge that was requested is executed.
+            // SAFETY: the thread is the one that calls the hooks.
+            unsafe { ffi::dt_spans_forget_told() };
             with_process(|process| process.capture.give_up());
         });
         failure
@@ -121,6 +150,7 @@ extern "C" fn dt_rs_capture_init(user: *mut c_void, username: *const c_char, pro
         if is_begun || settings.has_no_peers() {
             return;
         }
+        let ack = AckPolicy::of(&settings);
         let config = LinkConfig {
             socket: settings.socket,
             queue_size: settings.process_queue_size,
@@ -132,6 +162,7 @@ extern "C" fn dt_rs_capture_init(user: *mut c_void, username: *const c_char, pro
             capture: Capture::new(config, birth_guid),
             inline_body_size: settings.inline_body_size,
             process_queue_size: settings.process_queue_size,
+            ack,
             last: Last::default(),
         };
         let mut process = process;
@@ -236,12 +267,14 @@ extern "C" fn dt_rs_expunge(txn: *mut c_void, uid: u32, guid: *const c_char) {
 }
 
 /// Called inside of a commit: only notes. dt_rs_flush() is to be called soon; true: so much waits that it is to be called now.
+/// wants_ack: dt_rs_await_ack() will be called.
 #[no_mangle]
 extern "C" fn dt_rs_commit(
     txn: *mut c_void,
     mailbox: *const ffi::DtMailbox,
     saved: *const ffi::DtSaved,
     saved_count: usize,
+    wants_ack: bool,
 ) -> bool {
     guard("commit", false, || {
         if txn.is_null() {
@@ -264,22 +297,25 @@ extern "C" fn dt_rs_commit(
             uid_next: mailbox.uid_next,
             highest_modseq: mailbox.highest_modseq,
             saved,
-            clock: now_usecs(),
+            clock: now_us(),
+            ack: wants_ack.then(next_ack).flatten(),
         };
         note(|capture| capture.commit(open.begun, open.place, open.transaction, commit))
     })
 }
 
-/// The same, for a mailbox whose index is in memory only because its disk is full.
+/// The same, for a mailbox whose index is in memory only because its disk is full. UIDNEXT as the session has it, or 0.
 #[no_mangle]
-extern "C" fn dt_rs_commit_in_memory(txn: *mut c_void) -> bool {
+extern "C" fn dt_rs_commit_in_memory(txn: *mut c_void, uid_next: u32) -> bool {
     guard("commit_in_memory", false, || {
         if txn.is_null() {
             return false;
         }
         // SAFETY: from dt_rs_transaction_begin(); C forgets it now.
         let open = unsafe { Box::from_raw(txn.cast::<OpenTransaction>()) };
-        note(|capture| capture.commit_in_memory(open.begun, &open.place))
+        // Nobody will say anything about it.
+        let _ = next_ack();
+        note(|capture| capture.commit_in_memory(open.begun, open.place, open.transaction, uid_next))
     })
 }
 
@@ -314,7 +350,7 @@ extern "C" fn dt_rs_mailbox_op(op: c_int, mailbox: *const ffi::DtMailbox, new_na
             ffi::DT_MAILBOX_UNSUBSCRIBE => proto::op::What::Subscription(proto::Subscription { subscribed: false }),
             other => return log::error!("Internal error: unknown mailbox operation {other}"),
         };
-        with_process(|process| process.capture.mailbox(mailbox_change(&user, mailbox, what, now_usecs())));
+        with_process(|process| process.capture.mailbox(mailbox_change(&user, mailbox, what, now_us())));
     });
 }
 
@@ -352,8 +388,8 @@ pub type DtGuidOf = extern "C" fn(mailbox_guid: *const u8, uid: u32) -> *const c
 /// Does it to the message where it is now, see follow.h.
 pub type DtFollow = extern "C" fn(mailbox_guid: *const u8, stale: *const ffi::DtStale) -> *const c_char;
 
-/// A message was moved from a UID to another.
-pub type DtMove = extern "C" fn(from: u32, to: u32, context: *mut c_void);
+/// A message was moved from a UID to another, by the commit at that place of the log.
+pub type DtMove = extern "C" fn(from: u32, to: u32, log_seq: u32, log_offset: u64, context: *mut c_void);
 
 /// Asks for the GUIDs of messages whose flags were changed, before it is told. They are not looked up while the client
 /// waits: dbox may have to open a file for each.
@@ -372,7 +408,7 @@ extern "C" fn dt_rs_name(guid_of: DtGuidOf) {
 extern "C" fn dt_rs_follow(follow: DtFollow) {
     guard("follow", (), || {
         let Some(mut notes) = with_process(|process| process.capture.take_notes()) else { return };
-        notes.follow(|mailbox, range, done| {
+        notes.follow(|mailbox, place, range, done| {
             let none = proto::FlagUpdate::default();
             let update = match done {
                 Done::Flags(update) => update,
@@ -383,6 +419,8 @@ extern "C" fn dt_rs_follow(follow: DtFollow) {
             let stale = ffi::DtStale {
                 first_uid: range.first_uid,
                 last_uid: range.last_uid,
+                log_seq: place.0,
+                log_offset: place.1,
                 unnamed: range.guid.is_empty() && range.first_uid == range.last_uid,
                 expunge: matches!(done, Done::Expunge),
                 add: update.add,
@@ -403,9 +441,58 @@ extern "C" fn dt_rs_moves(path: *const c_char, each: DtMove, context: *mut c_voi
         let path = text(path);
         for path in [format!("{path}.2"), path] {
             let Ok(log) = read_bounded(Path::new(&path)) else { continue };
-            moves(&log).into_iter().for_each(|(from, to)| each(from, to, context));
+            moves_at(&log).into_iter().for_each(|((log_seq, begin), from, to)| each(from, to, log_seq, begin, context));
         }
     });
+}
+
+fn next_ack() -> Option<proto::AckWanted> {
+    with_process(|process| Some(process.capture.next_ack(process.ack?.peers, process.ack?.timeout))).flatten()
+}
+
+/// Whether clients' answers wait for more than the commit.
+#[no_mangle]
+extern "C" fn dt_rs_acks() -> bool {
+    guard("acks", false, || with_process(|process| process.ack.is_some()).unwrap_or(false))
+}
+
+/// What is said of a save that was committed.
+pub const DT_ACK_OK: c_int = 0;
+/// It is to be taken back, and has failed then.
+pub const DT_ACK_FAIL: c_int = -1;
+
+/// Sends what was noted, and waits until the save that was committed last is as safe as dovetail_ack wants, or the time is over.
+/// `user` and `mailbox`: for the log. `can_fail`: it can be taken back.
+#[no_mangle]
+extern "C" fn dt_rs_await_ack(user: *const c_char, mailbox: *const c_char, can_fail: bool) -> c_int {
+    guard("await_ack", DT_ACK_OK, || {
+        let await_ack = |process: &mut Process| {
+            let policy = process.ack.as_mut()?;
+            let outcome = process.capture.await_ack(policy.timeout);
+            let is_news = outcome.is_err() && !policy.is_warned;
+            policy.is_warned = outcome.is_err();
+            Some((outcome, policy.may_fail && can_fail, is_news))
+        };
+        let Some((Err(error), may_fail, is_news)) = with_process(await_ack).flatten() else { return DT_ACK_OK };
+        if is_news {
+            let then = if may_fail {
+                "it is taken back, and its sender is told to try again"
+            } else {
+                "its sender is told OK"
+            };
+            log::warn!(
+                "user {}: mailbox {}: a saved mail is not acknowledged as dovetail_ack wants: {error} - {then}",
+                text(user),
+                text(mailbox)
+            );
+        }
+        super::log::drain();
+        if may_fail {
+            DT_ACK_FAIL
+        } else {
+            DT_ACK_OK
+        }
+    })
 }
 
 /// The client has its answer: what could wait until then is sent.
@@ -499,9 +586,9 @@ fn optional_text(string: *const c_char) -> Option<String> {
 /// The parts of a name in the mailbox's namespace, without its prefix.
 fn path(name: &str, mailbox: &ffi::DtMailbox) -> Vec<String> {
     let namespace = Namespace {
-        prefix: String::new(),
         separator: char::from(mailbox.separator as u8),
         storage_separator: storage_separator(mailbox.storage_separator),
+        ..Default::default()
     };
     name::path(name, &namespace).unwrap_or_default()
 }
@@ -515,8 +602,4 @@ fn birth_guid(guid: &str) -> Vec<u8> {
         unsafe { ffi::mail_generate_guid_128_hash(guid.as_ptr(), hash.as_mut_ptr()) };
     }
     hash.to_vec()
-}
-
-fn now_usecs() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
 }

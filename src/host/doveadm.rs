@@ -6,15 +6,20 @@ use crate::change;
 use crate::guard::guard;
 use crate::relay::client;
 use crate::tls::authority;
-use crate::wire::proto::{NamedCount, Progress};
+use crate::wire::proto::{Lack, NamedCount, Progress};
 use std::ffi::{c_char, c_int, c_void, CString};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// `user`: NULL: of all users.
+///
+/// # Safety
+/// `user` is NUL-terminated or null.
 #[no_mangle]
-extern "C" fn dt_rs_status(
+unsafe extern "C" fn dt_rs_status(
+    user: *const c_char,
     row: extern "C" fn(*mut c_void, *const ffi::DtStatusRow),
     context: *mut c_void,
     error: *mut c_char,
@@ -22,7 +27,8 @@ extern "C" fn dt_rs_status(
 ) -> c_int {
     let result = guard("doveadm dovetail status", Err("Internal error, see above".to_owned()), || {
         let settings = read(std::ptr::null_mut()).map_err(|errors| errors.join("; "))?;
-        client::status(&settings.socket, TIMEOUT)
+        let user = (!user.is_null()).then(|| text(user));
+        client::status(&settings.socket, user.as_deref(), TIMEOUT)
     });
     match result {
         Ok(status) => {
@@ -39,6 +45,7 @@ extern "C" fn dt_rs_status(
                     behind_secs: peer.behind_secs,
                     dropped: peer.dropped,
                     process_dropped: counters.dropped_by_processes,
+                    unacknowledged: counters.unacknowledged,
                     failed: counters.failed,
                     conflicts: conflicts.as_ptr(),
                 };
@@ -183,11 +190,111 @@ unsafe extern "C" fn dt_rs_progress(progress: *mut ffi::DtProgress, error: *mut 
                 secs: answer.elapsed_ms / 1_000,
                 mails_per_sec: (answer.mails_done * 1_000).checked_div(answer.elapsed_ms).unwrap_or(0),
                 secs_left: secs_left(&answer),
+                background_users: answer.background_users,
+                background_users_done: answer.background_users_done,
+                background_secs_left: answer.background_left_ms / 1_000,
             };
             // SAFETY: the caller's.
             unsafe { *progress = values };
             0
         }
+        Err(message) => {
+            copy_out(&message, error, error_size);
+            -1
+        }
+    }
+}
+
+/// The longest that doveadm can be told to wait: what is longer is meant to be for ever.
+const PATIENCE_SECS_MAX: u64 = 365 * 24 * 3600;
+/// If it is not said.
+const PATIENCE_SECS: u64 = 60;
+
+/// Waits until all peers have applied what was done here until now. `user`: NULL: by all users. `secs`: for how long at most; NULL: as usual.
+/// 0: they have. 1: somebody lacks something, and the error says who and what. -1: it could not be asked. -2: `secs` is no number.
+///
+/// # Safety
+/// The strings are NUL-terminated or null.
+#[no_mangle]
+unsafe extern "C" fn dt_rs_wait(
+    user: *const c_char,
+    secs: *const c_char,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int {
+    let secs = (!secs.is_null()).then(|| text(secs));
+    let Ok(patience) = secs.as_deref().map_or(Ok(PATIENCE_SECS), str::parse) else {
+        copy_out("The time-out must be a number of seconds", error, error_size);
+        return -2;
+    };
+    let patience = Duration::from_secs(patience.min(PATIENCE_SECS_MAX));
+    let result = guard("doveadm dovetail wait", internal_error(), || {
+        let settings = read(std::ptr::null_mut()).map_err(|errors| errors.join("; "))?;
+        let user = (!user.is_null()).then(|| text(user));
+        client::wait(&settings.socket, user.as_deref(), patience, TIMEOUT)
+    });
+    let (message, outcome) = match result {
+        Ok(lacks) if lacks.is_empty() => return 0,
+        Ok(lacks) => (lacks.iter().map(lack).collect::<Vec<_>>().join("; "), 1),
+        Err(message) => (message, -1),
+    };
+    copy_out(&message, error, error_size);
+    outcome
+}
+
+fn lack(lack: &Lack) -> String {
+    let what = match (lack.peer.as_str(), lack.changes) {
+        ("", _) => return lack.reason.clone(),
+        (peer, 1) => format!("Peer {peer} lacks 1 change"),
+        (peer, count) => format!("Peer {peer} lacks {count} changes"),
+    };
+    if lack.reason.is_empty() {
+        what
+    } else {
+        format!("{what} ({})", lack.reason)
+    }
+}
+
+/// Forgets a peer that is gone for good; `changes`: how many it had not acknowledged.
+///
+/// # Safety
+/// `peer` is NUL-terminated, `changes` can be written to.
+#[no_mangle]
+unsafe extern "C" fn dt_rs_peer_remove(
+    peer: *const c_char,
+    changes: *mut u64,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int {
+    let result = guard("doveadm dovetail peer remove", internal_error(), || {
+        let settings = read(std::ptr::null_mut()).map_err(|errors| errors.join("; "))?;
+        client::remove_peer(&settings.socket, &text(peer), TIMEOUT)
+    });
+    match result {
+        Ok(count) => {
+            // SAFETY: the caller's.
+            unsafe { *changes = count };
+            0
+        }
+        Err(message) => {
+            copy_out(&message, error, error_size);
+            -1
+        }
+    }
+}
+
+/// Lets a peer in again of which there were two.
+///
+/// # Safety
+/// `peer` is NUL-terminated.
+#[no_mangle]
+unsafe extern "C" fn dt_rs_peer_accept(peer: *const c_char, error: *mut c_char, error_size: usize) -> c_int {
+    let result = guard("doveadm dovetail peer accept", internal_error(), || {
+        let settings = read(std::ptr::null_mut()).map_err(|errors| errors.join("; "))?;
+        client::accept_peer(&settings.socket, &text(peer), TIMEOUT)
+    });
+    match result {
+        Ok(()) => 0,
         Err(message) => {
             copy_out(&message, error, error_size);
             -1

@@ -60,6 +60,9 @@ pub struct DtSaved {
 pub struct DtStale {
     pub first_uid: u32,
     pub last_uid: u32,
+    /// Where it stands in the index's log.
+    pub log_seq: u32,
+    pub log_offset: u64,
     /// It could not be found out which message it is: it may be on its way.
     pub unnamed: bool,
     /// Otherwise flags and keywords were changed.
@@ -92,12 +95,12 @@ pub struct DtSpan {
     pub prev_log_end: u64,
     /// DT_SPAN_APPENDS and so on: what it did to messages.
     pub touched: u32,
-    /// The last bytes of the log before `end`.
     /// Messages that it added.
     pub appends: u32,
+    /// The last bytes of the log before `end`.
     pub tail: [u8; DT_SPAN_TAIL_SIZE],
     pub tail_size: usize,
-    /// If not all zero, nothing was written: the mailbox had this GUID before.
+    /// If not all zero, nothing was written: the mailbox had this GUID before, until the log was as long as `end`.
     pub old_mailbox_guid: [u8; 16],
     /// The `struct mailbox`; NULL if the span could only be reported after the mailbox was gone.
     pub mailbox: *mut c_void,
@@ -141,6 +144,8 @@ pub struct DtStatusRow {
     pub dropped: u64,
     /// Changes that this server's mail processes could not tell the relay, since it was started.
     pub process_dropped: u64,
+    /// Of this server, in each row.
+    pub unacknowledged: u64,
     /// What needs a comparison or a person, of all peers and of this server.
     pub failed: u64,
     /// Changes of two servers that did not go together, by kind, of all peers, since the relay was started.
@@ -184,6 +189,10 @@ pub struct DtProgress {
     pub secs: u64,
     pub mails_per_sec: u64,
     pub secs_left: u64,
+    /// Of the pass over all users; none: there is none.
+    pub background_users: u64,
+    pub background_users_done: u64,
+    pub background_secs_left: u64,
 }
 
 /// A row of `doveadm dovetail waiting`.
@@ -219,7 +228,7 @@ const _: () = assert!(DT_SPAN_TAIL_SIZE == TAIL_MAX);
 pub const DT_SPAN_APPENDS: u32 = 1;
 /// Flags or keywords were changed.
 pub const DT_SPAN_FLAGS: u32 = 2;
-/// Messages went, and dt_spans_tell_expunge() was not told before.
+/// Messages went or are asked to, and dt_spans_tell_expunge() was not told before.
 pub const DT_SPAN_EXPUNGES: u32 = 4;
 
 pub const DT_MAILBOX_CREATE: c_int = 0;
@@ -242,6 +251,7 @@ extern "C" {
     ) -> c_int;
     pub fn dt_capture_init(module: *mut c_void);
     pub fn dt_capture_deinit();
+    pub fn dt_spans_forget_told();
     pub fn dt_doveadm_init();
     pub fn dt_log(level: c_int, text: *const c_char);
     /// `fields`: keys and values in turn.

@@ -2,7 +2,7 @@
 //!
 //! The engine has its own thread, which never calls Dovecot; the main thread accepts connections and hands them over.
 use std::cell::RefCell;
-use std::ffi::{c_char, c_int};
+use std::ffi::{c_char, c_int, c_uint};
 use std::fs::DirBuilder;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -79,9 +79,9 @@ pub unsafe extern "C" fn dovetail_main(argc: c_int, argv: *mut *mut c_char) -> c
 }
 
 /// Reads the settings and makes the journal's folder, while the process may. `uid` and `gid` are those that it will have,
-/// or -1. 0 if ok; otherwise it was logged what is wrong.
+/// or -1; it will have so many connections at the same time. 0 if ok; otherwise it was logged what is wrong.
 #[no_mangle]
-extern "C" fn dt_rs_relay_configure(uid: libc::uid_t, gid: libc::gid_t) -> c_int {
+extern "C" fn dt_rs_relay_configure(uid: libc::uid_t, gid: libc::gid_t, client_limit: c_uint) -> c_int {
     guard("relay_configure", -1, || match read(std::ptr::null_mut()) {
         Ok(settings) => {
             if let Err(error) = make_folder(&settings.state_dir, uid, gid) {
@@ -111,7 +111,9 @@ extern "C" fn dt_rs_relay_configure(uid: libc::uid_t, gid: libc::gid_t) -> c_int
                 journal: settings.state_dir,
                 journal_bytes_max: settings.journal_size,
                 compare_listed_after_us: Some(COMPARE_LISTED_AFTER_US),
+                compare_interval_ms: settings.compare_interval_ms,
                 journal_age_us_max: settings.journal_days * 86_400 * 1_000_000,
+                client_limit: client_limit as usize,
                 boot: std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().into(),
                 tls,
                 insecure_plaintext: settings.insecure_plaintext,
@@ -166,7 +168,7 @@ extern "C" fn dt_rs_relay_accept(fd: c_int, listener: c_int, is_peer: bool) {
         }
         let kind = match is_peer {
             true => relay::Connection::Peer,
-            false => relay::Connection::Local { may_ask: may_ask(&fd) },
+            false => relay::Connection::Local { uid: Some(uid_of(&fd)).filter(|uid| ![0, own_uid()].contains(uid)) },
         };
         RELAY.with_borrow(|relay| {
             let accepted = match relay {
@@ -185,17 +187,25 @@ extern "C" fn dt_rs_relay_accept(fd: c_int, listener: c_int, is_peer: bool) {
     })
 }
 
-/// Whether root or the relay's own user is at the other end.
-fn may_ask(fd: &OwnedFd) -> bool {
+/// The system user at the other end of a Unix socket.
+pub fn uid_of(fd: &impl AsRawFd) -> u32 {
     let mut other = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
     let mut length = size_of::<libc::ucred>() as libc::socklen_t;
     // SAFETY: the fd is open, and what is written fits.
     let ret = unsafe {
         libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut other).cast(), &raw mut length)
     };
+    if ret == 0 {
+        other.uid
+    } else {
+        u32::MAX
+    }
+}
+
+/// This process is of this one.
+fn own_uid() -> u32 {
     // SAFETY: it only returns a number.
-    let own = unsafe { libc::geteuid() };
-    ret == 0 && (other.uid == 0 || other.uid == own)
+    unsafe { libc::geteuid() }
 }
 
 /// The process ends: says goodbye to whom it can.

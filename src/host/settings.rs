@@ -43,7 +43,7 @@ fn values(user: *mut c_void) -> Result<Vec<(String, String)>, Vec<String>> {
 impl Settings {
     /// With whom this user's mail is replicated.
     pub fn user_peers(&self) -> UserPeers {
-        UserPeers { all: self.user_peers.is_none(), servers: self.user_peers.clone().unwrap_or_default() }
+        UserPeers { all: self.user_peers.is_none(), servers: self.user_peers.clone().unwrap_or_default(), uid: None }
     }
 
     /// Nothing of this user is replicated.

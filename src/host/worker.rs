@@ -8,21 +8,27 @@ use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::ffi;
+use super::service::uid_of;
 use super::settings::{read, text};
 use crate::guard::{catch, guard};
 use crate::wire::proto;
-use crate::worker::connection::Connection;
+use crate::worker::connection::{self, Connection};
 use crate::worker::job::Jobs;
 use crate::worker::storage::{
     Body, Existence, Guid, Listed, MessageInfo, Namespace, NewMessage, Result, Status, Storage, Update, MARK_BYTES,
 };
+
+/// The folder of the relay's journal, and whose it was while the process could see it.
+static STATE_DIR: OnceLock<(Option<u32>, PathBuf)> = OnceLock::new();
+static HAS_TURNED_AWAY: AtomicBool = AtomicBool::new(false);
 
 /// The relay answers at once, or forwards chunks of a body. Longer silence in the middle of a job: it hangs.
 const RELAY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -96,6 +102,7 @@ pub struct DtMessageInfo {
 }
 
 /// Bytes that the mailbox's index keeps for us.
+#[allow(dead_code)] // Rust 1.85 does not see that it is used just below.
 pub const DT_MARK_SIZE: usize = 200;
 const _: () = assert!(DT_MARK_SIZE == MARK_BYTES);
 
@@ -116,13 +123,14 @@ extern "C" {
     fn dt_worker_is_saved_alone(guid: *const c_char) -> bool;
     fn dt_worker_message_flags(uid: u32, flags_r: *mut u32, keywords_r: *mut *const c_char) -> c_int;
     fn dt_worker_stray(guid: *const c_char, uid_r: *mut u32) -> c_int;
+    fn dt_worker_may_be_ours(uid: u32, guid: *const c_char) -> bool;
     fn dt_worker_adopt(uid: u32, guid: *const c_char) -> c_int;
     fn dt_worker_mark_read(mark_r: *mut u8);
     fn dt_worker_mark_write(offset: u32, data: *const u8, size: usize);
     fn dt_worker_allow_plugins(plugins: *const c_char);
     fn dt_worker_error() -> *const c_char;
     fn dt_worker_connection_closed();
-    fn dt_worker_user_open(username: *const c_char) -> c_int;
+    fn dt_worker_user_open(username: *const c_char, brief: bool) -> c_int;
     fn dt_worker_user() -> *mut c_void;
     fn dt_worker_user_close();
     fn dt_worker_users(each: extern "C" fn(*const c_char, *mut c_void), context: *mut c_void) -> c_int;
@@ -130,6 +138,7 @@ extern "C" {
     fn dt_worker_namespace_prefix() -> *const c_char;
     fn dt_worker_namespace_separator() -> c_char;
     fn dt_worker_namespace_storage_separator() -> c_char;
+    fn dt_worker_foreign_prefixes(each: extern "C" fn(*const c_char, *mut c_void), context: *mut c_void);
     fn dt_worker_inbox_guid(guid_r: *mut u8);
     fn dt_worker_temp_file() -> c_int;
     fn dt_worker_existence(vname: *const c_char, existence_r: *mut c_int) -> c_int;
@@ -139,6 +148,7 @@ extern "C" {
     fn dt_worker_rename(from: *const c_char, to: *const c_char) -> c_int;
     fn dt_worker_delete(vname: *const c_char) -> c_int;
     fn dt_worker_delete_empty(vname: *const c_char) -> c_int;
+    fn dt_uidlist_may_have_left_lock() -> bool;
     fn dt_worker_set_subscribed(vname: *const c_char, subscribed: bool) -> c_int;
     fn dt_worker_open(vname: *const c_char, readonly: bool) -> c_int;
     fn dt_worker_close();
@@ -167,6 +177,8 @@ extern "C" {
 struct DovecotStorage {
     locked_user: Option<String>,
     user_open: bool,
+    /// Locks are waited for only briefly.
+    is_brief: bool,
     /// Names of the user's mailboxes, as they were when they were last listed.
     names: HashMap<Guid, String>,
     /// GUIDs that none of them had: what the peers tell of, they knew of before the job began.
@@ -236,6 +248,7 @@ extern "C" fn dt_rs_worker_configure() -> c_int {
     guard("worker_configure", -1, || {
         let plugins = match read(std::ptr::null_mut()) {
             Ok(settings) => {
+                let _ = STATE_DIR.set((owner(&settings.state_dir), settings.state_dir));
                 if let Err(error) = open_lock_file(&settings.worker_socket.with_extension("lock")) {
                     log::error!("{error} - changes of other servers are not applied");
                     return -1;
@@ -256,6 +269,28 @@ extern "C" fn dt_rs_worker_configure() -> c_int {
     })
 }
 
+/// Whether it is the relay that has connected: root, or the owner of its journal's folder. Whatever the mode of our socket is, nobody else may
+/// have mail read and changed. What is wrong is logged once.
+#[no_mangle]
+extern "C" fn dt_rs_worker_is_relay(fd: c_int) -> bool {
+    guard("worker_is_relay", false, || {
+        let uid = uid_of(&fd);
+        let relay = STATE_DIR.get().and_then(|(owner_then, dir)| owner(dir).or(*owner_then));
+        let is_relay = uid == 0 || relay == Some(uid);
+        if !is_relay && !HAS_TURNED_AWAY.swap(true, Ordering::Relaxed) {
+            log::error!(
+                "A process of system user {uid} wants to be served, which only root and the relay's own user may: look at the \
+                 unix_listener of service dovetail-worker."
+            );
+        }
+        is_relay
+    })
+}
+
+fn owner(folder: &Path) -> Option<u32> {
+    std::fs::metadata(folder).ok().map(|folder| folder.uid())
+}
+
 /// A connection from the relay begins; there is none so far.
 #[no_mangle]
 extern "C" fn dt_rs_worker_connected(fd: c_int) {
@@ -272,6 +307,7 @@ extern "C" fn dt_rs_worker_connected(fd: c_int) {
             storage: DovecotStorage {
                 locked_user: None,
                 user_open: false,
+                is_brief: false,
                 names: HashMap::new(),
                 missing: HashSet::new(),
                 mailbox_open: false,
@@ -353,11 +389,16 @@ impl Worker {
         });
         match result {
             // The next job is another process's.
-            Ok(_) if self.jobs.has_failed() => {
+            // SAFETY: it only reads.
+            Ok(_) if self.jobs.has_failed() || unsafe { dt_uidlist_may_have_left_lock() } => {
                 super::log::stop_process();
                 false
             }
             Ok(open) => open,
+            Err(error) if connection::is_end(&error) => {
+                log::debug!("relay connection: {error}: the relay has ended, and says why - closing it");
+                false
+            }
             Err(error) => {
                 log::error!("relay connection: {error} - closing it");
                 false
@@ -425,9 +466,9 @@ extern "C" fn collect_saved(first_uid: u32, last_uid: u32, context: *mut c_void)
     });
 }
 
-extern "C" fn collect_user(username: *const c_char, context: *mut c_void) {
-    // SAFETY: users() passes its Vec, the shim a string.
-    guard("user", (), || unsafe { (&mut *context.cast::<Vec<String>>()).push(text(username)) });
+extern "C" fn collect_text(string: *const c_char, context: *mut c_void) {
+    // SAFETY: the caller passes its Vec, the shim a string.
+    guard("text", (), || unsafe { (&mut *context.cast::<Vec<String>>()).push(text(string)) });
 }
 
 extern "C" fn collect_listed(listed: *const DtListed, context: *mut c_void) {
@@ -522,11 +563,15 @@ impl Storage for DovecotStorage {
         }
     }
 
+    fn wait_briefly(&mut self, is_brief: bool) {
+        self.is_brief = is_brief;
+    }
+
     fn open_user(&mut self, user: &str) -> Result<bool> {
         self.close_user();
         let user = c_string(user)?;
         // SAFETY: no user is open.
-        self.user_open = check(unsafe { dt_worker_user_open(user.as_ptr()) })?;
+        self.user_open = check(unsafe { dt_worker_user_open(user.as_ptr(), self.is_brief) })?;
         Ok(self.user_open)
     }
 
@@ -534,7 +579,7 @@ impl Storage for DovecotStorage {
         self.close_user();
         let mut users: Vec<String> = Vec::new();
         // SAFETY: no user is open; the callback gets the Vec only during the call.
-        check(unsafe { dt_worker_users(collect_user, (&raw mut users).cast()) })?;
+        check(unsafe { dt_worker_users(collect_text, (&raw mut users).cast()) })?;
         Ok(users)
     }
 
@@ -549,7 +594,10 @@ impl Storage for DovecotStorage {
         self.need_user()?;
         // SAFETY: a user is open.
         let user = unsafe { dt_worker_user() };
-        read(user).map(|settings| settings.user_peers()).map_err(|errors| errors.join("; "))
+        let settings = read(user).map_err(|errors| errors.join("; "))?;
+        // SAFETY: it only returns a number. Opening the user has made it his.
+        let uid = unsafe { libc::geteuid() };
+        Ok(proto::UserPeers { uid: Some(uid), ..settings.user_peers() })
     }
 
     fn close_user(&mut self) {
@@ -564,12 +612,15 @@ impl Storage for DovecotStorage {
 
     fn namespace(&self) -> Result<Namespace> {
         self.need_user()?;
-        // SAFETY: a user is open; the prefix lives as long.
+        let mut foreign: Vec<String> = Vec::new();
+        // SAFETY: a user is open; the prefix lives as long, and the callback gets the Vec only during the call.
         unsafe {
+            dt_worker_foreign_prefixes(collect_text, (&raw mut foreign).cast());
             Ok(Namespace {
                 prefix: text(dt_worker_namespace_prefix()),
                 separator: char::from(dt_worker_namespace_separator() as u8),
                 storage_separator: storage_separator(dt_worker_namespace_storage_separator()),
+                foreign,
             })
         }
     }
@@ -885,6 +936,13 @@ impl Storage for DovecotStorage {
         // SAFETY: a mailbox is open.
         let found = check(unsafe { dt_worker_stray(guid.as_ptr(), &raw mut uid) })?;
         Ok(found.then_some(uid))
+    }
+
+    fn may_be_ours(&mut self, uid: u32, guid: &str) -> Result<bool> {
+        self.need_mailbox()?;
+        let guid = c_string(guid)?;
+        // SAFETY: a mailbox is open.
+        Ok(unsafe { !dt_worker_is_maildir() || dt_worker_may_be_ours(uid, guid.as_ptr()) })
     }
 
     fn adopt(&mut self, uid: u32, guid: &str) -> Result<()> {

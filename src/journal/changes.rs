@@ -126,16 +126,16 @@ impl Journal {
         })
     }
 
-    /// The number here and the user of another server's change that is to be passed on to the peer.
-    pub fn pending_of_other(&self, peer: &str, change: &Seen) -> Result<Option<(u64, String)>, JournalError> {
+    /// The number here of another server's change of the user that is to be passed on to the peer.
+    pub fn pending_of_other(&self, peer: &str, user: &str, change: &Seen) -> Result<Option<u64>, JournalError> {
         let bit = self.bit_of(peer);
         self.run(|db| {
             db.prepare_cached(
-                "SELECT seq, user FROM changes \
-                 WHERE origin = ?1 AND origin_seq = ?2 AND origin_epoch = ?3 AND peers & ?4 != 0",
+                "SELECT seq FROM changes \
+                 WHERE origin = ?1 AND origin_seq = ?2 AND origin_epoch = ?3 AND peers & ?4 != 0 AND user = ?5",
             )?
-            .query_map((&change.origin, to_sql(change.seq), to_sql(change.epoch), bit), |row| {
-                Ok((from_sql(row.get(0)?), row.get(1)?))
+            .query_map((&change.origin, to_sql(change.seq), to_sql(change.epoch), bit, user), |row| {
+                row.get(0).map(from_sql)
             })?
             .next()
             .transpose()

@@ -14,10 +14,23 @@ pub struct Elsewhere {
     pub here: u32,
     /// It had this UID here, too, so all peers may know it by that.
     pub moved: bool,
+    /// Only this peer called it so.
+    pub alone: bool,
+}
+
+/// How `moved` and `alone` are stored: never both.
+fn scope(elsewhere: &Elsewhere) -> u8 {
+    match (elsewhere.moved, elsewhere.alone) {
+        (true, _) => 1,
+        (false, true) => 2,
+        (false, false) => 0,
+    }
 }
 
 fn read(row: &Row) -> rusqlite::Result<Elsewhere> {
-    Ok(Elsewhere { mailbox: row.get(0)?, uid: row.get(1)?, guid: row.get(2)?, here: row.get(3)?, moved: row.get(4)? })
+    let scope: u8 = row.get(4)?;
+    let (moved, alone) = (scope == 1, scope == 2);
+    Ok(Elsewhere { mailbox: row.get(0)?, uid: row.get(1)?, guid: row.get(2)?, here: row.get(3)?, moved, alone })
 }
 
 impl Journal {
@@ -53,7 +66,7 @@ impl Journal {
                 elsewhere.uid,
                 &elsewhere.guid,
                 elsewhere.here,
-                elsewhere.moved,
+                scope(elsewhere),
                 to_sql(at_us),
             ))
         })

@@ -40,6 +40,17 @@ impl Journal {
         self.run(|db| db.execute("INSERT OR IGNORE INTO epochs (peer, epoch) VALUES (?, 0)", [origin])).map(drop)
     }
 
+    /// Its name was made up, as far as can be known. If not, what is forgotten with it costs applying some of it again, which changes
+    /// nothing.
+    pub fn forget_origin(&mut self, origin: &str) -> Result<(), JournalError> {
+        self.write()?;
+        self.run(|db| {
+            db.execute("DELETE FROM epochs WHERE peer = ? AND epoch = 0", [origin])?;
+            db.execute("DELETE FROM seen WHERE origin = ?", [origin])
+        })
+        .map(drop)
+    }
+
     /// The run that begins with `first` ends with `last` now, or (none) is there no more.
     pub fn set_applied(&mut self, peer: &str, first: u64, last: Option<u64>) -> Result<(), JournalError> {
         self.write_sometime()?;

@@ -2,7 +2,7 @@
 
 use rusqlite::{OptionalExtension, Row};
 
-use super::{Journal, JournalError};
+use super::{from_sql, Journal, JournalError};
 
 /// Where a log's known part ends.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -57,6 +57,27 @@ impl Journal {
             let rows = rows.query_map((after, count_max as i64), |row| row.get(0))?;
             rows.collect()
         })
+    }
+
+    /// How many there are up to this one, and at all.
+    pub fn count_users(&self, up_to: &str) -> Result<(u64, u64), JournalError> {
+        self.run(|db| {
+            let sql = "SELECT count(DISTINCT CASE WHEN user <= ? THEN user END), count(DISTINCT user) FROM logs";
+            db.query_row(sql, [up_to], |row| Ok((from_sql(row.get(0)?), from_sql(row.get(1)?))))
+        })
+    }
+
+    /// The last user who was compared in the background; empty: a pass begins.
+    pub fn compared_in_background(&self) -> Result<String, JournalError> {
+        Ok(self.meta("background")?.unwrap_or_default())
+    }
+
+    pub fn note_compared_in_background(&mut self, user: &str) -> Result<(), JournalError> {
+        self.write_sometime()?;
+        self.run(|db| {
+            db.prepare_cached("INSERT OR REPLACE INTO meta (key, value) VALUES ('background', ?)")?.execute([user])
+        })
+        .map(drop)
     }
 
     /// Whether all of the user's mail was looked at, ever.

@@ -11,6 +11,7 @@
 //! It must not know sockets, mailboxes or peers' connections. One relay at a time: [`Lock`].
 #![forbid(unsafe_code)]
 
+mod bonds;
 mod changes;
 mod checkpoint;
 mod coming;
@@ -59,11 +60,6 @@ pub enum JournalError {
     OtherServer { path: PathBuf, found: String, expected: String },
     #[error("{path}: it is damaged: {why} - it is left as it is; move it away, and all mailboxes are compared anew")]
     Damaged { path: PathBuf, why: String },
-    #[error(
-        "{path}: it was set back: peer {peer} knows more of our changes than it does (restored, or a snapshot of the \
-         machine?); new changes get numbers behind those, and what was done in between must be compared"
-    )]
-    SetBack { path: PathBuf, peer: String },
     #[error("{path}: {error}")]
     Io { path: PathBuf, error: std::io::Error },
     #[error("{path}: {error}")]
@@ -98,10 +94,6 @@ impl Journal {
     /// Bytes of the changes that some peer has not acknowledged.
     pub fn bytes(&self) -> u64 {
         self.bytes
-    }
-
-    pub fn set_back(&self, peer: &str) -> JournalError {
-        JournalError::SetBack { path: self.path.clone(), peer: peer.to_owned() }
     }
 
     /// Makes everything since the last commit durable against the end of this process.

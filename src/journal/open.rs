@@ -141,6 +141,7 @@ impl Journal {
         self.seq = self.number("seq")?.max(last.map_or(0, from_sql));
         let boot: Option<String> = self.meta("boot")?;
         let is_after_boot = boot.as_deref() != Some(options.boot);
+        let has_lost_power = boot.is_some() && is_after_boot && self.meta::<i64>("clean")? != Some(1);
         if is_after_boot {
             // Numbers that were given away may have been forgotten.
             self.seq = self.seq.max(self.reserved);
@@ -161,11 +162,18 @@ impl Journal {
             let since = since.filter(|since| *since != 0).map_or(secs, |since| since.min(secs));
             self.put("unheard_since", since)?;
         }
-        self.begin_peers(options.peers)?;
+        self.begin_peers(options.peers, options.now_us)?;
+        if has_lost_power {
+            // The logs may have lost their ends together with what is known of them here, and peers have forgotten what they had told.
+            for peer in self.peers.clone().iter().filter(|peer| !peer.is_empty()) {
+                self.compare_all_with(peer, options.now_us, "the power of this server failed")?;
+            }
+        }
         self.bytes = from_sql(
             self.run(|db| db.query_row("SELECT coalesce(sum(length(frame)), 0) FROM changes", [], |row| row.get(0)))?,
         );
         self.commit()?;
+        self.run(|db| db.pragma_update(None, "synchronous", "NORMAL"))?;
         let unlooked: Option<i64> = self.meta("unlooked")?;
         Ok((epoch, is_after_boot || unlooked == Some(1)))
     }
@@ -175,9 +183,13 @@ impl Journal {
         self.put("unlooked", 0)
     }
 
-    /// Gives each peer its bit; those that are not configured any more are forgotten.
-    fn begin_peers(&mut self, names: &[String]) -> Result<(), JournalError> {
+    /// Gives each peer its bit; those that are not configured any more, or were removed, are forgotten. With a new one all users who are
+    /// known are to be compared: it lacks what was before.
+    fn begin_peers(&mut self, configured: &[String], now_us: u64) -> Result<(), JournalError> {
         self.write()?;
+        self.forget_removed(configured)?;
+        let removed = self.removed_peers()?;
+        let names: Vec<&String> = configured.iter().filter(|name| !removed.contains(name)).collect();
         let known: Vec<(i64, String)> = self.run(|db| {
             let mut rows = db.prepare("SELECT bit, name FROM peers")?;
             let rows = rows.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
@@ -187,18 +199,19 @@ impl Journal {
         for (bit, name) in known {
             let place = usize::try_from(bit).ok().and_then(|bit| peers.get_mut(bit));
             match place {
-                Some(place) if names.contains(&name) => *place = name,
+                Some(place) if names.contains(&&name) => *place = name,
                 _ => self.forget_peer(bit)?,
             }
         }
         for name in names {
-            if peers.contains(name) {
+            if peers.iter().any(|peer| peer == name) {
                 continue;
             }
             let Some(bit) = peers.iter().position(String::is_empty) else {
                 return Err(self.damaged(format!("it has room for {PEERS_MAX} peers only")));
             };
             self.run(|db| db.execute("INSERT INTO peers (bit, name) VALUES (?, ?)", (bit as i64, name)))?;
+            self.compare_all_with(name, now_us, "it was no peer before (dovetail_peers)")?;
             peers[bit].clone_from(name);
         }
         self.peers = peers;
@@ -267,10 +280,13 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     let db = Connection::open(path)?;
     db.busy_timeout(std::time::Duration::from_secs(5))?;
     db.pragma_update(None, "journal_mode", "WAL")?;
-    db.pragma_update(None, "synchronous", "NORMAL")?;
+    // For the first commit: the disk must know that it was not closed since.
+    db.pragma_update(None, "synchronous", "FULL")?;
     // The checkpoint's thread does it.
     db.pragma_update(None, "wal_autocheckpoint", 0)?;
     db.set_prepared_statement_cache_capacity(64);
+    // Not in the schema: journals of before it go on, too, and earlier relays with those that have it.
+    db.execute("CREATE INDEX IF NOT EXISTS failed_of_user ON failed (user)", [])?;
     Ok(db)
 }
 

@@ -15,7 +15,11 @@ impl Folder {
     }
 
     fn try_open(&self, boot: &str) -> Result<(Journal, Start), JournalError> {
-        let peers = ["b".to_owned(), "c".to_owned()];
+        self.try_open_with(&["b", "c"], boot)
+    }
+
+    fn try_open_with(&self, peers: &[&str], boot: &str) -> Result<(Journal, Start), JournalError> {
+        let peers: Vec<String> = peers.iter().map(|peer| (*peer).to_owned()).collect();
         let options = Options { folder: &self.0, server: "a", peers: &peers, boot, now_us: 77 };
         let lock = Lock::try_take(&self.0).unwrap().expect("nobody else has it");
         Journal::open(&options, lock)
@@ -280,7 +284,8 @@ fn names_remember_when_and_by_whom_they_were_given() {
 fn a_mailbox_that_became_another_twice_is_the_last_one() {
     let folder = Folder::new("aliases");
     let mut journal = folder.open();
-    let elsewhere = Elsewhere { mailbox: vec![1; 16], uid: 3, guid: "three".into(), here: 7, moved: false };
+    let elsewhere =
+        Elsewhere { mailbox: vec![1; 16], uid: 3, guid: "three".into(), here: 7, moved: false, alone: false };
     journal.note_elsewhere("jane", "b", &elsewhere, 10).unwrap();
     journal.note_alias("jane", &[1; 16], &[2; 16], 10).unwrap();
     journal.note_alias("jane", &[2; 16], &[3; 16], 20).unwrap();
@@ -399,40 +404,72 @@ fn flipped_bits_in_the_write_ahead_log_give_a_prefix() {
     }
 }
 
+/// What a peer lacks, in the journal of [`open_files`] as it is now.
+fn lacks(folder: &Folder) -> Result<Vec<Stored>, JournalError> {
+    folder.try_open("boot")?.0.unacknowledged("b", None, 0, usize::MAX)
+}
+
 #[test]
-fn a_database_with_flipped_bits_or_cut_off_is_refused_or_says_nothing_wrong() {
+fn a_database_with_flipped_bits_or_cut_off_is_refused_or_has_all_changes_as_they_were_written() {
     let folder = Folder::new("flip-db");
     open_files(&folder);
+    let whole = lacks(&folder).unwrap();
+    assert_eq!(whole.len(), 40);
     let db = std::fs::read(folder.file()).unwrap();
-    let frames: Vec<Vec<u8>> = (1..=40).map(|n| format!("frame {n}").repeat(20).into_bytes()).collect();
     let mut refused = 0;
-    let mut check = |bytes: &[u8]| {
+    let mut check = |bytes: &[u8], what: &str| {
         put(&folder, bytes, &[]);
-        let Ok((journal, _)) = folder.try_open("boot") else { return refused += 1 };
-        match journal.unacknowledged("b", None, 0, usize::MAX) {
-            Ok(stored) => {
-                assert!(stored.iter().all(|change| frames.get(change.seq as usize - 1) == Some(&change.frame)))
-            }
+        match lacks(&folder) {
+            Ok(found) => assert!(found == whole, "{what}"),
             Err(_) => refused += 1,
         }
     };
     for at in (0..db.len()).step_by(509) {
         let mut flipped = db.clone();
         flipped[at] ^= 0x10;
-        check(&flipped);
+        check(&flipped, &format!("byte {at}"));
     }
     for length in (1..db.len()).step_by(4096) {
-        check(&db[..length]);
+        check(&db[..length], &format!("cut off at {length}"));
     }
     assert!(refused > 10, "{refused}");
+}
+
+/// For whom it is, as that changes with each acknowledgement, has no checksum (docs/PROTOCOL.md).
+#[test]
+fn each_flipped_bit_of_a_change_is_noticed_but_for_whom_it_is() {
+    let folder = Folder::new("flip-change");
+    open_files(&folder);
+    let whole = lacks(&folder).unwrap();
+    let db = std::fs::read(folder.file()).unwrap();
+    // Of the last one there is no older copy in a page's unused part. User, time (40,000), peers (b and c), checksum, frame.
+    let last = &whole[39].frame;
+    let frame = db.windows(last.len()).position(|bytes| bytes == last).unwrap();
+    let user = db[..frame].windows(4).rposition(|bytes| bytes == b"jane").unwrap();
+    let peers = user + 7;
+    assert_eq!((&db[user + 4..peers], db[peers]), (&40_000u32.to_be_bytes()[1..], 3));
+    for at in (user..frame).chain((frame..frame + last.len()).step_by(35)).filter(|at| *at != peers) {
+        for bit in 0..8 {
+            let mut flipped = db.clone();
+            flipped[at] ^= 1 << bit;
+            put(&folder, &flipped, &[]);
+            assert!(lacks(&folder).is_err(), "bit {bit} of byte {at}");
+        }
+    }
 }
 
 #[test]
 fn what_is_elsewhere_is_known_by_its_uids_until_it_is_old() {
     let folder = Folder::new("elsewhere");
     let mut journal = folder.open();
-    let one =
-        |uid: u32, guid: &str| Elsewhere { mailbox: vec![1; 16], uid, guid: guid.into(), here: 100, moved: false };
+    let one = |uid: u32, guid: &str| Elsewhere {
+        mailbox: vec![1; 16],
+        uid,
+        guid: guid.into(),
+        here: 100,
+        moved: false,
+        alone: false,
+    };
     for (peer, entry, moved, at_us) in [
         ("b", one(5, "moved"), true, 10),
         ("b", one(5, "theirs"), false, 20),
@@ -502,12 +539,185 @@ fn of_each_server_the_last_change_of_a_user_is_known() {
 fn of_what_is_set_aside_some_changes_are_kept() {
     let folder = Folder::new("failed");
     let mut journal = folder.open();
-    let failed = |seq| Failed { user: "jane".into(), seq, change: Some(vec![7; 100]), ..Default::default() };
-    (1..=1_010).for_each(|seq| journal.fail(&failed(seq)).unwrap());
+    let failed = |seq: u64| {
+        let (error, change) = (format!("why, after {}", seq / 10), Some(vec![7; 100]));
+        Failed { user: "jane".into(), seq, error, change, ..Default::default() }
+    };
+    (1..=1_010).for_each(|seq| assert!(journal.fail(&failed(seq), None).unwrap()));
     let sql = "SELECT count(*) FROM failed WHERE frame = ?";
     let kept: i64 = journal.run(|db| db.query_row(sql, [vec![7u8; 100]], |row| row.get(0))).unwrap();
     assert_eq!((kept, journal.failed_count().unwrap()), (1_000, 1_010));
     assert_eq!(journal.clear_failed(Some("joe")).unwrap(), 0);
     assert_eq!(journal.clear_failed(Some("jane")).unwrap(), 1_010);
     assert_eq!(journal.failed_count().unwrap(), 0);
+}
+
+/// Each comparison that does not help has it told once more.
+#[test]
+fn what_is_set_aside_again_and_again_is_listed_ten_times_and_compared_for_a_while() {
+    let folder = Folder::new("same");
+    let mut journal = folder.open();
+    let failed = |user: &str, mailbox, seq| {
+        let (user, error) = (user.to_owned(), "too long".to_owned());
+        Failed { user, mailbox: vec![mailbox], seq, at_us: seq, error, ..Default::default() }
+    };
+    (1..=30).for_each(|seq| assert!(journal.fail(&failed("jane", 1, seq), None).is_ok()));
+    assert_eq!(journal.failed_count().unwrap(), 10);
+    journal.fail(&failed("jane", 2, 31), None).unwrap();
+    journal.fail(&failed("joe", 1, 32), None).unwrap();
+    (1..=2).for_each(|mailbox| assert!(journal.fail(&failed("jim", mailbox, 0), None).unwrap()));
+    assert_eq!(journal.failed_count().unwrap(), 14);
+    let users = |before_us, since_us| journal.users_to_compare(before_us, since_us, &[], 9).unwrap();
+    assert_eq!(users(40, 0), ["jim", "jane", "joe"]);
+    assert_eq!(users(31, 0), ["jim", "jane"], "joe's is too new");
+    assert_eq!(users(40, 31), ["jim", "joe"], "jane's are too old, and need a person");
+    assert!(journal.is_to_compare("jim", 40).unwrap() && journal.is_to_compare("joe", 31).unwrap());
+    assert!(!journal.is_to_compare("jane", 31).unwrap());
+}
+
+#[test]
+fn a_peer_that_was_removed_is_none_until_it_was_not_configured_for_once() {
+    let folder = Folder::new("removed");
+    let mut journal = folder.open();
+    append(&mut journal, "jane", b"one");
+    let failed = |peer: &str, seq| Failed { peer: peer.into(), user: "jane".into(), seq, ..Default::default() };
+    for failed in [failed("b", 0), failed("c", 0), failed("c", 7)] {
+        assert!(journal.fail(&failed, None).unwrap());
+    }
+    journal.remove_peer("c").unwrap();
+    journal.commit().unwrap();
+    drop(journal);
+
+    let mut journal = folder.open();
+    assert_eq!(journal.removed_peers().unwrap(), ["c"]);
+    let left: Vec<(String, u64)> = journal.failed(9).unwrap().into_iter().map(|f| (f.peer, f.seq)).collect();
+    assert_eq!(left.len(), 2, "what was to be compared with it is not any more: {left:?}");
+    assert_eq!((seqs(&journal, "b", None), seqs(&journal, "c", None)), (vec![1], vec![]));
+    journal.acknowledge("b", 1).unwrap();
+    assert_eq!(journal.bytes(), 0, "nothing is kept for it");
+    drop(journal);
+
+    let (journal, _) = folder.try_open_with(&["b"], "boot").unwrap();
+    assert!(journal.removed_peers().unwrap().is_empty());
+    drop(journal);
+    let mut journal = folder.open();
+    append(&mut journal, "jane", b"two");
+    assert_eq!(seqs(&journal, "c", None), [2]);
+}
+
+#[test]
+fn with_a_peer_that_was_none_before_all_users_who_are_known_are_to_be_compared() {
+    let folder = Folder::new("new-peer");
+    let (mut journal, _) = folder.try_open_with(&["b"], "boot").unwrap();
+    for (user, path) in [("jane", "INBOX"), ("jane", "Work"), ("joe", "INBOX")] {
+        let known = KnownLog { user: user.into(), mailbox: path.into(), log_seq: 1, ..Default::default() };
+        journal.advance_log(&known).unwrap();
+    }
+    assert_eq!(journal.to_compare(None, None).unwrap(), 0, "nobody is new to a new journal");
+    journal.commit().unwrap();
+    drop(journal);
+    for _ in 0..2 {
+        let listed = folder.open().failed(9).unwrap();
+        let listed: Vec<(&str, &str, u64)> = listed.iter().map(|f| (f.peer.as_str(), f.user.as_str(), f.seq)).collect();
+        assert_eq!(listed, [("c", "jane", 0), ("c", "joe", 0)], "once");
+    }
+}
+
+#[test]
+fn after_a_power_failure_all_users_who_are_known_are_to_be_compared_with_all_peers() {
+    let folder = Folder::new("power-compare");
+    let mut journal = folder.open();
+    journal.set_seen("jane", &Seen { origin: "b".into(), epoch: 5, seq: 7 }).unwrap();
+    journal.commit().unwrap();
+    drop(journal);
+    let listed = |journal: &Journal| -> Vec<(String, String, u64)> {
+        journal.failed(9).unwrap().into_iter().map(|f| (f.peer, f.user, f.seq)).collect()
+    };
+    let journal = folder.open();
+    assert_eq!(listed(&journal), [], "a relay that was killed has lost nothing");
+    journal.close().unwrap();
+    let (journal, start) = folder.try_open("after an orderly end").unwrap();
+    assert!(start.is_after_boot);
+    assert_eq!(listed(&journal), []);
+    drop(journal);
+    let (journal, _) = folder.try_open("after a power failure").unwrap();
+    let both = ["b", "c"].map(|peer| (peer.to_owned(), "jane".to_owned(), 0));
+    assert_eq!(listed(&journal), both);
+}
+
+#[test]
+fn what_a_peer_lacks_of_a_user_up_to_a_number_is_known() {
+    let folder = Folder::new("lacks");
+    let mut journal = folder.open();
+    for user in ["jane", "joe", "jane", "joe", "jane"] {
+        append(&mut journal, user, b"change");
+    }
+    journal.acknowledge("b", 1).unwrap();
+    let first = |journal: &Journal, user, from, up_to| journal.first_pending_of("b", user, from, up_to).unwrap();
+    assert_eq!(first(&journal, Some("jane"), 0, 5), Some(3));
+    assert_eq!(first(&journal, Some("jane"), 4, 4), None);
+    assert_eq!(first(&journal, None, 0, 5), Some(2));
+    let count = |user, up_to| journal.count_pending("b", user, up_to).unwrap();
+    assert_eq!((count(Some("jane"), 4), count(Some("jane"), 5), count(None, 4)), (1, 2, 3));
+}
+
+#[test]
+fn what_is_listed_is_over_when_its_peer_was_compared_and_the_rest_is_left_to_the_others() {
+    let folder = Folder::new("compared");
+    let mut journal = folder.open();
+    let failed =
+        |peer: &str, seq, at_us| Failed { peer: peer.into(), user: "jane".into(), seq, at_us, ..Default::default() };
+    let list = |journal: &mut Journal| {
+        journal.clear_failed(None).unwrap();
+        for (peer, seq) in [("", 0), ("b", 0), ("b", 7), ("c", 8), ("x", 0), ("x", 9)] {
+            assert!(journal.fail(&failed(peer, seq, 10), None).unwrap());
+        }
+    };
+    let listed = |journal: &Journal| {
+        let mut listed: Vec<_> = journal.failed(99).unwrap().into_iter().map(|f| (f.peer, f.seq, f.at_us)).collect();
+        listed.sort();
+        listed
+    };
+    let is_left = |journal: &Journal, expected: &[(&str, u64, u64)]| {
+        let expected: Vec<_> = expected.iter().map(|(peer, seq, at_us)| ((*peer).to_owned(), *seq, *at_us)).collect();
+        assert_eq!(listed(journal), expected);
+    };
+    list(&mut journal);
+    journal.was_compared("joe", &["b"], &[], 10).unwrap();
+    journal.was_compared("jane", &["b", "c"], &[], 9).unwrap();
+    assert_eq!(listed(&journal).len(), 6);
+    journal.was_compared("jane", &["b"], &["c"], 10).unwrap();
+    is_left(&journal, &[("c", 0, 10), ("c", 8, 10), ("x", 9, 10)]);
+    journal.was_compared("jane", &["b", "c"], &[], 10).unwrap();
+    is_left(&journal, &[]);
+    // Nobody was there: it is known with whom.
+    list(&mut journal);
+    journal.was_compared("jane", &[], &["b", "c"], 10).unwrap();
+    is_left(&journal, &[("b", 0, 10), ("b", 7, 10), ("c", 0, 10), ("c", 8, 10), ("x", 9, 10)]);
+    // It happened once more meanwhile.
+    assert!(!journal.fail(&failed("b", 0, 11), None).unwrap());
+    assert!(
+        !journal.fail(&failed("c", 0, 11), Some(20)).unwrap() && journal.fail(&failed("", 0, 11), Some(20)).unwrap()
+    );
+    journal.was_compared("jane", &["b", "c"], &[], 20).unwrap();
+    is_left(&journal, &[("", 0, 21), ("c", 0, 21)]);
+}
+
+#[test]
+fn who_is_to_be_compared_with_peers_that_are_away_comes_later() {
+    let folder = Folder::new("away");
+    let mut journal = folder.open();
+    for (user, peer, at_us) in [("jane", "b", 1), ("joe", "c", 2), ("jim", "", 3), ("jim", "c", 1), ("ann", "x", 4)] {
+        let failed = Failed { peer: peer.into(), user: user.into(), at_us, ..Default::default() };
+        assert!(journal.fail(&failed, None).unwrap());
+    }
+    let users = |journal: &Journal, away: &[&str]| journal.users_to_compare(4, 4, away, 9).unwrap();
+    assert_eq!(users(&journal, &[]).len(), 4);
+    assert_eq!(users(&journal, &["c"]), ["jane", "jim", "ann"]);
+    assert_eq!(users(&journal, &["b"]), ["jim", "joe", "ann"]);
+    let count = |journal: &Journal, user, peer| journal.to_compare(user, peer).unwrap();
+    assert_eq!((count(&journal, None, None), count(&journal, Some("jim"), None)), (5, 2));
+    assert_eq!((count(&journal, None, Some("c")), count(&journal, Some("jane"), Some("c"))), (2, 0));
+    journal.compare_without("jim", "c").unwrap();
+    assert_eq!((count(&journal, Some("jim"), None), count(&journal, Some("jim"), Some(""))), (1, 1));
 }

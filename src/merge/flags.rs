@@ -174,38 +174,62 @@ mod tests {
         })
     }
 
+    /// A change with its clock and the server that made it.
+    type Made = (u64, usize, Update);
+
+    /// By server, in the order in which it made them. Two servers may have one clock; one never has a clock twice.
+    fn made(changes: Vec<(usize, bool, Update)>, servers: usize) -> Vec<Vec<Made>> {
+        let (mut clock, mut of) = (0, vec![Vec::<Made>::new(); servers]);
+        for (at, is_later, update) in changes {
+            let at = at % servers;
+            clock += u64::from(is_later || of[at].last().is_some_and(|(last, ..)| *last == clock));
+            of[at].push((clock, at, update));
+        }
+        of
+    }
+
+    /// What a server has in the end that gets all changes in the order of these choices: whose next one, or an earlier one again.
+    fn in_the_end(of: &[Vec<Made>], choices: impl Iterator<Item = (usize, bool)>) -> State {
+        let (mut state, mut had, mut next) = (State::new(), Vec::<Made>::new(), vec![0; of.len()]);
+        for (whose, again) in choices {
+            let at = next[whose];
+            let Some(change) = of[whose].get(if again { at / 2 } else { at }).filter(|_| !again || at > 0) else {
+                continue;
+            };
+            let (clock, origin, update) = change.clone();
+            let later = had.iter().filter(|(other, of, _)| (*other, *of) > (clock, origin));
+            let left = later.fold(vec![update], |left, (_, _, later)| {
+                left.into_iter().flat_map(|update| update.without(later)).collect()
+            });
+            left.iter().for_each(|update| apply(&mut state, update));
+            if !again {
+                next[whose] += 1;
+                had.push(change.clone());
+            }
+        }
+        assert_eq!(had.len(), of.iter().map(Vec::len).sum::<usize>());
+        state
+    }
+
     proptest! {
-        /// Servers with changes of their own, each in order of its clock, which get the others' in any interleaving.
+        /// Servers with changes of their own, each in order of its clock, which get the others' in any interleaving, some of them
+        /// again.
         #[test]
         fn all_servers_end_equal(
-            changes in proptest::collection::vec((0..3usize, any_update()), 1..12),
-            choices in proptest::collection::vec(0..3usize, 200),
+            servers in 2..=5usize,
+            changes in proptest::collection::vec((0..5usize, any::<bool>(), any_update()), 1..12),
+            choices in proptest::collection::vec((0..5usize, proptest::bool::weighted(0.2)), 200),
         ) {
-            let of: Vec<Vec<(usize, Update)>> = (0..3)
-                .map(|server| changes.iter().cloned().enumerate().filter(|(_, (at, _))| *at == server).map(|(clock, (_, update))| (clock, update)).collect())
-                .collect();
-            let mut states = Vec::new();
-            for server in 0..3 {
-                let mut state = State::new();
-                let mut had: Vec<(usize, Update)> = Vec::new();
-                let mut next = [0; 3];
-                for choice in choices.iter().copied().chain((0..3).cycle().take(60)) {
-                    let choice = (choice + server) % 3;
-                    let Some((clock, update)) = of[choice].get(next[choice]).cloned() else { continue };
-                    next[choice] += 1;
-                    let later = had.iter().filter(|(other, _)| *other > clock);
-                    let left = later.fold(vec![update.clone()], |left, (_, later)| {
-                        left.into_iter().flat_map(|update| update.without(later)).collect()
-                    });
-                    left.iter().for_each(|update| apply(&mut state, update));
-                    had.push((clock, update));
-                }
-                prop_assert_eq!(had.len(), changes.len());
-                states.push(state);
-            }
+            let of = made(changes, servers);
+            let mut in_order: Vec<Made> = of.concat();
+            in_order.sort_by_key(|(clock, origin, _)| (*clock, *origin));
             let mut expected = State::new();
-            changes.iter().for_each(|(_, update)| apply(&mut expected, update));
-            states.iter().for_each(|state| assert_eq!(state, &expected));
+            in_order.iter().for_each(|(_, _, update)| apply(&mut expected, update));
+            for server in 0..servers {
+                let rest = (0..servers).cycle().take(servers * 12).map(|whose| (whose, false));
+                let choices = choices.iter().map(|(whose, again)| ((whose + server) % servers, *again));
+                prop_assert_eq!(&in_the_end(&of, choices.chain(rest)), &expected);
+            }
         }
     }
 }

@@ -21,10 +21,11 @@ pub struct Identity {
 /// What becomes of two mailboxes that meet under one name. `born`: the GUID that a mailbox of this name is born with
 /// everywhere (INBOX).
 ///
-/// What had messages stays, so that nobody who reads mail has to begin anew for an empty mailbox. Otherwise the higher one, of
-/// GUID and UIDVALIDITY each by itself: for clients UIDVALIDITY may only rise.
+/// What had messages stays, so that nobody who reads mail has to begin anew for an empty mailbox. Otherwise the one with the higher
+/// UIDVALIDITY, which may only rise for clients: who reads mail there sees no change. (If each were chosen by itself, both sides could see one.)
 pub fn merge(ours: Identity, theirs: Identity, born: Option<Guid>) -> Identity {
-    let of_guid = |one: &Identity| (one.guid != NO_GUID, Some(one.guid) == born, one.had_mail, one.guid);
+    let of_guid =
+        |one: &Identity| (one.guid != NO_GUID, Some(one.guid) == born, one.had_mail, one.uid_validity, one.guid);
     let of_uid_validity = |one: &Identity| (one.uid_validity != 0, one.had_mail, one.uid_validity);
     let higher_guid = if of_guid(&theirs) > of_guid(&ours) { theirs } else { ours };
     let higher_uid_validity = if of_uid_validity(&theirs) > of_uid_validity(&ours) { theirs } else { ours };
@@ -99,9 +100,11 @@ mod tests {
     }
 
     #[test]
-    fn of_two_with_mail_the_higher_guid_and_the_higher_uidvalidity_stay() {
+    fn of_two_with_mail_the_one_with_the_higher_uidvalidity_stays() {
         let (ours, theirs) = (identity(1, 20, true), identity(2, 10, true));
-        assert_eq!(merge(ours, theirs, None), identity(2, 20, true));
+        assert_eq!(merge(ours, theirs, None), ours);
+        let same = identity(2, 20, true);
+        assert_eq!(merge(ours, same, None), same, "or the higher GUID");
     }
 
     #[test]

@@ -150,6 +150,9 @@ mod tests {
     struct Cluster {
         servers: Vec<Server>,
         lines: BTreeMap<(usize, usize), VecDeque<Change>>,
+        /// The last that came over each line. It comes again if the line is lost before the acknowledgement, so many times.
+        had: BTreeMap<(usize, usize), Change>,
+        again: usize,
         cut: BTreeSet<(usize, usize)>,
         /// Who are never connected: what one of them sends comes to the other through others.
         apart: BTreeSet<(usize, usize)>,
@@ -159,7 +162,8 @@ mod tests {
     impl Cluster {
         fn new(count: usize) -> Cluster {
             let servers = vec![Server { next: 1, ..Default::default() }; count];
-            Cluster { servers, lines: BTreeMap::new(), cut: BTreeSet::new(), apart: BTreeSet::new(), saved: 0 }
+            let (lines, had) = (BTreeMap::new(), BTreeMap::new());
+            Cluster { servers, lines, had, again: 0, cut: BTreeSet::new(), apart: BTreeSet::new(), saved: 0 }
         }
 
         /// Each is connected with the one before it and the one behind it only, in this order.
@@ -221,9 +225,21 @@ mod tests {
             }
         }
 
+        fn send_again(&mut self, from: usize, to: usize) {
+            let Some(change) = self.had.remove(&(from, to)) else { return };
+            self.lines.entry((from, to)).or_default().push_front(change);
+            self.again -= 1;
+            if self.again == 0 {
+                self.had.clear();
+            }
+        }
+
         /// The next change on this line arrives.
         fn deliver(&mut self, from: usize, to: usize) {
             let Some(change) = self.lines.get_mut(&(from, to)).and_then(VecDeque::pop_front) else { return };
+            if self.again > 0 {
+                self.had.insert((from, to), change.clone());
+            }
             let resolves = (0..to).all(|lower| !self.reaches(lower, to));
             let server = &mut self.servers[to];
             let here = Here { stands: server.messages.get(&change.message).copied(), next: server.next, resolves };
@@ -297,6 +313,16 @@ mod tests {
     }
 
     #[test]
+    fn two_servers_with_a_save_each_that_are_both_expunged_agree_in_every_order() {
+        agree_in_every_order(Cluster::new(2), &[1, 1], 2, 1);
+    }
+
+    #[test]
+    fn two_servers_agree_in_every_order_in_which_changes_come_twice() {
+        agree_in_every_order(Cluster { again: 2, ..Cluster::new(2) }, &[1, 1], 1, 0);
+    }
+
+    #[test]
     fn three_servers_two_of_which_are_saved_to_agree_in_every_order() {
         agree_in_every_order(Cluster::new(3), &[1, 1, 0], 0, 0);
         agree_in_every_order(Cluster::chain(&[0, 2, 1]), &[1, 1, 0], 0, 0);
@@ -322,12 +348,16 @@ mod tests {
                     left[at] -= 1;
                     try_it(left, expunges, cuts, &|cluster| cluster.save(at));
                 }
-                if expunges > 0 && !cluster.servers[at].messages.is_empty() {
-                    try_it(saves.clone(), expunges - 1, cuts, &|cluster| cluster.expunge(at, 0));
+                // Of the first ones, so that two go one after the other, whichever is first.
+                for nth in (0..cluster.servers[at].messages.len()).take(expunges) {
+                    try_it(saves.clone(), expunges - 1, cuts, &|cluster| cluster.expunge(at, nth));
                 }
             }
             for (from, to) in cluster.lines() {
                 try_it(saves.clone(), expunges, cuts, &|cluster| cluster.deliver(from, to));
+            }
+            for (from, to) in cluster.had.keys().copied() {
+                try_it(saves.clone(), expunges, cuts, &|cluster| cluster.send_again(from, to));
             }
             if cluster.cut.is_empty() && cuts > 0 {
                 try_it(saves, expunges, cuts - 1, &|cluster| {
@@ -345,6 +375,7 @@ mod tests {
         Save(usize),
         Expunge(usize, usize),
         Deliver(usize),
+        SendAgain(usize, usize),
         Cut(usize, usize),
         Mend,
     }
@@ -354,6 +385,7 @@ mod tests {
             4 => (0..5usize).prop_map(Step::Save),
             1 => (0..5usize, 0..4usize).prop_map(|(at, nth)| Step::Expunge(at, nth)),
             8 => (0..20usize).prop_map(Step::Deliver),
+            1 => (0..5usize, 0..5usize).prop_map(|(a, b)| Step::SendAgain(a, b)),
             1 => (0..5usize, 0..5usize).prop_map(|(a, b)| Step::Cut(a, b)),
             1 => Just(Step::Mend),
         ]
@@ -363,7 +395,7 @@ mod tests {
         #![proptest_config(ProptestConfig { cases: 500, ..Default::default() })]
         #[test]
         fn any_servers_agree_whatever_happened_before(count in 2..=5usize, steps in prop::collection::vec(step(), 0..100)) {
-            play(Cluster::new(count), count, steps);
+            play(Cluster { again: 10, ..Cluster::new(count) }, count, steps);
         }
 
         #[test]
@@ -373,7 +405,7 @@ mod tests {
             steps in prop::collection::vec(step(), 0..100),
         ) {
             let order: Vec<usize> = order.into_iter().filter(|server| *server < count).collect();
-            play(Cluster::chain(&order), count, steps);
+            play(Cluster { again: 10, ..Cluster::chain(&order) }, count, steps);
         }
     }
 
@@ -389,6 +421,7 @@ mod tests {
                         cluster.deliver(from, to);
                     }
                 }
+                Step::SendAgain(from, to) => cluster.send_again(from % count, to % count),
                 Step::Cut(a, b) if a % count != b % count => {
                     cluster.cut.insert(((a % count).min(b % count), (a % count).max(b % count)));
                 }

@@ -11,6 +11,9 @@ use super::{WINDOW_BYTES, WINDOW_CHANGES};
 
 /// Separate runs of applied numbers that are remembered; a number that never comes costs one.
 const RUNS_MAX: usize = 10_000;
+/// Memory of what is not finished. Changes of many small operations take far more than their bytes, which the sender's window
+/// counts; so the rest is asked to come again.
+const MEMORY_BYTES_MAX: usize = 8 * WINDOW_BYTES;
 /// Users with a refused change that has not come again.
 const REFUSED_USERS_MAX: usize = 100_000;
 
@@ -22,13 +25,15 @@ pub enum Verdict {
     Acknowledge,
     /// An earlier change of its user was refused: both will come again.
     Ignore,
+    /// There is no room for it: it is to be refused.
+    Later,
 }
 
 /// Why the connection must be closed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum InboxError {
-    #[error("it sent {changes} changes of {bytes} bytes without waiting for acknowledgements")]
-    TooMuch { changes: usize, bytes: usize },
+    #[error("it sent {0} changes without waiting for acknowledgements")]
+    TooMuch(usize),
     #[error("changes of {0} users were refused and did not come again")]
     TooManyRefused(usize),
     #[error("it sent change {seq} of epoch {epoch}, but its epoch is {expected}")]
@@ -108,7 +113,7 @@ impl Inbox {
         epoch == self.epoch && self.applied.range(..=seq).next_back().is_some_and(|(_, last)| *last >= seq)
     }
 
-    /// A change came. If it is to be applied, it counts as unfinished until [`Inbox::finish`].
+    /// A change came that takes so many bytes of memory. If it is to be applied, it counts as unfinished until [`Inbox::finish`].
     pub fn receive(&mut self, epoch: u64, seq: u64, user: &str, bytes: usize) -> Result<Verdict, InboxError> {
         if epoch != self.epoch {
             return Err(InboxError::Epoch { seq, epoch, expected: self.epoch });
@@ -118,15 +123,17 @@ impl Inbox {
             Some(refused) if *refused == seq || self.is_applied(epoch, *refused) => self.refused.remove(user).is_none(),
             refused => refused.is_some(),
         };
-        // What was refused may have come from another server since.
         if self.is_applied(epoch, seq) {
             return Ok(Verdict::Acknowledge);
         }
         if is_refused {
             return Ok(Verdict::Ignore);
         }
-        if self.unfinished >= 2 * WINDOW_CHANGES || self.unfinished_bytes + bytes > 2 * WINDOW_BYTES {
-            return Err(InboxError::TooMuch { changes: self.unfinished + 1, bytes: self.unfinished_bytes + bytes });
+        if self.unfinished >= 2 * WINDOW_CHANGES {
+            return Err(InboxError::TooMuch(self.unfinished + 1));
+        }
+        if self.unfinished_bytes + bytes > MEMORY_BYTES_MAX {
+            return Ok(Verdict::Later);
         }
         self.unfinished += 1;
         self.unfinished_bytes += bytes;
@@ -166,6 +173,14 @@ impl Inbox {
                 self.applied.remove(&first);
                 self.changed.insert(first);
             }
+        }
+    }
+
+    /// The change came through another server, and is applied: if it was refused here, it may not come again. That server's word
+    /// is good for this user only, so the number does not count as applied.
+    pub fn came_through_another(&mut self, epoch: u64, seq: u64, user: &str) {
+        if epoch == self.epoch && self.refused.get(user) == Some(&seq) {
+            self.refused.remove(user);
         }
     }
 
@@ -246,14 +261,16 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_change_that_came_from_another_server_holds_up_nothing() {
+    fn a_refused_change_that_came_through_another_server_holds_up_nothing() {
         let mut inbox = inbox();
-        inbox.receive(9, 1, "jane", 10).unwrap();
-        inbox.finish(10);
-        inbox.refuse(9, 1, &"jane".into()).unwrap();
-        inbox.apply(9, 1);
-        assert_eq!(inbox.receive(9, 1, "jane", 10), Ok(Verdict::Acknowledge));
-        assert_eq!(inbox.receive(9, 2, "jane", 10), Ok(Verdict::Apply));
+        let (jane, joe): (Arc<str>, Arc<str>) = ("jane".into(), "joe".into());
+        inbox.refuse(9, 1, &jane).unwrap();
+        inbox.refuse(9, 2, &joe).unwrap();
+        inbox.came_through_another(9, 2, "jane");
+        assert_eq!(inbox.receive(9, 3, "jane", 10), Ok(Verdict::Ignore), "that is another one's");
+        inbox.came_through_another(9, 1, "jane");
+        assert_eq!(inbox.receive(9, 3, "jane", 10), Ok(Verdict::Apply));
+        assert!(!inbox.is_applied(9, 1) && inbox.is_refused("joe"));
     }
 
     #[test]
@@ -262,9 +279,18 @@ mod tests {
         for seq in 1..=2 * WINDOW_CHANGES as u64 {
             assert_eq!(inbox.receive(9, seq, "jane", 1), Ok(Verdict::Apply));
         }
-        assert!(matches!(inbox.receive(9, 100_000, "jane", 1), Err(InboxError::TooMuch { .. })));
+        assert!(matches!(inbox.receive(9, 100_000, "jane", 1), Err(InboxError::TooMuch(_))));
         inbox.finish(1);
         assert_eq!(inbox.receive(9, 100_000, "jane", 1), Ok(Verdict::Apply));
+    }
+
+    #[test]
+    fn what_there_is_no_memory_for_is_to_come_later() {
+        let mut inbox = inbox();
+        assert_eq!(inbox.receive(9, 1, "jane", MEMORY_BYTES_MAX - 1), Ok(Verdict::Apply));
+        assert_eq!(inbox.receive(9, 2, "joe", 2), Ok(Verdict::Later));
+        inbox.finish(MEMORY_BYTES_MAX - 1);
+        assert_eq!(inbox.receive(9, 2, "joe", 2), Ok(Verdict::Apply));
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! A session with a peer as a state machine: frames in, frames out.
 //!
 //! [`Session`] speaks the protocol between two relays: greeting, lanes, liveness. [`Outbox`] holds the changes that a
-//! peer has not acknowledged yet, across sessions. [`Inbox`] knows what came from a peer and what of it was applied.
+//! peer has not acknowledged yet, across sessions. [`Inbox`] knows what came from a peer and what of it was applied. By [`bond`] it
+//! is noticed that one of them went back to an earlier state.
 //! All are pure: they know no sockets, files, threads or clocks; the time is an argument, in milliseconds of any
 //! clock that does not go backwards.
 #![forbid(unsafe_code)]
 
+pub mod bond;
 mod inbox;
 mod outbox;
 mod session;

@@ -516,6 +516,11 @@ impl Outbox {
         refused.collect()
     }
 
+    /// Whether the user's changes wait after a refusal, or are tried again.
+    pub fn is_refused(&self, user: &str) -> bool {
+        self.streams.get(user).is_some_and(|stream| !stream.error.is_empty())
+    }
+
     /// Whether the peer lacks something, here or in the journal.
     pub fn has_pending(&self) -> bool {
         self.pending > 0
@@ -529,6 +534,11 @@ impl Outbox {
             dropped: self.dropped,
             acked: self.acked,
         }
+    }
+
+    /// Since when the user's first change that is not acknowledged waits.
+    pub fn oldest_us_of(&self, user: &str) -> Option<u64> {
+        self.streams.get(user)?.queue.front().map(|pending| pending.at_us)
     }
 
     fn line_up(&mut self, user: &Arc<str>) {

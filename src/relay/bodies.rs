@@ -7,8 +7,8 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::engine::{Close, Engine};
-use super::workers::Task;
-use crate::change;
+use super::workers::{Task, Worker};
+use crate::change::{self, NO_PEER};
 use crate::peer::BODY_WINDOW_BYTES_MAX;
 use crate::wire::proto::frame::Kind;
 use crate::wire::proto::{BodyCancel, BodyChunk, BodyMore, BodyRequest};
@@ -86,8 +86,17 @@ impl Engine {
                 self.ask_worker(from, &request)
             }
         };
-        if let Err(error) = outcome {
-            self.tell(from, Kind::BodyChunk(failed(request.id, error)));
+        let Err(error) = outcome else { return Ok(()) };
+        self.count_if_foreign(&error);
+        let failed = Kind::BodyChunk(failed(request.id, error));
+        match from {
+            Party::Worker(_) => self.tell(from, failed),
+            // Not in the lane of bodies, whose length nobody limits but by not reading any.
+            Party::Peer(index) => {
+                if let Some(link) = &mut self.peers[index].link {
+                    link.session.control(failed);
+                }
+            }
         }
         Ok(())
     }
@@ -109,6 +118,9 @@ impl Engine {
         if chunk.last {
             self.bodies.remove(id);
             self.reading_ended(from, id);
+        }
+        if matches!(asker, Party::Peer(_)) {
+            self.count_if_foreign(&chunk.error);
         }
         self.tell(asker, Kind::BodyChunk(BodyChunk { id: asker_id, ..chunk }));
         Ok(())
@@ -157,9 +169,9 @@ impl Engine {
 
     /// Hands waiting requests to idle workers.
     pub fn dispatch_reads(&mut self) {
-        while let Some(id) = self.bodies.unread.front().copied() {
+        while let Some(at) = self.bodies.unread.iter().position(|id| self.may_be_read(*id)) {
             let Some(worker) = self.idle_reader() else { return };
-            self.bodies.unread.pop_front();
+            let Some(id) = self.bodies.unread.remove(at) else { return };
             let Some(route) = self.bodies.routes.get_mut(&id) else {
                 continue;
             };
@@ -168,6 +180,26 @@ impl Engine {
             self.workers[worker].task = Task::Read(id);
             self.tell(Party::Worker(worker), Kind::BodyRequest(request));
         }
+    }
+
+    /// Its asker takes what it asked for, and has not more than its share of the workers.
+    fn may_be_read(&self, id: u64) -> bool {
+        let asker = |id: &u64| self.bodies.routes.get(id).map(|route| route.asker);
+        let Some(Party::Peer(peer)) = asker(&id) else { return true };
+        let reading = self.workers.iter().filter_map(Worker::reads).filter(|id| asker(id) == Some(Party::Peer(peer)));
+        reading.count() < self.reading_max_of_peer() && !self.is_loaded(peer)
+    }
+
+    /// A peer asked for something of a user whose mail is none of its business.
+    pub fn count_if_foreign(&mut self, error: &str) {
+        if error.contains(NO_PEER) {
+            self.counts.note("foreign_user", 1);
+        }
+    }
+
+    /// So much waits for the peer to read it that nothing more is asked of workers for it.
+    pub fn is_loaded(&self, peer: usize) -> bool {
+        self.peers[peer].link.as_ref().is_some_and(|link| link.session.is_loaded())
     }
 
     /// Who sent the change has the message, whoever made it.
@@ -198,7 +230,7 @@ impl Engine {
         if let Party::Peer(peer) = from {
             let name = &self.peers[peer].name;
             if self.peers_of(&request.user).all(|allowed| allowed != peer) {
-                return Err(format!("server {name} is not among the user's peers here"));
+                return Err(format!("server {name} {NO_PEER}"));
             }
             request.asker.clone_from(name);
         }

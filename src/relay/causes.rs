@@ -128,7 +128,11 @@ impl Engine {
 
     /// A worker is applying the user's change.
     pub fn note_part(&mut self, user: &Arc<str>, change: &SeqOf) {
-        self.causes.partly.insert(user.clone(), change.clone());
+        let is_later =
+            |known: &SeqOf| known.origin != change.origin || (known.epoch, known.seq) < (change.epoch, change.seq);
+        if self.causes.partly.get(user).is_none_or(is_later) {
+            self.causes.partly.insert(user.clone(), change.clone());
+        }
     }
 
     /// The user's job is over.

@@ -7,19 +7,22 @@ use std::time::{Duration, Instant};
 
 use crate::wire::frame::{self, Decoder};
 use crate::wire::proto::{
-    frame::Kind, ClearFailed, CompareRequest, Difference, FailedEntry, FailedRequest, Progress, ProgressRequest,
-    Status, StatusRequest, WaitingEntry, WaitingRequest,
+    frame::Kind, AcceptPeer, ClearFailed, CompareRequest, Difference, FailedEntry, FailedRequest, Lack, PeerAccepted,
+    PeerRemoved, Progress, ProgressRequest, RemovePeer, Status, StatusRequest, WaitRequest, WaitingEntry,
+    WaitingRequest,
 };
 
-/// Asks the relay that listens on `socket` for its status. Blocks for at most about `timeout`; the error is a full sentence.
-pub fn status(socket: &Path, timeout: Duration) -> Result<Status, String> {
-    status_on(&connect(socket)?, timeout).map_err(|error| format!("{}: {error}", socket.display()))
+/// Asks the relay that listens on `socket` for its status; what is pending, and to be looked at, of one user or of all. Blocks
+/// for at most about `timeout`; the error is a full sentence.
+pub fn status(socket: &Path, user: Option<&str>, timeout: Duration) -> Result<Status, String> {
+    status_on(&connect(socket)?, user, timeout).map_err(|error| format!("{}: {error}", socket.display()))
 }
 
 /// The same on a connection to it, which can be used again.
-pub fn status_on(stream: &UnixStream, timeout: Duration) -> Result<Status, String> {
+pub fn status_on(stream: &UnixStream, user: Option<&str>, timeout: Duration) -> Result<Status, String> {
     let mut status = None;
-    ask_on(stream, timeout, Kind::StatusRequest(StatusRequest {}), |kind| match kind {
+    let request = StatusRequest { user: user.unwrap_or_default().to_owned() };
+    ask_on(stream, timeout, Kind::StatusRequest(request), |kind| match kind {
         Kind::Status(answer) => {
             status = Some(answer);
             Some(true)
@@ -110,6 +113,59 @@ pub fn progress(socket: &Path, timeout: Duration) -> Result<Progress, String> {
     })
     .map_err(|error| format!("{}: {error}", socket.display()))?;
     Ok(progress)
+}
+
+/// Waits until all peers have applied what was done here until now, by one user or (None) all, for at most `patience`; `timeout` more
+/// for the answer. Who lacks what then; empty: nobody lacks anything.
+pub fn wait(socket: &Path, user: Option<&str>, patience: Duration, timeout: Duration) -> Result<Vec<Lack>, String> {
+    let mut lacks = Vec::new();
+    let timeout_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+    let request = WaitRequest { user: user.unwrap_or_default().to_owned(), all: user.is_none(), timeout_ms };
+    ask_on(&connect(socket)?, patience.saturating_add(timeout), Kind::WaitRequest(request), |kind| match kind {
+        Kind::Waited(answer) => {
+            lacks = answer.lacks;
+            Some(true)
+        }
+        _ => None,
+    })
+    .map_err(|error| format!("{}: {error}", socket.display()))?;
+    Ok(lacks)
+}
+
+/// Has it forget a peer that is gone for good; how many changes that had not acknowledged.
+pub fn remove_peer(socket: &Path, peer: &str, timeout: Duration) -> Result<u64, String> {
+    let mut removed = PeerRemoved::default();
+    ask_on(&connect(socket)?, timeout, Kind::RemovePeer(RemovePeer { peer: peer.to_owned() }), |kind| match kind {
+        Kind::PeerRemoved(answer) => {
+            removed = answer;
+            Some(true)
+        }
+        _ => None,
+    })
+    .map_err(|error| format!("{}: {error}", socket.display()))?;
+    if removed.error.is_empty() {
+        Ok(removed.changes)
+    } else {
+        Err(removed.error)
+    }
+}
+
+/// Has it let a peer in again of which there were two.
+pub fn accept_peer(socket: &Path, peer: &str, timeout: Duration) -> Result<(), String> {
+    let mut accepted = PeerAccepted::default();
+    ask_on(&connect(socket)?, timeout, Kind::AcceptPeer(AcceptPeer { peer: peer.to_owned() }), |kind| match kind {
+        Kind::PeerAccepted(answer) => {
+            accepted = answer;
+            Some(true)
+        }
+        _ => None,
+    })
+    .map_err(|error| format!("{}: {error}", socket.display()))?;
+    if accepted.error.is_empty() {
+        Ok(())
+    } else {
+        Err(accepted.error)
+    }
 }
 
 fn connect(socket: &Path) -> Result<UnixStream, String> {

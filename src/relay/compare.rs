@@ -15,13 +15,14 @@ use prost::Message as _;
 use super::engine::{Close, Engine, Role};
 use super::local::OUT_BYTES_MAX;
 use super::order::HOLD_MS_MAX;
-use super::questions::{tell_frames, Asker, Wanted};
+use super::questions::{at_once, tell_frames, Asker, Unanswered, Wanted};
 use crate::change::{self, GUID_BYTES, MESSAGE_GUID_BYTES_MAX};
 use crate::compare::descent::{Ask, Descent};
 use crate::compare::list::{self, List, Pairs};
-use crate::compare::repair::{Difference, Key, MoreFlags, Repair, Telling};
+use crate::compare::repair::{Difference, Keys, MoreFlags, Repair, Telling};
 use crate::compare::{InRange, Mailbox, Message, Range};
 use crate::journal::{Failed, JournalError};
+use crate::merge::mailbox::Named;
 use crate::wire::proto::frame::Kind;
 use crate::wire::proto::{
     self, Answer, CompareList, CompareRequest, Question, Survey, Surveyed, Tell, TellOf, UidRange,
@@ -29,6 +30,8 @@ use crate::wire::proto::{
 
 /// Users who are compared at the same time.
 const RUNS_MAX: usize = 8;
+/// That one round begins: some end at once.
+const BEGUN_MAX: usize = 64;
 /// Between two looks at a difference: what nobody told of within that time is looked for by others.
 const CONFIRM_MS: u64 = HOLD_MS_MAX + 200;
 /// How often a user is told of and compared again, until nothing differs.
@@ -41,6 +44,8 @@ const ANSWER_MS_MAX: u64 = 15 * 60_000;
 /// Until what could not be compared is tried again, doubling.
 const RETRY_MS_MIN: u64 = 60_000;
 const RETRY_MS_MAX: u64 = 3_600_000;
+/// For so long a change that was set aside has its user compared; what that cannot mend needs a person.
+const ASIDE_US_MAX: u64 = 3_600_000_000;
 /// What a peer answers to one question.
 const ANSWER_BYTES_MAX: usize = 32 << 20;
 /// Between two looks into the list of what failed, and users that one brings.
@@ -61,9 +66,50 @@ struct User {
     repair: bool,
     /// A person waits for it: what does not work now is an error.
     asked: bool,
+    /// Nobody does, and nothing is known to differ.
+    in_background: bool,
     due_ms: u64,
     /// After the last one that did not come to its end.
     pause_ms: u64,
+}
+
+/// All of them, by name and by when their turn is.
+#[derive(Default)]
+struct Users {
+    by_name: BTreeMap<Arc<str>, User>,
+    by_due: BTreeSet<(u64, Arc<str>)>,
+}
+
+impl Users {
+    /// If he is not there already.
+    fn add(&mut self, name: &Arc<str>, user: User) {
+        if !self.by_name.contains_key(name) {
+            self.by_due.insert((user.due_ms, name.clone()));
+            self.by_name.insert(name.clone(), user);
+        }
+    }
+
+    fn take(&mut self, name: &Arc<str>) -> Option<User> {
+        let user = self.by_name.remove(name)?;
+        self.by_due.remove(&(user.due_ms, name.clone()));
+        Some(user)
+    }
+
+    fn retain(&mut self, is_wanted: impl Fn(&Arc<str>, &User) -> bool) {
+        self.by_name.retain(|name, user| is_wanted(name, user));
+        self.by_due.retain(|(_, name)| self.by_name.contains_key(name));
+    }
+
+    /// Who waits for nothing but his turn, the first first.
+    fn due(&self, now_ms: u64) -> impl Iterator<Item = (&Arc<str>, &User)> {
+        let due = self.by_due.iter().take_while(move |(due_ms, _)| *due_ms <= now_ms);
+        due.filter_map(|(_, name)| Some((name, self.by_name.get(name)?)))
+    }
+
+    /// When somebody's time comes.
+    fn next_due_ms(&self, now_ms: u64) -> Option<u64> {
+        self.by_due.range((now_ms + 1, "".into())..).next().map(|(due_ms, _)| *due_ms)
+    }
 }
 
 #[derive(Debug, PartialEq)]
@@ -84,8 +130,12 @@ struct Run {
     peer: usize,
     /// Those with whom he is compared next.
     peers: Vec<usize>,
+    /// Those who have the same, and those who were not connected.
+    equal: Vec<usize>,
+    away: Vec<usize>,
     repair: bool,
     asked: bool,
+    in_background: bool,
     pause_ms: u64,
     began_us: u64,
     until_ms: u64,
@@ -103,7 +153,7 @@ struct Run {
     descent: Option<Descent>,
     found: Repair,
     /// What differed the last time.
-    known: Option<BTreeSet<Key>>,
+    known: Option<Keys>,
     is_reported: bool,
     mails: u64,
     errors: Vec<String>,
@@ -141,7 +191,7 @@ struct Progress {
 /// See the module.
 #[derive(Default)]
 pub struct Comparisons {
-    users: BTreeMap<Arc<str>, User>,
+    users: Users,
     runs: Vec<Run>,
     listeners: HashMap<Token, Listener>,
     /// The listener for whom the userdb is asked, by the question's number.
@@ -161,28 +211,63 @@ impl Comparisons {
             Step::Asked | Step::Tell => run.answer_by_ms,
         });
         let alive = (!self.listeners.is_empty()).then_some(self.alive_at_ms);
-        let users = self.users.values().map(|user| user.due_ms).filter(|due_ms| *due_ms > now_ms).min();
+        let users = self.next(now_ms).map(|_| now_ms).or_else(|| self.users.next_due_ms(now_ms));
         runs.chain(alive).chain(users).chain((self.list_at_ms != u64::MAX).then_some(self.list_at_ms)).min()
     }
 
     fn want(&mut self, user: &Arc<str>, repair: bool, asked: bool, now_ms: u64) {
-        if self.users.is_empty() && self.runs.is_empty() {
+        if !self.is_busy() {
             self.progress = Progress { began_ms: now_ms, ..Progress::default() };
         }
-        let progress = &mut self.progress;
-        let wanted = self.users.entry(user.clone()).or_insert_with(|| {
-            progress.users += 1;
-            User { repair: false, asked: false, due_ms: now_ms, pause_ms: 0 }
-        });
-        wanted.repair |= repair;
-        wanted.asked |= asked;
-        if asked {
-            wanted.due_ms = now_ms;
+        let known = self.users.take(user);
+        if known.as_ref().is_none_or(|known| known.in_background) {
+            self.progress.users += 1;
         }
+        let known = known.unwrap_or(User { repair, asked, in_background: false, due_ms: now_ms, pause_ms: 0 });
+        let wanted = User {
+            repair: known.repair || repair,
+            asked: known.asked || asked,
+            in_background: false,
+            due_ms: if asked { now_ms } else { known.due_ms },
+            ..known
+        };
+        self.users.add(user, wanted);
+    }
+
+    /// When it is his turn among all users.
+    pub fn want_in_background(&mut self, user: &Arc<str>, now_ms: u64) {
+        let wanted = User { repair: true, asked: false, in_background: true, due_ms: now_ms, pause_ms: 0 };
+        self.users.add(user, wanted);
+    }
+
+    /// Nobody is compared, or to be now.
+    pub fn is_idle(&self, now_ms: u64) -> bool {
+        self.runs.is_empty() && self.users.due(now_ms).next().is_none()
+    }
+
+    /// Whose turn it is; who is asked for goes first.
+    fn next(&self, now_ms: u64) -> Option<Arc<str>> {
+        if self.runs.len() >= RUNS_MAX {
+            return None;
+        }
+        let next = |asked: bool| {
+            let mut due = self.users.due(now_ms);
+            due.find(|(name, user)| user.asked == asked && !self.is_running(name)).map(|(name, _)| name.clone())
+        };
+        next(true).or_else(|| next(false))
+    }
+
+    /// Somebody is whom a person asked for, or of whom something is listed.
+    fn is_busy(&self) -> bool {
+        self.users.by_name.values().any(|user| !user.in_background) || self.runs.iter().any(|run| !run.in_background)
     }
 
     pub fn is_running(&self, user: &str) -> bool {
-        self.runs.iter().any(|run| *run.user == *user)
+        self.running_since_us(user).is_some()
+    }
+
+    pub fn running_since_us(&self, user: &str) -> Option<u64> {
+        self.runs.iter().find(|run| *run.user == *user).map(|run| run.began_us)
     }
 }
 
@@ -215,13 +300,13 @@ impl Engine {
         self.want_answer(Asker::Own(id), "".into(), 0, Wanted::Users);
     }
 
-    fn users_are_listed(&mut self, token: Token, outcome: Result<Vec<Surveyed>, String>) {
+    fn users_are_listed(&mut self, token: Token, outcome: Result<Vec<Surveyed>, Unanswered>) {
         let listed = outcome.map(|said| said.into_iter().flat_map(|said| said.subscribed).flat_map(|name| name.path));
         let known = self.known_users();
         let users: BTreeSet<String> = match listed {
             Ok(listed) => listed.filter(|user| change::check_user(user).is_ok()).chain(known).collect(),
-            Err(error) => {
-                self.listener_hears(token, &format!("the userdb does not list all users: {error}"));
+            Err(why) => {
+                self.listener_hears(token, &format!("the userdb does not list all users: {}", why.error));
                 known.into_iter().collect()
             }
         };
@@ -288,8 +373,8 @@ impl Engine {
     }
 
     pub fn progress(&self) -> proto::Progress {
-        let Comparisons { progress, users, runs, .. } = &self.comparisons;
-        let is_running = !runs.is_empty() || !users.is_empty();
+        let progress = &self.comparisons.progress;
+        let is_running = self.comparisons.is_busy();
         let now_ms = if is_running { self.now_ms } else { progress.ended_ms };
         proto::Progress {
             users: progress.users,
@@ -298,6 +383,9 @@ impl Engine {
             mails_done: progress.mails_done,
             elapsed_ms: now_ms.saturating_sub(progress.began_ms),
             is_running,
+            background_users: self.background.users,
+            background_users_done: self.background.done,
+            background_left_ms: self.background.left_ms(self.now_ms),
         }
     }
 
@@ -308,8 +396,8 @@ impl Engine {
             return;
         }
         self.take_listed();
-        while self.comparisons.runs.len() < RUNS_MAX {
-            let Some(user) = self.next_to_compare() else { break };
+        for _ in 0..BEGUN_MAX {
+            let Some(user) = self.comparisons.next(self.now_ms) else { break };
             self.begin_run(user);
         }
         for id in self.comparisons.runs.iter().map(|run| run.id).collect::<Vec<_>>() {
@@ -337,21 +425,27 @@ impl Engine {
 
     /// What stands in the list of what failed for a while: most of what leads there is still going on at first.
     fn take_listed(&mut self) {
-        let Some(after_us) = self.config.compare_listed_after_us else {
+        let Some(after_us) = self.config.compare_listed_after_us.filter(|_| !self.peers.is_empty()) else {
             self.comparisons.list_at_ms = u64::MAX;
             return;
         };
-        if self.comparisons.list_at_ms > self.now_ms || self.peers.is_empty() {
+        if self.comparisons.list_at_ms > self.now_ms {
             return;
         }
         self.comparisons.list_at_ms = self.now_ms + LIST_EVERY_MS;
-        if self.counts.counters.failed == 0 || self.comparisons.users.len() >= LISTED_MAX {
+        let due = self.comparisons.users.due(self.now_ms).take(LISTED_MAX).count();
+        let away: Vec<&str> = self.peers.iter().filter(|peer| !peer.is_up()).map(|peer| peer.name.as_str()).collect();
+        if self.counts.counters.failed == 0 || due >= LISTED_MAX || away.len() == self.peers.len() {
             return;
         }
         let before_us = self.outside.now_us().saturating_sub(after_us);
-        match self.journal.users_to_compare(before_us, LISTED_MAX) {
+        // Those who are to be tried again later do not count.
+        let count_max = LISTED_MAX + self.comparisons.users.by_name.len();
+        match self.journal.users_to_compare(before_us, self.aside_since_us(), &away, count_max) {
             Ok(users) => {
-                for user in users.iter().map(|user| Arc::from(user.as_str())) {
+                // A malformed change may name anybody.
+                let users = users.iter().filter(|user| change::check_user(user).is_ok());
+                for user in users.map(|user| Arc::from(user.as_str())) {
                     if !self.comparisons.is_running(&user) {
                         self.comparisons.want(&user, true, false, self.now_ms);
                     }
@@ -361,34 +455,25 @@ impl Engine {
         }
     }
 
-    fn next_to_compare(&mut self) -> Option<Arc<str>> {
-        let now_ms = self.now_ms;
-        let is_next = |(name, user): &(&Arc<str>, &User)| user.due_ms <= now_ms && !self.comparisons.is_running(name);
-        // Who is asked for goes first.
-        let next = |asked: bool| {
-            let mut users = self.comparisons.users.iter();
-            users.find(|(name, user)| user.asked == asked && is_next(&(name, user))).map(|(name, _)| name.clone())
-        };
-        next(true).or_else(|| next(false))
+    fn aside_since_us(&self) -> u64 {
+        self.outside.now_us().saturating_sub(ASIDE_US_MAX)
     }
 
     fn begin_run(&mut self, user: Arc<str>) {
-        let Some(wanted) = self.comparisons.users.remove(&user) else { return };
+        let Some(wanted) = self.comparisons.users.take(&user) else { return };
         let mut peers: Vec<usize> = self.peers_of(&user).collect();
         peers.reverse();
-        if !wanted.asked && peers.iter().any(|peer| !self.peers[*peer].is_up()) {
-            let due_ms = self.now_ms + LIST_EVERY_MS;
-            self.comparisons.users.insert(user, User { due_ms, ..wanted });
-            return;
-        }
         self.comparisons.last_id += 1;
         let run = Run {
             id: self.comparisons.last_id,
             user,
             peer: 0,
             peers,
+            equal: vec![],
+            away: vec![],
             repair: wanted.repair,
             asked: wanted.asked,
+            in_background: wanted.in_background,
             pause_ms: wanted.pause_ms,
             began_us: self.outside.now_us(),
             until_ms: 0,
@@ -415,11 +500,13 @@ impl Engine {
 
     /// Goes on with the next peer, or ends.
     fn next_peer(&mut self, mut run: Run) {
-        self.comparisons.progress.mails_done += std::mem::take(&mut run.mails);
+        let mails = std::mem::take(&mut run.mails);
+        if !run.in_background {
+            self.comparisons.progress.mails_done += mails;
+        }
         while let Some(peer) = run.peers.pop() {
             if !self.peers[peer].is_up() {
-                let name = &self.peers[peer].name;
-                run.errors.push(format!("user {}: server {name} is not connected", run.user));
+                run.away.push(peer);
                 continue;
             }
             run.peer = peer;
@@ -434,28 +521,34 @@ impl Engine {
     }
 
     fn end_run(&mut self, run: Run) {
-        let is_equal = run.errors.is_empty();
-        if run.repair && is_equal {
+        let has_failed = !run.errors.is_empty();
+        if run.repair && !(has_failed && run.equal.is_empty()) {
             if let Err(error) = self.is_compared(&run) {
                 return self.fail(error);
             }
         }
-        self.comparisons.progress.users_done += 1;
-        self.comparisons.progress.ended_ms = self.now_ms;
+        if !run.in_background {
+            self.comparisons.progress.users_done += 1;
+            self.comparisons.progress.ended_ms = self.now_ms;
+        }
         self.questions.forget(&run.user);
         for error in run.errors.iter().filter(|_| !run.asked) {
             log::warn!("A comparison did not come to its end: {error}.");
         }
-        if run.repair && !is_equal {
-            // It stands in the list.
+        let is_listed = || self.journal.is_to_compare(&run.user, self.aside_since_us()).unwrap_or(true);
+        if run.repair && has_failed && !run.in_background && is_listed() {
             let pause_ms = (run.pause_ms * 2).clamp(RETRY_MS_MIN, RETRY_MS_MAX);
-            let user = User { repair: true, asked: false, due_ms: self.now_ms + pause_ms, pause_ms };
-            self.comparisons.users.entry(run.user.clone()).or_insert(user);
+            let due_ms = self.now_ms + pause_ms;
+            let user = User { repair: true, asked: false, in_background: false, due_ms, pause_ms };
+            self.comparisons.users.add(&run.user, user);
             self.comparisons.progress.users += 1;
         }
+        let away = run.away.first().map(|peer| &self.peers[*peer].name);
+        let away = away.map(|name| format!("user {}: server {name} is not connected", run.user));
         for listener in self.comparisons.listeners.values_mut() {
             let was_waiting = listener.waits_for(&run) && listener.users.remove(&run.user);
-            if let Some(error) = run.errors.first().filter(|_| was_waiting && listener.error.is_empty()) {
+            let error = run.errors.first().or(away.as_ref());
+            if let Some(error) = error.filter(|_| was_waiting && listener.error.is_empty()) {
                 listener.error = change::printable(error);
             }
         }
@@ -463,14 +556,28 @@ impl Engine {
     }
 
     fn is_compared(&mut self, run: &Run) -> Result<(), JournalError> {
-        self.journal.was_compared(&run.user, run.began_us)?;
+        let name = |peer: &usize| self.peers[*peer].name.as_str();
+        let equal: Vec<&str> = run.equal.iter().map(name).collect();
+        let left: Vec<usize> = self.peers_of(&run.user).filter(|peer| !run.equal.contains(peer)).collect();
+        let left: Vec<&str> = left.iter().map(name).collect();
+        if run.in_background {
+            // Nobody asked.
+        } else if left.is_empty() {
+            log::info!("User {}: his mail was compared with that of all peers, and is the same.", run.user);
+        } else if !equal.is_empty() {
+            let (equal, left) = (equal.join(", "), left.join(", "));
+            log::info!(
+                "User {}: his mail was compared with that of {equal}, and is the same; with {left} it is not yet.",
+                run.user
+            );
+        }
+        self.journal.was_compared(&run.user, &equal, &left, run.began_us)?;
         self.counts.counters.failed = self.journal.failed_count()?;
         for peer in &mut self.peers {
             if peer.outbox.stats().dropped > 0 && self.journal.forget_dropped(&peer.name)? {
                 peer.outbox.forget_dropped();
             }
         }
-        log::info!("User {}: his mail was compared with that of all peers, and is the same.", run.user);
         Ok(())
     }
 
@@ -547,30 +654,30 @@ impl Engine {
         }
         if !answer.error.is_empty() {
             let error = format!("there: {}", change::printable(&answer.error));
-            return self.fail_or_start_over(id, &error);
+            return self.fail_or_start_over(id, &error, answer.gone);
         }
         run.theirs = Some(std::mem::take(&mut run.partly));
         self.go_on(id);
     }
 
     /// Our own workers have answered.
-    pub fn ours_are_known(&mut self, id: u64, outcome: Result<Vec<Surveyed>, String>) {
+    pub fn ours_are_known(&mut self, id: u64, outcome: Result<Vec<Surveyed>, Unanswered>) {
         if let Some(token) = self.comparisons.listing.remove(&id) {
             return self.users_are_listed(token, outcome);
         }
         let Some(run) = self.comparisons.runs.iter_mut().find(|run| run.id == id) else { return };
         match outcome {
             Ok(said) => run.ours = Some(said),
-            Err(error) => return self.fail_or_start_over(id, &format!("here: {error}")),
+            Err(why) => return self.fail_or_start_over(id, &format!("here: {}", why.error), why.is_gone),
         }
         self.go_on(id);
     }
 
-    /// A mailbox may have been renamed, or a worker gone.
-    fn fail_or_start_over(&mut self, id: u64, error: &str) {
+    /// A mailbox may have been renamed, or a worker gone (`is_gone`).
+    fn fail_or_start_over(&mut self, id: u64, error: &str, is_gone: bool) {
         let Some(mut run) = self.take_run(id) else { return };
         run.round += 1;
-        if run.round >= ROUNDS_MAX || run.step == Step::Tell && !error.contains("went away") {
+        if run.round >= ROUNDS_MAX || run.step == Step::Tell && !is_gone {
             self.comparisons.runs.push(run);
             return self.fail_run(id, error);
         }
@@ -589,6 +696,8 @@ impl Engine {
 
     /// The connection is gone.
     pub fn comparisons_without(&mut self, index: usize) {
+        // It may come back without what it had.
+        self.comparisons.runs.iter_mut().for_each(|run| run.equal.retain(|peer| *peer != index));
         let ids: Vec<u64> = self.comparisons.runs.iter().filter(|run| run.peer == index).map(|run| run.id).collect();
         ids.into_iter().for_each(|id| self.fail_run(id, "the connection broke"));
     }
@@ -639,6 +748,7 @@ impl Engine {
 
     fn all_is_found(&mut self, mut run: Run) {
         if run.found.is_empty() {
+            run.equal.push(run.peer);
             return self.next_peer(run);
         }
         let Some(known) = run.known.replace(run.found.keys()) else {
@@ -649,27 +759,45 @@ impl Engine {
         };
         let mut found = std::mem::take(&mut run.found);
         found.retain_known(&known);
-        if !std::mem::replace(&mut run.is_reported, true) {
+        let is_something = !found.differences.is_empty();
+        if is_something && !std::mem::replace(&mut run.is_reported, true) {
             self.report(&run, &found);
+            self.note_in_background(&run, &found);
         }
         if !run.repair {
             return self.next_peer(run);
         }
         if run.round >= ROUNDS_MAX {
-            let what = found.differences.first().map(|first| format!("{} {}", first.path.join("/"), first.what.name()));
-            let name = &self.peers[run.peer].name;
-            run.errors.push(format!(
-                "user {}, server {name}: there are still differences: {}",
-                run.user,
-                change::printable(&what.unwrap_or_default())
-            ));
+            let why = match found.differences.first() {
+                Some(Difference { path, what, .. }) => {
+                    format!("there are still differences: {} {}", change::printable(&path.join("/")), what.name())
+                }
+                None => "something else differs each time".to_owned(),
+            };
+            run.errors.push(format!("user {}, server {}: {why}", run.user, self.peers[run.peer].name));
             return self.next_peer(run);
         }
         if run.mails == 0 {
             run.mails = found.mails;
-            self.comparisons.progress.mails += found.mails;
+            if !run.in_background {
+                self.comparisons.progress.mails += found.mails;
+            }
         }
         self.have_told(run, &found);
+    }
+
+    /// Nobody knew of it.
+    fn note_in_background(&mut self, run: &Run, found: &Repair) {
+        let Some(first) = found.differences.first().filter(|_| run.in_background) else { return };
+        let count = found.count();
+        self.counts.note("background_differences", count as u64);
+        log::warn!(
+            "User {}: {count} differences from server {} were found in the background, and are repaired; the first: {} {}",
+            run.user,
+            self.peers[run.peer].name,
+            change::printable(&first.path.join("/")),
+            first.what.name()
+        );
     }
 
     fn report(&mut self, run: &Run, found: &Repair) {
@@ -712,7 +840,7 @@ impl Engine {
     fn have_told(&mut self, mut run: Run, found: &Repair) {
         let tell = |tellings: &[Telling]| Tell {
             user: run.user.to_string(),
-            mailboxes: tellings.iter().flat_map(parts).collect(),
+            mailboxes: at_once(tellings.iter().flat_map(parts)),
             ..Default::default()
         };
         let (ours, theirs) = (tell(&found.ours), tell(&found.theirs));
@@ -722,7 +850,8 @@ impl Engine {
         if theirs.mailboxes.is_empty() {
             run.theirs = Some(vec![]);
         } else {
-            self.ask(&mut run, tell_frames(&theirs).map(|tell| Question { tell: Some(tell), ..Default::default() }));
+            let frames = tell_frames(theirs).into_iter();
+            self.ask(&mut run, frames.map(|tell| Question { tell: Some(tell), ..Default::default() }));
         }
         let (id, user, peer) = (run.id, run.user.clone(), run.peer);
         if ours.mailboxes.is_empty() {
@@ -815,6 +944,7 @@ fn list_of(said: &[Surveyed]) -> Option<List> {
                 uid_next: mailbox.uid_next,
                 messages: found.messages,
                 digest: found.digest,
+                named: Named { clock: found.named_clock, origin: found.named_by.clone() },
             });
         }
         for name in &surveyed.subscribed {

@@ -1,11 +1,16 @@
 //! One connection: a socket that never blocks, the frames that come in, the bytes that wait to go out.
 
-use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::net::{IpAddr, Shutdown};
+use std::os::fd::AsRawFd;
 
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
+use nix::errno::Errno;
+use nix::sys::socket::sockopt::PassCred;
+use nix::sys::socket::{recvmsg, setsockopt, ControlMessageOwned, MsgFlags, UnixCredentials};
 
+use super::owners::Sender;
 use crate::tls;
 use crate::wire::frame::{self, Decoder, FrameError};
 use crate::wire::proto::Frame;
@@ -112,6 +117,8 @@ pub struct Connection {
     decoder: Decoder,
     out: Vec<u8>,
     written: usize,
+    /// Bytes of plaintext that the socket took.
+    sent: u64,
     connecting: bool,
 }
 
@@ -123,7 +130,7 @@ impl Connection {
             _ => None,
         };
         let tls = tls.map(Box::new);
-        Connection { stream, from, tls, decoder: Decoder::new(), out: Vec::new(), written: 0, connecting }
+        Connection { stream, from, tls, decoder: Decoder::new(), out: Vec::new(), written: 0, sent: 0, connecting }
     }
 
     /// To be watched.
@@ -167,6 +174,31 @@ impl Connection {
         }
     }
 
+    /// Who sends the next bytes, as the kernel says: a process's real user, whatever it is at the moment. None before they have come.
+    pub fn sender(&self) -> Option<Sender> {
+        let Stream::Unix(stream) = &self.stream else { return Some(Sender::Unsaid) };
+        if setsockopt(stream, PassCred, &true).is_err() {
+            return Some(Sender::Unsaid);
+        }
+        let mut space = nix::cmsg_space!(UnixCredentials);
+        let mut byte = [0];
+        let mut bytes = [IoSliceMut::new(&mut byte)];
+        let peeked = recvmsg::<()>(stream.as_raw_fd(), &mut bytes, Some(&mut space), MsgFlags::MSG_PEEK);
+        let message = match peeked {
+            Ok(message) => message,
+            Err(Errno::EAGAIN) => return None,
+            // As reading will say.
+            Err(_) => return Some(Sender::Unsaid),
+        };
+        let mut credentials = message.cmsgs().into_iter().flatten();
+        let sender = credentials.find_map(|one| match one {
+            // Without a process, the kernel was not asked for them when this was sent.
+            ControlMessageOwned::ScmCredentials(sender) if sender.pid() != 0 => Some(Sender::of(sender.uid())),
+            _ => None,
+        });
+        Some(sender.unwrap_or(Sender::Unsaid))
+    }
+
     /// From where it came, for people.
     pub fn from(&self) -> String {
         self.from.map_or("somewhere".into(), |address| address.to_string())
@@ -197,6 +229,11 @@ impl Connection {
     /// Bytes that wait to go out.
     pub fn waiting(&self) -> usize {
         self.out.len() - self.written
+    }
+
+    /// Bytes that the socket took so far.
+    pub fn sent(&self) -> u64 {
+        self.tls.as_ref().map_or(self.sent, |tls| tls.sent())
     }
 
     /// Whether all is with the machine.
@@ -234,7 +271,7 @@ impl Connection {
             let bytes = &self.out[self.written..];
             let outcome = match &mut self.tls {
                 Some(tls) => tls.write(&mut self.stream, bytes),
-                None => self.stream.write(bytes),
+                None => self.stream.write(bytes).inspect(|length| self.sent += *length as u64),
             };
             match outcome {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),

@@ -14,7 +14,7 @@ use super::engine::{Command, Engine, Fatal};
 use super::order::Release;
 use super::spans::Need;
 use super::Config;
-use crate::change::{self, CHANGE_BYTES_MAX, USER_BYTES_MAX};
+use crate::change::{self, CHANGE_BYTES_MAX, GUID_BYTES, USER_BYTES_MAX};
 use crate::journal::{Failed, Journal, JournalError, KnownLog, Lock, Options, Start};
 use crate::peer::Loaded;
 use crate::time::Time;
@@ -34,6 +34,8 @@ const COMMIT_EVERY: Duration = Duration::from_millis(2);
 const COMMIT_SOMETIME: Duration = Duration::from_millis(100);
 /// Between two attempts to get the lock of a relay that is ending.
 const LOCK_EVERY_MS: u64 = 10;
+/// Mailboxes of one user that are to be compared because something of them could not be told; with more, all of his are.
+const LISTED_PER_USER_MAX: u64 = 100;
 
 /// The journal, if this relay is not to stop as well, and what was asked for meanwhile.
 pub struct Opened {
@@ -85,8 +87,10 @@ impl Engine {
             peer.last_passed_on = self.journal.last_passed_on(&peer.name)?;
             let (epoch, runs) = self.journal.applied(&peer.name)?;
             peer.inbox.resume(epoch, runs);
+            peer.disputed = self.journal.disputed(&peer.name)?;
         }
-        self.far = self.journal.origins()?.into_iter().collect();
+        self.resume_bonds()?;
+        self.far = self.journal.origins()?;
         self.far.retain(|origin| self.peers.iter().all(|peer| peer.name != *origin));
         self.user_peers =
             self.journal.user_peers()?.into_iter().map(|(user, servers)| (user.into(), servers)).collect();
@@ -116,7 +120,7 @@ impl Engine {
     }
 
     fn ship(&mut self, release: Release) -> Result<(), JournalError> {
-        let Release { user, change, spans } = release;
+        let Release { user, change, spans, ack } = release;
         if change.is_some() {
             // It may have to commit, which must not be between the change and its place in the log.
             self.journal.next_seq()?;
@@ -130,6 +134,7 @@ impl Engine {
         match change {
             Some(change) if self.lists.has_gone_with_mailbox(&user, &change) => {
                 self.counts.note("told_late", 1);
+                ack.into_iter().for_each(|id| self.acks.settle(id, ""));
                 Ok(())
             }
             Some(change) if !self.peers.is_empty() => {
@@ -140,9 +145,24 @@ impl Engine {
                 if let Some(creation) = self.untold_creation(&user, &change)? {
                     self.ship_change(&user, creation)?;
                 }
-                self.ship_change(&user, change)
+                let before = self.journal.seq();
+                self.ship_change(&user, change)?;
+                match ack {
+                    Some(id) if self.journal.seq() > before => self.acks.shipped(id, self.journal.seq()),
+                    Some(id) => self.acks.settle(id, "the change cannot be sent to the peers"),
+                    None => {}
+                }
+                Ok(())
             }
-            _ => Ok(()),
+            // A worker told of it while it was held.
+            None => {
+                ack.into_iter().for_each(|id| self.acks.found(id, self.journal.seq()));
+                Ok(())
+            }
+            Some(_) => {
+                ack.into_iter().for_each(|id| self.acks.settle(id, ""));
+                Ok(())
+            }
         }
     }
 
@@ -180,7 +200,7 @@ impl Engine {
     }
 
     /// Journals the change and puts it into every peer's outbox, encoded once for all.
-    fn ship_change(&mut self, user: &Arc<str>, mut change: Change) -> Result<(), JournalError> {
+    pub fn ship_change(&mut self, user: &Arc<str>, mut change: Change) -> Result<(), JournalError> {
         let now_us = self.outside.now_us();
         let given = change.stamp.take().map_or(0, |stamp| stamp.clock);
         let seq = self.journal.next_seq()?;
@@ -239,7 +259,17 @@ impl Engine {
     /// A change that no peer will ever get.
     pub fn fail_to_tell(&mut self, user: &str, mailbox: Vec<u8>, why: &str) {
         let user: String = user.escape_debug().take(USER_BYTES_MAX).collect();
-        log::error!("User {user}: a change cannot be sent to the peers: {why}; it must be compared with them.");
+        // Of a user with many of them, all mailboxes are listed.
+        let mailbox = match self.journal.to_compare(Some(&user), None) {
+            Ok(listed) if listed < LISTED_PER_USER_MAX && mailbox.len() == GUID_BYTES => mailbox,
+            Ok(_) => Vec::new(),
+            Err(error) => return self.fail(error),
+        };
+        let line =
+            || format!("User {user}: a change cannot be sent to the peers: {why}; it must be compared with them.");
+        if let Some(line) = self.floods.bad_changes.take(line, self.now_ms) {
+            log::error!("{line}");
+        }
         self.remember_failed(&Failed {
             user,
             mailbox,
@@ -247,33 +277,6 @@ impl Engine {
             error: format!("a change could not be sent to the peers: {why}"),
             ..Default::default()
         });
-    }
-
-    /// A peer has applied more of our changes than the journal knows of: it was set back, and numbers were given away again.
-    /// The changes that have them get others. Why this process must end, and another begin with that.
-    pub fn begin_behind(&mut self, peer: usize, applied_seq: u64) -> JournalError {
-        let name = self.peers[peer].name.clone();
-        let outcome = self.journal.skip_numbers(applied_seq).and_then(|again| {
-            again.into_iter().try_for_each(|stored| {
-                let Some(change) = sent_change(&stored.frame) else { return Ok(()) };
-                let user = stored.user.as_str().into();
-                match change.carrier {
-                    0 => self.ship_change(&user, change),
-                    _ => self.pass_on(&user, change, None),
-                }
-            })
-        });
-        self.remember_failed(&Failed {
-            at_us: self.outside.now_us(),
-            error: format!(
-                "this server's journal was set back: peer {name} knows more of its changes; compare all mailboxes"
-            ),
-            ..Default::default()
-        });
-        match outcome.and_then(|()| self.journal.commit()) {
-            Ok(()) => self.journal.set_back(&name),
-            Err(error) => error,
-        }
     }
 
     /// Commits what the last rounds brought if it is time to, and loads what there is room for.

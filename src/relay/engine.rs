@@ -1,6 +1,6 @@
 //! The loop: polls, reads, lets each connection's role handle its frames, writes. The roles are in the files beside.
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -11,17 +11,22 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, TryRecvError};
 use mio::Token;
 
+use super::acks::Acks;
+use super::background::Background;
 use super::bodies::Bodies;
 use super::causes::Causes;
 use super::clock::Clock;
 use super::compare::Comparisons;
 use super::connection::{Connection, Incoming, Stream, READ_BYTES};
 use super::flags::Races;
+use super::gates::Gates;
 use super::heal::Heals;
+use super::lines::Floods;
 use super::list::Lists;
-use super::local::Local;
+use super::local::{Local, OUT_BYTES_MAX};
 use super::order::Order;
 use super::outside::Outside;
+use super::owners::Owners;
 use super::passing::Told;
 use super::peers::PeerState;
 use super::poison::Poison;
@@ -29,6 +34,7 @@ use super::questions::Questions;
 use super::redo::Redos;
 use super::spans::Spans;
 use super::status::Counts;
+use super::strangers::Strangers;
 use super::subscribers::Subscribers;
 use super::torn::Torn;
 use super::unheard::Unheard;
@@ -38,15 +44,22 @@ use super::{Config, Connection as Kind};
 use crate::journal::{Journal, JournalError, Start};
 use crate::peer::{Identity, Session};
 use crate::tls;
-use crate::wire::proto::Frame;
+use crate::wire::frame::FrameError;
+use crate::wire::proto::{self, Frame};
 
 pub const WAKER: Token = Token(0);
 /// Buffers read from one connection before the others have their turn.
 const READS_IN_TURN: usize = 8;
+/// And frames: a flood of tiny ones must not hold up what others say.
+const FRAMES_IN_TURN: usize = 64;
+/// A frame with numbers of changes, for each of which the journal is asked, counts as one more for so many.
+const NUMBERS_PER_FRAME: usize = 16;
 /// A peer's frames wait in their lanes while this much waits for its socket.
 const OUT_BYTES_HIGH: usize = 256 << 10;
 /// Time for the last acknowledgements at an orderly end.
 const STOP_MS_MAX: u64 = 500;
+/// A process whom nobody trusts says so soon which it is.
+const ATTACH_MS_MAX: u64 = 5_000;
 /// Connections of peers that have not said who they are.
 const STRANGERS_MAX: usize = 64;
 
@@ -58,6 +71,17 @@ pub enum Command {
     Stop,
 }
 
+/// How an engine has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It was asked to.
+    Stopped,
+    /// The next one is to begin at once.
+    Anew,
+    /// Because of an error, which is logged.
+    Failed,
+}
+
 /// Why a connection is closed.
 #[derive(Clone, Debug)]
 pub enum Close {
@@ -67,12 +91,17 @@ pub enum Close {
     Malformed(String),
     /// A peer that we do not want, or that does not want us.
     Refused { reason: String, tell: bool },
+    /// A peer that is an earlier state of itself: it is told, with the epoch of its own that is known here, and comes again with a new one.
+    SetBack { reason: String, epoch: u64 },
 }
 
 impl Close {
     pub fn reason(&self) -> &str {
         match self {
-            Close::Ended(reason) | Close::Malformed(reason) | Close::Refused { reason, .. } => reason,
+            Close::Ended(reason)
+            | Close::Malformed(reason)
+            | Close::Refused { reason, .. }
+            | Close::SetBack { reason, .. } => reason,
         }
     }
 }
@@ -100,6 +129,34 @@ pub struct Socket {
     is_accepted: bool,
 }
 
+impl Socket {
+    /// Nothing is read from it before its last frame can be taken, nor before it has read what it was answered.
+    fn is_held(&self) -> bool {
+        matches!(&self.role, Role::Local(local) if local.held.is_some() || self.is_full())
+    }
+
+    fn is_full(&self) -> bool {
+        self.connection.waiting() > OUT_BYTES_MAX
+    }
+
+    /// Before the first bytes are read. False: they have not come.
+    fn note_sender(&mut self) -> bool {
+        let Role::Local(local) = &mut self.role else { return true };
+        local.sender = local.sender.or_else(|| self.connection.sender());
+        local.sender.is_some()
+    }
+
+    fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
+        if let Role::Local(local) = &mut self.role {
+            if let Some(held) = local.held.take() {
+                return Ok(Some(*held));
+            }
+            local.absent.clear();
+        }
+        self.connection.next_frame()
+    }
+}
+
 /// See the module.
 pub struct Engine {
     pub config: Config,
@@ -111,14 +168,15 @@ pub struct Engine {
     pub work: Work,
     pub causes: Causes,
     pub told: Told,
-    /// Servers that are no peers, whose changes peers pass on.
-    pub far: BTreeSet<String>,
+    /// Servers that are no peers, whose changes peers pass on; the last that was named comes last.
+    pub far: Vec<String>,
     /// Users whose mail is replicated with these of the peers only.
     pub user_peers: HashMap<Arc<str>, Vec<String>>,
     pub bodies: Bodies,
     pub order: Order,
     pub spans: Spans,
     pub heals: Heals,
+    pub owners: Owners,
     /// Users up to this one have been looked at since the start; none: all.
     pub swept: Option<String>,
     pub unheard: Unheard,
@@ -128,6 +186,9 @@ pub struct Engine {
     pub redos: Redos,
     pub questions: Questions,
     pub comparisons: Comparisons,
+    pub background: Background,
+    pub gates: Gates,
+    pub acks: Acks,
     /// Users with changes of flags that some peer may not have heard of, and the clock of the last.
     pub flags_clocks: HashMap<Arc<str>, u64>,
     pub flags_settled_ms: u64,
@@ -146,6 +207,7 @@ pub struct Engine {
     pub counts: Counts,
     /// Last reason for which a peer was turned away that is none of ours, logged once.
     pub last_stranger: String,
+    pub floods: Floods,
     pub poison: Poison,
     /// Why changes of users could not be applied last, logged once. They are tried again by some of the workers only.
     pub last_refusals: HashMap<Arc<str>, String>,
@@ -161,14 +223,23 @@ pub struct Engine {
     last_token: usize,
     /// Connections whose role is, or was, [`Role::Stranger`].
     strangers: Vec<Token>,
+    stranger_rate: Strangers,
+    /// Local processes that are to have said by then which they are; the next one first.
+    unattached: VecDeque<(u64, Token)>,
     /// Connections that may have more to read than was read in their turn.
     read_again: Vec<Token>,
+    /// Connections whose last frame can be taken now.
+    pub read_on: Vec<Token>,
     /// Connections, but for peers', with something to write.
     to_write: Vec<Token>,
     buffer: Vec<u8>,
     /// Something was closed in this round: its end may have queued frames for others.
     has_closed: bool,
+    /// A peer's lane of bodies has room again: what was not begun for that reason can be.
+    has_room: bool,
     stop_by_ms: Option<u64>,
+    /// It is to end in good order, for the next one to begin with what the journal says then; when who asked for it has the answer.
+    pub begins_anew: bool,
     /// The journal's last commits may be lost.
     pub is_after_boot: bool,
     /// Why the journal cannot be used.
@@ -177,13 +248,22 @@ pub struct Engine {
 
 impl Engine {
     pub fn new(
-        config: Config,
+        mut config: Config,
         mut outside: Box<dyn Outside>,
         commands: Receiver<Command>,
         on_closed: Box<dyn Fn()>,
         (journal, start): (Journal, Start),
     ) -> Result<Engine, Fatal> {
         let instance = outside.instance().map_err(Fatal::Poll)?;
+        let removed = journal.removed_peers()?;
+        for peer in config.peers.iter().filter(|peer| removed.contains(&peer.name)) {
+            log::warn!(
+                "Peer {0}: it was removed (doveadm dovetail peer remove {0}), and nothing is replicated with it: take it out of \
+                 dovetail_peers. As a new server it can be put there again after a reload without it.",
+                peer.name
+            );
+        }
+        config.peers.retain(|peer| !removed.contains(&peer.name));
         let me =
             Identity { server: config.server.clone(), instance, epoch: start.epoch, software: config.software.clone() };
         let mut engine = Engine {
@@ -195,12 +275,13 @@ impl Engine {
             work: Work::default(),
             causes: Causes::default(),
             told: Told::default(),
-            far: BTreeSet::new(),
+            far: Vec::new(),
             user_peers: HashMap::new(),
             bodies: Bodies::default(),
             order: Order::default(),
             spans: Spans::default(),
             heals: Heals::default(),
+            owners: Owners::default(),
             swept: Some(String::new()),
             unheard: start.unheard_since.map_or(Unheard::Done, Unheard::Ask),
             asked: Vec::new(),
@@ -208,6 +289,9 @@ impl Engine {
             redos: Redos::default(),
             questions: Questions::default(),
             comparisons: Comparisons::default(),
+            background: Background::default(),
+            gates: Gates::default(),
+            acks: Acks::default(),
             flags_clocks: HashMap::new(),
             flags_settled_ms: 0,
             clock_noted: 0,
@@ -221,6 +305,7 @@ impl Engine {
             last_job: 0,
             counts: Counts::default(),
             last_stranger: String::new(),
+            floods: Floods::default(),
             poison: Poison::default(),
             last_refusals: HashMap::new(),
             subscribers: Subscribers::default(),
@@ -232,11 +317,16 @@ impl Engine {
             on_closed,
             last_token: WAKER.0,
             strangers: Vec::new(),
+            stranger_rate: Strangers::default(),
+            unattached: VecDeque::new(),
             read_again: Vec::new(),
+            read_on: Vec::new(),
             to_write: Vec::new(),
             buffer: vec![0; READ_BYTES],
             has_closed: false,
+            has_room: false,
             stop_by_ms: None,
+            begins_anew: false,
             failed: None,
             config,
         };
@@ -244,8 +334,8 @@ impl Engine {
         Ok(engine)
     }
 
-    /// Runs until it is stopped. A panic ends it with a line in the log. False: it did not end because it was asked to.
-    pub fn run_guarded(mut self) -> bool {
+    /// Runs until it is stopped. A panic ends it with a line in the log.
+    pub fn run_guarded(mut self) -> End {
         let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| self.run()));
         match &outcome {
             Ok(Ok(())) => {}
@@ -255,13 +345,14 @@ impl Engine {
         let accepted = self.sockets.values().filter(|socket| socket.is_accepted).count();
         self.sockets.clear();
         (0..accepted).for_each(|_| (self.on_closed)());
-        let was_asked_to = matches!(outcome, Ok(Ok(())));
-        if was_asked_to {
-            if let Err(error) = self.journal.close() {
-                log::error!("The relay's journal could not be closed: {error}.");
-            }
+        if !matches!(outcome, Ok(Ok(()))) {
+            return End::Failed;
         }
-        was_asked_to
+        let end = if self.begins_anew { End::Anew } else { End::Stopped };
+        if let Err(error) = self.journal.close() {
+            log::error!("The relay's journal could not be closed: {error}.");
+        }
+        end
     }
 
     fn run(&mut self) -> Result<(), Fatal> {
@@ -283,13 +374,17 @@ impl Engine {
 
     /// All that is to be done until something happens; how long that may be waited for.
     pub fn round(&mut self) -> Result<Option<Duration>, Fatal> {
-        self.has_closed = false;
+        (self.has_closed, self.has_room) = (false, false);
         self.read_in_turn();
         self.keep_time();
         self.dispatch_jobs();
         // Before anybody hears of it.
         self.keep_journal()?;
+        self.answer_acks();
         self.write();
+        if self.begins_anew && !self.is_stopping() {
+            self.begin_to_stop();
+        }
         Ok(self.timeout())
     }
 
@@ -370,40 +465,93 @@ impl Engine {
         match command {
             Command::Accept(socket, kind) => self.accept(socket, kind),
             Command::Resolved(index, outcome) => self.peer_resolved(index, outcome),
-            Command::Stop => self.begin_to_stop(),
+            Command::Stop => {
+                self.begins_anew = false;
+                self.begin_to_stop();
+            }
         }
     }
 
     fn accept(&mut self, socket: OwnedFd, kind: Kind) {
         let outcome = match kind {
-            Kind::Local { may_ask } => self.accept_local(socket, may_ask),
+            Kind::Local { uid } => self.accept_local(socket, uid),
             Kind::Peer => self.accept_stranger(socket),
         };
         if let Err(error) = outcome {
-            if self.last_stranger != error {
-                log::error!("A connection was turned away: {error}.");
-                self.last_stranger = error;
-            }
+            self.say_of_stranger(format!("A connection was turned away: {error}."));
             (self.on_closed)();
         }
     }
 
-    fn accept_local(&mut self, socket: OwnedFd, may_ask: bool) -> Result<(), String> {
-        let stream = std::os::unix::net::UnixStream::from(socket);
-        stream.set_nonblocking(true).map_err(|e| format!("fcntl() failed: {e}"))?;
-        self.take_local(Stream::Unix(mio::net::UnixStream::from_std(stream)), may_ask)
+    /// Once, until there is another reason.
+    pub fn say_of_stranger(&mut self, line: String) {
+        if self.last_stranger == line {
+            return;
+        }
+        if let Some(line) = self.floods.strangers.take(|| line.clone(), self.now_ms) {
+            log::error!("{line}");
+        }
+        self.last_stranger = line;
     }
 
-    pub fn take_local(&mut self, stream: Stream, may_ask: bool) -> Result<(), String> {
+    fn accept_local(&mut self, socket: OwnedFd, uid: Option<u32>) -> Result<(), String> {
+        let stream = std::os::unix::net::UnixStream::from(socket);
+        stream.set_nonblocking(true).map_err(|e| format!("fcntl() failed: {e}"))?;
+        self.take_local(Stream::Unix(mio::net::UnixStream::from_std(stream)), uid)
+    }
+
+    pub fn take_local(&mut self, stream: Stream, uid: Option<u32>) -> Result<(), String> {
+        self.make_room(uid)?;
         let connection = Connection::new(stream, None, false);
-        self.insert(connection, true, Role::Local(Local::new(may_ask))).map_err(|e| format!("epoll failed: {e}"))?;
+        let role = Role::Local(Local::new(uid));
+        let token = self.insert(connection, true, role).map_err(|e| format!("epoll failed: {e}"))?;
+        if uid.is_some() {
+            self.unattached.push_back((self.now_ms + ATTACH_MS_MAX, token));
+        }
+        Ok(())
+    }
+
+    /// Local processes leave room for peers, and no system user keeps out another one: where there is no room, the last connection
+    /// goes of the one who has the most.
+    fn make_room(&mut self, uid: Option<u32>) -> Result<(), String> {
+        let kept = (STRANGERS_MAX + 2 * self.peers.len()).min(self.config.client_limit / 2);
+        let locals_max = self.config.client_limit - kept;
+        if self.sockets.len() < locals_max {
+            return Ok(());
+        }
+        let (mut locals, mut of_users) = (0, HashMap::<u32, (usize, Token)>::new());
+        for (token, socket) in &self.sockets {
+            let Role::Local(local) = &socket.role else { continue };
+            locals += 1;
+            if let Some(uid) = local.uid {
+                let (count, last) = of_users.entry(uid).or_insert((0, *token));
+                (*count, *last) = (*count + 1, (*last).max(*token));
+            }
+        }
+        if locals < locals_max {
+            return Ok(());
+        }
+        // Root and the relay's own user have the right of way.
+        let own = uid.map_or(0, |uid| of_users.get(&uid).map_or(0, |(count, _)| *count) + 1);
+        let (uid, (count, last)) = of_users
+            .into_iter()
+            .max_by_key(|(_, (count, last))| (*count, *last))
+            .filter(|(_, (count, _))| *count > own)
+            .ok_or_else(|| format!("local processes have {locals_max} connections already"))?;
+        let why = format!("system user {uid} has {count} connections, and others want one");
+        self.close(last, Close::Malformed(why));
         Ok(())
     }
 
     fn accept_stranger(&mut self, socket: OwnedFd) -> Result<(), String> {
         let stream = std::net::TcpStream::from(socket);
-        for address in [stream.peer_addr(), stream.local_addr()] {
-            self.config.check_address(address.map_err(|e| format!("its address is not known: {e}"))?.ip())?;
+        let unknown = |e: io::Error| format!("its address is not known: {e}");
+        let (from, to) = (stream.peer_addr().map_err(unknown)?.ip(), stream.local_addr().map_err(unknown)?.ip());
+        self.config.check_address(from)?;
+        self.config.check_address(to)?;
+        if !self.stranger_rate.may_begin(from, self.now_ms) {
+            self.counts.note("turned_away", 1);
+            return Err(format!("there are too many from {from} in a short time"));
         }
         stream.set_nonblocking(true).map_err(|e| format!("fcntl() failed: {e}"))?;
         stream.set_nodelay(true).map_err(|e| format!("setsockopt() failed: {e}"))?;
@@ -449,19 +597,41 @@ impl Engine {
         self.read(token);
     }
 
+    /// Whether all that was there to be read has been.
+    pub fn has_read_all(&self) -> bool {
+        self.read_again.is_empty()
+    }
+
     fn read_in_turn(&mut self) {
+        for token in std::mem::take(&mut self.read_on) {
+            if self.take_frames(token, &mut 0) {
+                self.read(token);
+            }
+        }
         for token in std::mem::take(&mut self.read_again) {
             self.read(token);
         }
     }
 
     fn read(&mut self, token: Token) {
+        // What was left of the turn before comes first.
+        let mut frames = 0;
+        if self.is_held(token) || !self.take_frames(token, &mut frames) {
+            return;
+        }
         for _ in 0..READS_IN_TURN {
             let Some(socket) = self.sockets.get_mut(&token) else {
                 return;
             };
+            if socket.is_held() || !socket.note_sender() {
+                return;
+            }
             match socket.connection.read(&mut self.buffer) {
-                Ok(Incoming::Bytes) => self.take_frames(token),
+                Ok(Incoming::Bytes) => {
+                    if !self.take_frames(token, &mut frames) {
+                        return;
+                    }
+                }
                 Ok(Incoming::Nothing) => return,
                 Ok(Incoming::End) => {
                     let where_ = if socket.connection.ended_in_frame() { " inside a frame" } else { "" };
@@ -479,17 +649,33 @@ impl Engine {
         self.read_again.push(token);
     }
 
-    fn take_frames(&mut self, token: Token) {
+    /// False: its turn is over.
+    fn take_frames(&mut self, token: Token, frames: &mut usize) -> bool {
         while let Some(socket) = self.sockets.get_mut(&token) {
-            let outcome = match socket.connection.next_frame() {
-                Ok(None) => return,
-                Ok(Some(frame)) => self.take_frame(token, frame),
+            if *frames >= FRAMES_IN_TURN {
+                self.read_again.push(token);
+                return false;
+            }
+            let outcome = match socket.next_frame() {
+                Ok(None) => return true,
+                Ok(Some(frame)) => {
+                    *frames += 1 + numbers_in(&frame) / NUMBERS_PER_FRAME;
+                    self.take_frame(token, frame)
+                }
                 Err(error) => Err(Close::Malformed(error.to_string())),
             };
             if let Err(why) = outcome {
                 self.close(token, why);
             }
+            if self.is_held(token) {
+                return false;
+            }
         }
+        false
+    }
+
+    fn is_held(&self, token: Token) -> bool {
+        self.sockets.get(&token).is_some_and(Socket::is_held)
     }
 
     fn take_frame(&mut self, token: Token, frame: Frame) -> Result<(), Close> {
@@ -521,8 +707,11 @@ impl Engine {
             let Some(socket) = self.sockets.get_mut(&token) else {
                 continue;
             };
-            if let Err(error) = socket.connection.write() {
-                self.close(token, Close::Ended(format!("write() failed: {error}")));
+            let was_full = socket.is_full();
+            match socket.connection.write() {
+                Ok(_) if was_full && !socket.is_full() => self.read_again.push(token),
+                Ok(_) => {}
+                Err(error) => self.close(token, Close::Ended(format!("write() failed: {error}"))),
             }
         }
     }
@@ -535,6 +724,7 @@ impl Engine {
         let Some(socket) = self.sockets.get_mut(&token) else {
             return;
         };
+        let (before, was_loaded) = (socket.connection.sent(), link.session.is_loaded());
         let failed = loop {
             let mut more = true;
             while more && socket.connection.waiting() < OUT_BYTES_HIGH {
@@ -545,7 +735,12 @@ impl Engine {
             }
             match socket.connection.write() {
                 Ok(true) if more => {}
-                Ok(_) => return,
+                Ok(_) => {
+                    let connection = &socket.connection;
+                    link.session.wrote(connection.sent() > before, !connection.is_sent(), self.now_ms);
+                    self.has_room |= was_loaded && !link.session.is_loaded();
+                    return;
+                }
                 Err(error) => break error,
             }
         };
@@ -570,7 +765,10 @@ impl Engine {
             self.worker_tick(index);
         }
         self.tick_strangers();
+        self.tick_unattached();
+        self.tick_background();
         self.tick_comparisons();
+        self.tick_gates();
     }
 
     fn tick_strangers(&mut self) {
@@ -591,9 +789,19 @@ impl Engine {
         }
     }
 
+    fn tick_unattached(&mut self) {
+        while self.unattached.front().is_some_and(|(due_ms, _)| *due_ms <= self.now_ms) {
+            let Some((_, token)) = self.unattached.pop_front() else { return };
+            if matches!(self.sockets.get(&token), Some(Socket { role: Role::Local(local), .. }) if !local.is_attached) {
+                let why = format!("it has not said within {} secs which process it is", ATTACH_MS_MAX / 1_000);
+                self.close(token, Close::Malformed(why));
+            }
+        }
+    }
+
     fn timeout(&self) -> Option<Duration> {
         let is_loading = self.peers.iter().any(|peer| peer.is_up() && peer.outbox.wants().is_some());
-        if !self.read_again.is_empty() || self.has_closed || is_loading {
+        if !self.read_again.is_empty() || !self.read_on.is_empty() || self.has_closed || self.has_room || is_loading {
             return Some(Duration::ZERO);
         }
         // At the end nothing is begun any more.
@@ -614,8 +822,12 @@ impl Engine {
             .chain(self.work.wake_up_ms())
             .chain(self.redos.wake_up_ms(self.now_ms))
             .chain(self.questions.wake_up_ms(self.now_ms))
-            .chain(self.comparisons.wake_up_ms(self.now_ms))
+            .chain(self.comparisons.wake_up_ms(self.now_ms).filter(|_| !self.is_stopping()))
+            .chain(self.background.wake_up_ms())
+            .chain(self.gates.wake_up_ms())
+            .chain(self.acks.wake_up_ms(self.now_ms))
             .chain(self.unnamed.front().map(|(due_ms, ..)| *due_ms))
+            .chain(self.unattached.front().map(|(due_ms, _)| *due_ms))
             .chain(self.stop_by_ms)
             .min();
         // One more, because the clock is read in whole milliseconds.
@@ -633,7 +845,7 @@ impl Engine {
         }
     }
 
-    fn is_at_end(&self) -> bool {
+    pub fn is_at_end(&self) -> bool {
         let Some(stop_by_ms) = self.stop_by_ms else {
             return false;
         };
@@ -644,5 +856,13 @@ impl Engine {
         let is_applied = !self.workers.iter().any(Worker::is_applying);
         let is_settled = is_read && is_written && is_applied && self.peers.iter().all(PeerState::is_settled);
         is_settled || stop_by_ms <= self.now_ms
+    }
+}
+
+fn numbers_in(frame: &Frame) -> usize {
+    match &frame.kind {
+        Some(proto::frame::Kind::Known(known)) => known.seqs.len(),
+        Some(proto::frame::Kind::Ack(ack)) => ack.seqs.len(),
+        _ => 0,
     }
 }

@@ -13,11 +13,11 @@ use super::durable::sent_change;
 use super::engine::Engine;
 use super::spans::Place;
 use crate::change;
-use crate::journal::{FlagChange, JournalError};
+use crate::journal::{Elsewhere, FlagChange, JournalError};
 use crate::merge::flags::{Range, Update};
 use crate::merge::rule::Rule;
 use crate::wire::proto::op::What;
-use crate::wire::proto::{Change, FlagUpdate, Mailbox, MessageRange, Op, SeqOf, Span, Stamp};
+use crate::wire::proto::{Change, Expunge, FlagUpdate, Mailbox, MessageRange, Op, SeqOf, Span, Stamp};
 
 /// Longer than a change of ours waits until it is told, mostly.
 const RACE_MS_MAX: u64 = 60_000;
@@ -61,13 +61,49 @@ fn updates(change: &Change) -> Vec<Update> {
     change.ops.iter().filter_map(of_op).collect()
 }
 
-fn saved_guids(change: &Change) -> Vec<String> {
-    let of_op = |op: &Op| match &op.what {
-        Some(What::Save(save)) => Some(save.guid.clone()),
-        _ => None,
-    };
-    change.ops.iter().filter_map(of_op).collect()
+/// What a job says of messages by their GUIDs.
+#[derive(Default)]
+struct Coming {
+    /// Saved ones.
+    saved: HashSet<String>,
+    /// By mailbox and GUID, the UIDs that they have there.
+    named: HashMap<(Vec<u8>, String), HashSet<u32>>,
+    /// Those that get other UIDs.
+    moved: HashSet<String>,
 }
+
+impl Coming {
+    fn add(&mut self, mailbox: &[u8], change: &Change) {
+        for what in change.ops.iter().filter_map(|op| op.what.as_ref()) {
+            match what {
+                What::Save(save) => {
+                    self.saved.insert(save.guid.clone());
+                    self.name(mailbox, save.birth.as_ref().map_or(0, |birth| birth.uid), &save.guid);
+                }
+                What::Flags(FlagUpdate { messages, .. }) | What::Expunge(Expunge { messages }) => {
+                    messages.iter().for_each(|range| self.name(mailbox, range.first_uid, &range.guid));
+                }
+                What::Claim(claim) => drop(self.moved.insert(claim.guid.clone())),
+                What::Nack(nack) => drop(self.moved.insert(nack.guid.clone())),
+                _ => {}
+            }
+        }
+    }
+
+    fn name(&mut self, mailbox: &[u8], uid: u32, guid: &str) {
+        if uid != 0 && !guid.is_empty() {
+            self.named.entry((mailbox.to_vec(), guid.to_owned())).or_default().insert(uid);
+        }
+    }
+
+    /// The UIDs there of all that have the GUID.
+    fn uids(&self, mailbox: &[u8], guid: &str) -> impl Iterator<Item = u32> + '_ {
+        self.named.get(&(mailbox.to_vec(), guid.to_owned())).into_iter().flatten().copied()
+    }
+}
+
+/// Of messages that share their GUID with others in the mailbox, by UID there and GUID, the later changes that mean them.
+type OfCopies = HashMap<(u32, String), Vec<Update>>;
 
 fn mailbox_guid(change: &Change) -> &[u8] {
     change.mailbox.as_ref().map(|mailbox| mailbox.guid.as_slice()).unwrap_or_default()
@@ -202,6 +238,42 @@ fn undone(other: &Runner, ours: &Runner) -> Vec<Undone> {
     pairs.map(|update| Undone { made: ours.made.clone(), mailbox: ours.mailbox.clone(), update }).collect()
 }
 
+/// What later changes leave of it.
+fn left_of(mut part: Update, later: &[Update], apart: &HashSet<String>) -> Vec<Update> {
+    // A mailbox may have copies of a message, with its GUID: they stay in this order.
+    let mut uids: HashMap<String, Vec<(u32, u32)>> = HashMap::new();
+    for range in &part.messages {
+        uids.entry(range.guid.clone()).or_default().push((range.first, range.last));
+    }
+    let is_apart = |range: &&mut Range| apart.contains(&range.guid);
+    for range in part.messages.iter_mut().filter(is_apart) {
+        (range.first, range.last) = NO_UID;
+    }
+    let mut left = later
+        .iter()
+        .fold(vec![part], |left, later| left.into_iter().flat_map(|update| update.without(later)).collect());
+    for update in &mut left {
+        let mut uids: HashMap<&str, _> =
+            uids.iter().map(|(guid, uids)| (guid.as_str(), uids.iter().copied())).collect();
+        for range in update.messages.iter_mut().filter(is_apart) {
+            let uid = uids.get_mut(range.guid.as_str()).and_then(Iterator::next);
+            (range.first, range.last) = uid.unwrap_or(NO_UID);
+        }
+    }
+    left
+}
+
+/// Those of the UIDs here that are of other messages than the one that a server has at `uid`, although all have one GUID: the server
+/// has these, too, under other UIDs. `known`: what is not here at its UID there; `there`: UIDs that it names.
+fn others_of(uid: u32, here: HashSet<u32>, known: &[Elsewhere], there: impl Iterator<Item = u32>) -> HashSet<u32> {
+    let here_of = |uid: u32| known.iter().find(|one| one.uid == uid).map_or(uid, |one| one.here);
+    let was_moved = |from: u32, to: u32| known.iter().any(|one| one.moved && one.uid == from && one.here == to);
+    let stands = here_of(uid);
+    let there = known.iter().map(|one| one.uid).chain(there);
+    let others: HashSet<u32> = there.filter(|other| *other != uid).map(here_of).collect();
+    here.into_iter().filter(|at| others.contains(at) && *at != stands && !was_moved(*at, stands)).collect()
+}
+
 impl Engine {
     /// Takes out of a peer's changes what later changes of the same flags have decided. To be called before they are applied.
     pub fn reduce_flags<'a>(
@@ -211,7 +283,8 @@ impl Engine {
     ) -> Result<(), JournalError> {
         let is_of_flags = |change: &&mut Change| change.stamp.is_some() && !updates(change).is_empty();
         let changes: Vec<&mut Change> = changes.collect();
-        let saved: HashSet<String> = changes.iter().flat_map(|change| saved_guids(change)).collect();
+        let mut coming = Coming::default();
+        changes.iter().for_each(|change| coming.add(self.lists.canonical(user, mailbox_guid(change)), change));
         let changes: Vec<&mut Change> = changes.into_iter().filter(is_of_flags).collect();
         let first = changes.iter().filter_map(|change| change.stamp.as_ref()).map(|stamp| stamp.clock).min();
         let kept = match first {
@@ -226,8 +299,9 @@ impl Engine {
             let is_later =
                 |kept: &&Kept| kept.mailbox == guid && (kept.clock, &kept.origin) > (stamp.clock, &stamp.origin);
             let later: Vec<&Update> = kept.iter().filter(is_later).flat_map(|kept| &kept.updates).collect();
+            let of_copies = self.of_copies(user, &stamp.origin, &guid, &updates(change), &later, &coming)?;
             let later = self.of_other_uids(user, &stamp.origin, &guid, &later)?;
-            let is_apart = |range: &Range| match saved.contains(&range.guid) {
+            let is_apart = |range: &Range| match coming.saved.contains(&range.guid) {
                 // Nobody can have changed it here by its UID.
                 true => Ok(true),
                 false => self.is_elsewhere(user, &stamp.origin, &guid, range.first).map(|at| at.is_some()),
@@ -240,7 +314,7 @@ impl Engine {
                     apart.insert(range.guid.clone());
                 }
             }
-            self.take_out(user, change, &later, &apart);
+            self.take_out(user, change, &later, &of_copies, &apart);
             let mailbox = Mailbox { guid, ..change.mailbox.clone().unwrap_or_default() };
             self.races.is_applied(user, made, mailbox, updates(change), self.now_ms);
         }
@@ -255,6 +329,61 @@ impl Engine {
             Some(Kept { clock, origin, mailbox, updates: updates(&change) })
         });
         Ok(kept.collect())
+    }
+
+    /// What later changes did to a copy of a message, they did not do to the message.
+    fn of_copies(
+        &self,
+        user: &str,
+        origin: &str,
+        mailbox: &[u8],
+        updates: &[Update],
+        later: &[&Update],
+        coming: &Coming,
+    ) -> Result<OfCopies, JournalError> {
+        let mut of_copies = OfCopies::new();
+        if later.is_empty() {
+            return Ok(of_copies);
+        }
+        for range in updates.iter().flat_map(|update| &update.messages).filter(|range| !range.guid.is_empty()) {
+            let (uid, guid) = (range.first, &range.guid);
+            let named = later.iter().flat_map(|update| &update.messages).filter(|other| other.guid == *guid);
+            let others =
+                self.other_messages(user, origin, (mailbox, uid, guid), named.map(|other| other.first), coming)?;
+            if others.is_empty() {
+                continue;
+            }
+            let mut meant: Vec<Update> = later.iter().map(|update| (*update).clone()).collect();
+            for update in &mut meant {
+                update.messages.retain(|other| other.guid != *guid || !others.contains(&other.first));
+            }
+            let meant: Vec<&Update> = meant.iter().collect();
+            of_copies.insert((uid, guid.clone()), self.of_other_uids(user, origin, mailbox, &meant)?);
+        }
+        Ok(of_copies)
+    }
+
+    /// Which of these UIDs here are of other messages than the one that the server has at this UID, although all have its GUID.
+    fn other_messages(
+        &self,
+        user: &str,
+        origin: &str,
+        (mailbox, uid, guid): (&[u8], u32, &str),
+        here: impl Iterator<Item = u32>,
+        coming: &Coming,
+    ) -> Result<HashSet<u32>, JournalError> {
+        let here: HashSet<u32> = here.collect();
+        if here.is_empty() {
+            return Ok(here);
+        }
+        if coming.moved.contains(guid) {
+            return Ok(HashSet::new());
+        }
+        let known = match self.users_elsewhere.contains(user) {
+            true => self.journal.elsewhere_of(user, origin, mailbox, guid)?,
+            false => Vec::new(),
+        };
+        Ok(others_of(uid, here, &known, coming.uids(mailbox, guid)))
     }
 
     /// Messages with a GUID keep their UIDs only where these name the same for the other server.
@@ -284,7 +413,14 @@ impl Engine {
     }
 
     /// `apart`: GUIDs of messages that are not here at the UIDs that they have there: of those only GUIDs are compared.
-    fn take_out(&mut self, user: &str, change: &mut Change, later: &[Update], apart: &HashSet<String>) {
+    fn take_out(
+        &mut self,
+        user: &str,
+        change: &mut Change,
+        later: &[Update],
+        of_copies: &OfCopies,
+        apart: &HashSet<String>,
+    ) {
         let mut ops = Vec::with_capacity(change.ops.len());
         let mut is_less = false;
         for op in &change.ops {
@@ -292,29 +428,19 @@ impl Engine {
                 ops.push(op.clone());
                 continue;
             };
-            let mut whole = update(flags);
-            // A mailbox may have copies of a message, with its GUID: they stay in this order.
-            let mut uids: HashMap<String, Vec<(u32, u32)>> = HashMap::new();
-            for range in &whole.messages {
-                uids.entry(range.guid.clone()).or_default().push((range.first, range.last));
+            let whole = update(flags);
+            let later_of = |range: &Range| of_copies.get(&(range.first, range.guid.clone()));
+            let (copies, others): (Vec<Range>, Vec<Range>) =
+                whole.messages.iter().cloned().partition(|range| later_of(range).is_some());
+            let with = |messages: Vec<Range>| Update { messages, ..whole.clone() };
+            let of_copies =
+                copies.into_iter().map(|range| (later_of(&range).map_or(later, Vec::as_slice), with(vec![range])));
+            let parts = (!others.is_empty()).then(|| (later, with(others))).into_iter().chain(of_copies);
+            for (later, part) in parts {
+                let left = left_of(part.clone(), later, apart);
+                is_less |= left != [part];
+                ops.extend(left.into_iter().map(operation));
             }
-            let is_apart = |range: &&mut Range| apart.contains(&range.guid);
-            for range in whole.messages.iter_mut().filter(is_apart) {
-                (range.first, range.last) = NO_UID;
-            }
-            let mut left = later
-                .iter()
-                .fold(vec![whole], |left, later| left.into_iter().flat_map(|update| update.without(later)).collect());
-            for update in &mut left {
-                let mut uids: HashMap<&str, _> =
-                    uids.iter().map(|(guid, uids)| (guid.as_str(), uids.iter().copied())).collect();
-                for range in update.messages.iter_mut().filter(is_apart) {
-                    let uid = uids.get_mut(range.guid.as_str()).and_then(Iterator::next);
-                    (range.first, range.last) = uid.unwrap_or(NO_UID);
-                }
-            }
-            is_less |= left != [update(flags)];
-            ops.extend(left.into_iter().map(operation));
         }
         if !is_less {
             return;
@@ -505,6 +631,22 @@ mod tests {
         assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[2; 16], (2, 900))), []);
         assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 40))), []);
         assert_eq!(updates_of(races.is_told(&jane, ours(), inbox(), vec![seen(1, 4, true)], (2, 50), 0)), []);
+    }
+
+    #[test]
+    fn what_was_done_to_a_copy_later_was_not_done_to_the_message() {
+        let at = |uid, here, moved| Elsewhere { mailbox: vec![], uid, guid: "x".into(), here, moved, alone: false };
+        let others = |uid, here: &[u32], known: &[Elsewhere], there: &[u32]| {
+            let others = others_of(uid, here.iter().copied().collect(), known, there.iter().copied());
+            let mut others: Vec<u32> = others.into_iter().collect();
+            others.sort();
+            others
+        };
+        assert_eq!(others(5, &[4, 5], &[], &[4, 5]), [4], "it names both");
+        assert_eq!(others(4, &[4, 10], &[at(5, 10, false)], &[4]), [10], "the other one is known to be elsewhere");
+        assert_eq!(others(5, &[4, 10], &[at(5, 10, false)], &[5]), [], "4 may be what it was, and nobody has said so");
+        let moved = [at(5, 11, false), at(10, 11, true)];
+        assert_eq!(others(5, &[10, 11], &moved, &[5]), [], "it was at 10 here");
     }
 
     #[test]

@@ -7,7 +7,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
+use prost::Message;
+
 use super::spans::Place;
+use crate::wire::proto::MessageRange;
 
 /// Looks of one user that may find rebuilt indexes one after the other. Then there are pauses: Dovecot may make an mdbox's
 /// indexes anew each time that it is opened, and every look would find news that it has made itself.
@@ -20,8 +23,19 @@ const ANEW_MS: u64 = 60_000;
 const PAUSE_MS_MIN: u64 = 1_000;
 const PAUSE_MS_MAX: u64 = 60_000;
 
+/// Of the messages of one user that were expunged in memory: less than what has room in a frame.
+const EXPUNGED_BYTES_MAX: usize = 32_000;
+
+/// Messages that clients expunged in memory.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Expunged {
+    pub messages: Vec<MessageRange>,
+    /// The lowest of their sessions.
+    pub uid_next: u32,
+}
+
 /// What is to be looked at of one user.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Look {
     /// By GUID; up to which place of the log, or all of it.
     pub mailboxes: BTreeMap<Vec<u8>, Option<Place>>,
@@ -33,27 +47,52 @@ pub struct Look {
     pub subscriptions: bool,
     /// Of these all that is there is to be told.
     pub anew: BTreeSet<Vec<u8>>,
+    /// What clients expunged in them in memory.
+    pub expunged: BTreeMap<Vec<u8>, Expunged>,
     /// Nothing, if nothing was written to them since then, in seconds since 1970; 0: always.
     pub written_since: i64,
+    /// Whose mail it is, of a user who may have none.
+    pub owner: bool,
 }
 
 impl Look {
     fn is_empty(&self) -> bool {
+        self.has_no_mailboxes() && !self.owner
+    }
+
+    fn has_no_mailboxes(&self) -> bool {
         self.mailboxes.is_empty() && !self.whole
     }
 
     fn merge(&mut self, other: Look) {
-        if self.is_empty() {
+        if self.has_no_mailboxes() {
             self.written_since = other.written_since;
-        } else if other.written_since == 0 {
+        } else if other.written_since == 0 && !other.has_no_mailboxes() {
             self.written_since = 0;
         }
         self.whole |= other.whole;
         self.logs |= other.logs;
         self.subscriptions |= other.subscriptions;
+        self.owner |= other.owner;
         self.anew.extend(other.anew);
         for (guid, until) in other.mailboxes {
             self.add(guid, until);
+        }
+        for (guid, expunged) in other.expunged {
+            self.add_expunged(&guid, expunged);
+        }
+    }
+
+    fn add_expunged(&mut self, guid: &[u8], expunged: Expunged) {
+        let mut bytes: usize = self.expunged.values().flat_map(|known| &known.messages).map(Message::encoded_len).sum();
+        let uid_next = expunged.uid_next;
+        let known = self.expunged.entry(guid.to_vec()).or_insert(Expunged { messages: vec![], uid_next });
+        known.uid_next = known.uid_next.min(uid_next);
+        for message in expunged.messages {
+            bytes += message.encoded_len();
+            if bytes <= EXPUNGED_BYTES_MAX && !known.messages.contains(&message) {
+                known.messages.push(message);
+            }
         }
     }
 
@@ -127,6 +166,19 @@ impl Heals {
         self.line_up(user);
     }
 
+    /// Clients expunged these messages while the mailbox's index was in memory: what of them is gone is to be told. Of more than is kept
+    /// it may seem that they were lost, and they come back from the peers.
+    pub fn want_expunged(&mut self, user: &Arc<str>, mailbox: &[u8], expunged: Expunged) {
+        self.users.entry(user.clone()).or_default().wanted.add_expunged(mailbox, expunged);
+        self.want(user, mailbox, None);
+    }
+
+    /// Of these messages, by UID: those for which no look was begun yet.
+    pub fn still_expunged(&self, user: &Arc<str>, mailbox: &[u8]) -> Vec<u32> {
+        let wanted = self.users.get(user).and_then(|user| user.wanted.expunged.get(mailbox));
+        wanted.map(|wanted| wanted.messages.iter().map(|message| message.first_uid).collect()).unwrap_or_default()
+    }
+
     /// All that is in the mailbox is to be told, as when its index was made anew.
     pub fn want_anew(&mut self, user: &Arc<str>, mailbox: &[u8]) {
         self.users.entry(user.clone()).or_default().wanted.anew.insert(mailbox.to_vec());
@@ -158,6 +210,12 @@ impl Heals {
         if let Some(user) = self.users.get_mut(user).filter(|_| !is_heard) {
             user.wanted.written_since = since;
         }
+    }
+
+    /// Which system user's mail his is.
+    pub fn want_owner(&mut self, user: &Arc<str>) {
+        self.users.entry(user.clone()).or_default().wanted.owner = true;
+        self.line_up(user);
     }
 
     fn want_whole(&mut self, user: &Arc<str>) {
@@ -355,6 +413,27 @@ mod tests {
         assert_eq!(heals.next(0, true, |_| false), Some((jane.clone(), look(&[], true))));
         heals.finish(&jane, Ok(()), 0);
         assert_eq!((heals.running(), heals.pending()), (0, 0));
+    }
+
+    #[test]
+    fn what_was_expunged_in_memory_is_kept_until_a_look_succeeds_but_not_any_number() {
+        let mut heals = Heals::default();
+        let jane: Arc<str> = "jane".into();
+        let message = |uid| MessageRange { first_uid: uid, last_uid: uid, guid: "x".repeat(50), ..Default::default() };
+        let all = |uids: &[u32], uid_next| Expunged { messages: uids.iter().copied().map(message).collect(), uid_next };
+        let next = |heals: &mut Heals, now_ms| {
+            let (_, look) = heals.next(now_ms, true, |_| false).expect("a look");
+            let expunged = &look.expunged[&[1; 16][..]];
+            (expunged.messages.len(), expunged.uid_next)
+        };
+        heals.want_expunged(&jane, &[1; 16], all(&[1, 2, 1], 9));
+        assert_eq!(next(&mut heals, 0), (2, 9));
+        heals.want_expunged(&jane, &[1; 16], all(&[3], 8));
+        heals.finish(&jane, Err("no room".into()), 0);
+        assert_eq!(next(&mut heals, 1_000), (3, 8));
+        heals.finish(&jane, Ok(()), 1_000);
+        heals.want_expunged(&jane, &[1; 16], all(&(1..=10_000).collect::<Vec<_>>(), 10_001));
+        assert!(next(&mut heals, 2_000).0 < 1_000);
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub struct Lists {
     gone: Vec<(Arc<str>, Vec<u8>)>,
     /// Those that this server's clients have deleted.
     deleted: HashMap<Arc<str>, VecDeque<Deleted>>,
+    /// Logs that went with mailboxes whose messages were put into others: GUID and index.
+    gone_logs: HashMap<Arc<str>, VecDeque<(Vec<u8>, u32)>>,
 }
 
 struct Deleted {
@@ -71,7 +73,7 @@ impl Lists {
     /// All of the user.
     pub fn aliases(&self, user: &str) -> Vec<Alias> {
         let of_user = self.aliases.get(user).into_iter().flatten();
-        of_user.map(|(guid, is)| Alias { guid: guid.clone(), is: is.clone() }).collect()
+        of_user.map(|(guid, is)| Alias { guid: guid.clone(), is: is.clone(), index_id: 0 }).collect()
     }
 
     fn add_alias(&mut self, user: &Arc<str>, mailbox: &[u8], is_now: &[u8]) {
@@ -141,8 +143,29 @@ impl Lists {
         deleted.any(|deleted| deleted.mailbox == mailbox.guid && made_us <= deleted.made_us)
     }
 
+    fn note_gone_log(&mut self, user: &Arc<str>, mailbox: &[u8], index_id: u32) {
+        if self.gone_logs.len() >= USERS_MAX {
+            self.gone_logs.clear();
+        }
+        let of_user = self.gone_logs.entry(user.clone()).or_default();
+        if of_user.len() >= KEPT_MAX {
+            of_user.pop_front();
+        }
+        of_user.push_back((mailbox.to_vec(), index_id));
+    }
+
+    /// Whether what was written there has gone with its mailbox, whose messages are in another one.
+    pub fn is_log_gone(&self, span: &Span) -> bool {
+        let mut of_user = self.gone_logs.get(span.user.as_str()).into_iter().flatten();
+        of_user.any(|(mailbox, index_id)| *mailbox == span.mailbox_guid && *index_id == span.index_id)
+    }
+
     pub fn to_be_looked_at(&self) -> usize {
         self.to_look_at.len()
+    }
+
+    pub fn is_to_be_looked_at(&self, user: &str) -> bool {
+        self.to_look_at.contains_key(user)
     }
 
     pub fn wake_up_ms(&self) -> Option<u64> {
@@ -207,9 +230,19 @@ impl Engine {
     }
 
     /// What a worker found of two mailboxes of one name: the first is gone, if it was ever here.
-    pub fn take_alias(&mut self, user: &Arc<str>, mailbox: &[u8], is_now: &[u8]) -> Result<(), JournalError> {
-        self.note_alias(user, mailbox, is_now)?;
-        self.forget_log(user, mailbox)
+    pub fn take_alias(&mut self, user: &Arc<str>, alias: &Alias) -> Result<(), JournalError> {
+        let Alias { guid, is, index_id } = alias;
+        if guid != is {
+            self.note_alias(user, guid, is)?;
+            self.forget_log(user, guid)?;
+        }
+        if *index_id != 0 {
+            self.lists.note_gone_log(user, guid, *index_id);
+            let mut released = Vec::new();
+            self.order.forget_log(user, (guid, *index_id), &mut self.spans, &mut released);
+            self.ship_all(released);
+        }
+        Ok(())
     }
 
     /// Looks at lists of mailboxes that two servers have changed at once, when that is over.
@@ -444,7 +477,7 @@ impl Engine {
     /// What [`Engine::note_list`] found out: not in the middle of what it was called for.
     pub fn tell_of_list(&mut self) {
         for (user, change) in std::mem::take(&mut self.lists.to_tell) {
-            self.ship_all(vec![Release { user, change: Some(change), spans: vec![] }]);
+            self.ship_all(vec![Release { user, change: Some(change), spans: vec![], ack: None }]);
         }
     }
 }
@@ -467,6 +500,26 @@ mod tests {
             stamp: Some(Stamp { clock: made_us, ..Default::default() }),
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn a_log_that_went_with_its_mailbox_is_known_to_be_gone() {
+        let jane: Arc<str> = "jane".into();
+        let mut lists = Lists::default();
+        let span = |mailbox, index_id| Span {
+            user: "jane".into(),
+            mailbox_guid: vec![mailbox; 16],
+            index_id,
+            ..Default::default()
+        };
+        lists.note_gone_log(&jane, &[1; 16], 7);
+        assert!(lists.is_log_gone(&span(1, 7)));
+        assert!(!lists.is_log_gone(&span(1, 8)), "that of the mailbox which has the GUID now");
+        assert!(!lists.is_log_gone(&span(2, 7)) && !lists.is_log_gone(&Span { user: "joe".into(), ..span(1, 7) }));
+        for index_id in 0..1_000 {
+            lists.note_gone_log(&jane, &[1; 16], index_id);
+        }
+        assert_eq!(lists.gone_logs[&jane].len(), KEPT_MAX);
     }
 
     #[test]

@@ -1,48 +1,62 @@
 //! Connections of local processes: what they did becomes changes for the peers; doveadm asks for the status.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use mio::Token;
 
 use super::engine::{Close, Engine, Role, Socket};
+use super::heal::Expunged;
 use super::order::{Arrival, Hole, Release};
+use super::owners::{May, Sender};
 use super::spans::Need;
 use crate::change::{self, ChangeError, GUID_BYTES};
 use crate::journal::{JournalError, KnownLog};
 use crate::wire::proto::{
-    frame::Kind, op::What, Change, ClearFailed, Doubt, FailedCleared, FailedEntry, FailedList, Frame, Record, Span,
-    WaitingList,
+    frame::Kind, op::What, Change, ClearFailed, Doubt, FailedCleared, FailedEntry, FailedList, Frame, Intent, Mailbox,
+    Record, Span, WaitingList,
 };
 
-/// Answers that may wait for a process that does not read them.
+/// Answers that may wait for a process; while more do, nothing is read from it.
 pub const OUT_BYTES_MAX: usize = 1 << 20;
 
 /// Of what failed, and of who waits, so much is listed.
 const FAILED_MAX: usize = 10_000;
 const WAITING_MAX: usize = 10_000;
+/// Users of whom one record tells; a process has one at a time, and may be writing to the mailbox of another.
+const RECORD_USERS_MAX: usize = 4;
 /// Mailboxes of one user that one process is about to write to; with more, all of them count.
 const INTENTS_PER_USER_MAX: usize = 100;
 
 /// Mailboxes by user and GUID; an empty GUID stands for all.
-type Intents = HashMap<Arc<str>, HashSet<Vec<u8>>>;
+pub type Intents = HashMap<Arc<str>, HashSet<Vec<u8>>>;
 
 /// One local process.
 #[derive(Default)]
 pub struct Local {
-    may_ask: bool,
-    is_attached: bool,
+    /// Who connected, if it is nobody whom the relay trusts.
+    pub uid: Option<u32>,
+    /// The kernel says so with the first bytes.
+    pub sender: Option<Sender>,
+    /// A frame that is to be taken as soon as it is known whose mail it tells of.
+    pub held: Option<Box<Frame>>,
+    /// Users of whom that one tells, and whom there is not: they may be there the next time.
+    pub absent: Vec<Arc<str>>,
+    pub is_attached: bool,
     process: String,
     pid: u32,
     /// What it was about to write to, and has not said goodbye since.
     intents: Intents,
     /// A change of its was bad; said once.
     has_bad_change: bool,
+    /// It told of another's mail; said once.
+    has_told_of_others: bool,
 }
 
 impl Local {
-    pub fn new(may_ask: bool) -> Local {
-        Local { may_ask, ..Local::default() }
+    pub fn new(uid: Option<u32>) -> Local {
+        let sender = uid.is_none().then_some(Sender::Trusted);
+        Local { uid, sender, ..Local::default() }
     }
 
     fn intend(&mut self, user: &str, mailbox: Vec<u8>) {
@@ -50,6 +64,11 @@ impl Local {
         // Without a GUID, all of the user's mailboxes.
         let is_one = mailbox.len() == GUID_BYTES && mailboxes.len() < INTENTS_PER_USER_MAX;
         mailboxes.insert(if is_one { mailbox } else { Vec::new() });
+    }
+
+    /// Mailboxes that it may be writing to: of users, by GUID; an empty one stands for all.
+    pub fn intents(&self) -> &Intents {
+        &self.intents
     }
 
     fn name(&self) -> String {
@@ -71,14 +90,16 @@ impl Engine {
                 | Kind::ClearFailed(_)
                 | Kind::CompareRequest(_)
                 | Kind::ProgressRequest(_)
+                | Kind::WaitRequest(_)
+                | Kind::RemovePeer(_)
+                | Kind::AcceptPeer(_)
         );
-        let may_ask =
-            matches!(self.sockets.get(&token), Some(Socket { role: Role::Local(local), .. }) if local.may_ask);
-        if is_question && !may_ask {
+        let Some(Socket { role: Role::Local(local), .. }) = self.sockets.get_mut(&token) else { return Ok(()) };
+        if is_question && local.sender != Some(Sender::Trusted) {
             return Err(Close::Malformed("it asks what only root and the relay's own user may know".into()));
         }
-        if let Kind::StatusRequest(_) = kind {
-            return self.answer_status(token);
+        if let Kind::StatusRequest(request) = kind {
+            return self.answer_status(token, &request.user);
         }
         if let Kind::FailedRequest(_) = kind {
             return self.answer_failed(token);
@@ -93,6 +114,17 @@ impl Engine {
         if let Kind::ProgressRequest(_) = kind {
             let progress = self.progress();
             self.send(token, &Kind::Progress(progress).into());
+            return Ok(());
+        }
+        if let Kind::WaitRequest(request) = kind {
+            return self.open_gate(token, &request);
+        }
+        if let Kind::RemovePeer(request) = kind {
+            self.remove_peer(token, &request.peer);
+            return Ok(());
+        }
+        if let Kind::AcceptPeer(request) = kind {
+            self.accept_peer(token, &request);
             return Ok(());
         }
         if let Kind::ClearFailed(clear) = kind {
@@ -112,8 +144,7 @@ impl Engine {
             }
             Kind::Intent(intent) => {
                 change::check_user(&intent.user).map_err(|error| Close::Malformed(error.to_string()))?;
-                local.intend(&intent.user, intent.mailbox.unwrap_or_default().guid);
-                self.take_user_peers(&intent.user.as_str().into(), intent.peers);
+                self.take_intent(token, intent);
             }
             Kind::Goodbye(goodbye) => {
                 self.take_dropped(token, goodbye.dropped);
@@ -121,7 +152,14 @@ impl Engine {
                     local.intents.clear();
                 }
             }
-            Kind::Record(record) => return self.take_record(token, record),
+            Kind::Record(record) => {
+                let malformed = |error: ChangeError| Close::Malformed(error.to_string());
+                change::check_spans(&record.spans).map_err(malformed)?;
+                record.expunged_in_memory.iter().try_for_each(change::check_change).map_err(malformed)?;
+                if let Some(record) = self.check_sender(token, record)? {
+                    self.take_record(token, record);
+                }
+            }
             _ => return Err(Close::Malformed("it sent a frame that a local process may not send".into())),
         }
         Ok(())
@@ -132,7 +170,10 @@ impl Engine {
             // It is us who ended it.
             Close::Ended(_) if self.is_stopping() => return,
             Close::Malformed(reason) => {
-                log::error!("Local process {}: {reason} - closing its connection.", local.name());
+                let line = || format!("Local process {}: {reason} - closing its connection.", local.name());
+                if let Some(line) = self.floods.locals.take(line, self.now_ms) {
+                    log::error!("{line}");
+                }
             }
             _ => {}
         }
@@ -140,11 +181,16 @@ impl Engine {
             return;
         }
         self.counts.counters.unclean_ends += 1;
-        log::info!(
-            "Local process {} ended without a goodbye after it was about to write: {}. Its mailboxes are looked at.",
-            local.name(),
-            why.reason()
-        );
+        let line = || {
+            format!(
+                "Local process {} ended without a goodbye after it was about to write: {}. Its mailboxes are looked at.",
+                local.name(),
+                why.reason()
+            )
+        };
+        if let Some(line) = self.floods.unclean_ends.take(line, self.now_ms) {
+            log::info!("{line}");
+        }
         self.look_into_intents(&local.intents);
     }
 
@@ -162,7 +208,18 @@ impl Engine {
         self.look_into_intents(&intents);
     }
 
-    fn look_into_intents(&mut self, intents: &Intents) {
+    fn take_expunged_in_memory(&mut self, expunged: Change) {
+        let user = expunged.user.as_str().into();
+        let Mailbox { guid, uid_next, .. } = expunged.mailbox.unwrap_or_default();
+        let messages = expunged.ops.into_iter().filter_map(|op| match op.what {
+            Some(What::Expunge(expunge)) => Some(expunge.messages),
+            _ => None,
+        });
+        let expunged = Expunged { messages: messages.flatten().collect(), uid_next };
+        self.heals.want_expunged(&user, &guid, expunged);
+    }
+
+    pub fn look_into_intents(&mut self, intents: &Intents) {
         for (user, mailboxes) in intents {
             match mailboxes.contains(&Vec::new()) {
                 true => self.heals.want_all(user),
@@ -171,13 +228,19 @@ impl Engine {
         }
     }
 
-    fn answer_status(&mut self, token: Token) -> Result<(), Close> {
-        let status = self.status();
+    fn answer_status(&mut self, token: Token, user: &str) -> Result<(), Close> {
+        let status = match user {
+            "" => self.status(),
+            user => match self.status_of(user) {
+                Ok(status) => status,
+                Err(error) => {
+                    self.fail(error);
+                    return Ok(());
+                }
+            },
+        };
         self.send(token, &Kind::Status(status).into());
-        match self.sockets.get(&token).map_or(0, |socket| socket.connection.waiting()) {
-            waiting if waiting > OUT_BYTES_MAX => Err(Close::Malformed("it does not read its answers".into())),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     fn answer_failed(&mut self, token: Token) -> Result<(), Close> {
@@ -232,12 +295,92 @@ impl Engine {
         Ok(())
     }
 
-    fn take_record(&mut self, token: Token, record: Record) -> Result<(), Close> {
-        change::check_spans(&record.spans).map_err(|error| Close::Malformed(error.to_string()))?;
+    fn take_intent(&mut self, token: Token, intent: Intent) {
+        let may = self.may_tell(token, &intent.user);
+        let Some(Role::Local(local)) = self.sockets.get_mut(&token).map(|socket| &mut socket.role) else { return };
+        match may {
+            May::Wait => local.held = Some(Box::new(Kind::Intent(intent).into())),
+            May::NoUser => {}
+            May::Tell | May::NotTell => {
+                // If it ends without a goodbye, a look does no harm.
+                local.intend(&intent.user, intent.mailbox.unwrap_or_default().guid);
+                if may == May::Tell {
+                    self.take_user_peers(&intent.user.as_str().into(), intent.peers);
+                }
+            }
+        }
+    }
+
+    /// The record, if the process may tell of whom it tells.
+    fn check_sender(&mut self, token: Token, record: Record) -> Result<Option<Record>, Close> {
+        let changes = record.change.iter().chain(&record.expunged_in_memory).map(|change| change.user.as_str());
+        let users: BTreeSet<&str> = changes.chain(record.spans.iter().map(|span| span.user.as_str())).collect();
+        if users.len() > RECORD_USERS_MAX {
+            return Err(Close::Malformed(format!("one record tells of {} users", users.len())));
+        }
+        let mut may: Vec<(Arc<str>, May)> = Vec::new();
+        // One is waited for at a time.
+        let must_wait = users.into_iter().any(|user| {
+            let of_user = self.may_tell(token, user);
+            may.push((user.into(), of_user));
+            of_user == May::Wait
+        });
+        if must_wait {
+            if let Some(Role::Local(local)) = self.sockets.get_mut(&token).map(|socket| &mut socket.role) {
+                local.held = Some(Box::new(Kind::Record(record).into()));
+            }
+            return Ok(None);
+        }
+        let mut is_his = true;
+        for (user, may) in may.into_iter().filter(|(_, may)| *may != May::Tell) {
+            is_his = false;
+            self.disbelieve(token, &user);
+            if may == May::NotTell {
+                self.heals.want_all(&user);
+            }
+        }
+        if let (false, Some(wanted)) = (is_his, &record.ack) {
+            let user = record.change.as_ref().map(|change| change.user.as_str()).unwrap_or_default().into();
+            let id = self.want_ack(token, &user, wanted);
+            self.acks
+                .settle(id, "it is another system user's mail, so what was done is read in the mailbox's log first");
+        }
+        Ok(is_his.then_some(record))
+    }
+
+    fn disbelieve(&mut self, token: Token, user: &str) {
+        self.counts.note("told_of_others", 1);
+        let Some(Role::Local(local)) = self.sockets.get_mut(&token).map(|socket| &mut socket.role) else { return };
+        if std::mem::replace(&mut local.has_told_of_others, true) {
+            return;
+        }
+        let line = || {
+            format!(
+                "Local process {}{} tells of user {}, whose mail belongs to another system user, if to any: what is true of it is \
+                 read from the mailboxes' logs.",
+                local.name(),
+                match local.sender {
+                    Some(Sender::Uid(uid)) => format!(" of system user {uid}"),
+                    _ => String::new(),
+                },
+                user.escape_debug()
+            )
+        };
+        if let Some(line) = self.floods.locals.take(line, self.now_ms) {
+            log::warn!("{line}");
+        }
+    }
+
+    fn take_record(&mut self, token: Token, record: Record) {
         crate::guard::provoke("relay");
         self.counts.counters.records += 1;
         self.counts.counters.spans += record.spans.len() as u64;
+        if let Some(expunged) = record.expunged_in_memory {
+            self.take_expunged_in_memory(expunged);
+        }
         self.take_dropped(token, record.dropped);
+        let unacknowledged = &mut self.counts.counters.unacknowledged;
+        *unacknowledged = unacknowledged.saturating_add(record.unacknowledged);
         let mut change = record.change;
         if let Some(error) = change.as_ref().and_then(|change| change::check_change(change).err()) {
             self.skip_bad_change(token, &change.take().unwrap_or_default(), &error);
@@ -245,7 +388,7 @@ impl Engine {
         let user = match (&change, record.spans.first()) {
             (Some(change), _) => change.user.as_str().into(),
             (None, Some(span)) => span.user.as_str().into(),
-            (None, None) => return Ok(()),
+            (None, None) => return,
         };
         if let Some(change) = &mut change {
             self.counts.counters.changes += 1;
@@ -254,14 +397,17 @@ impl Engine {
             change.spans.iter_mut().for_each(|span| span.tail.clear());
         }
         let is_doubtful = change.as_ref().is_some_and(|change| self.is_doubtful_subscription(token, &user, change));
-        let arrival = Arrival { connection: token.0, user: user.clone(), change };
+        let ack = record.ack.as_ref().map(|wanted| self.want_ack(token, &user, wanted));
+        if let (Some(id), None) = (ack, &change) {
+            self.acks.settle(id, "the change cannot be sent to the peers");
+        }
+        let arrival = Arrival { connection: token.0, user: user.clone(), change, ack };
         let mut released = Vec::new();
         self.arrive(arrival, record.spans, &mut released);
         self.ship_all(released);
         if is_doubtful {
-            self.heals.want_all(&user);
+            self.heals.want_list(&user);
         }
-        Ok(())
     }
 
     fn is_doubtful_subscription(&mut self, token: Token, user: &Arc<str>, change: &Change) -> bool {
@@ -279,6 +425,12 @@ impl Engine {
                 self.fail(error);
             }
         }
+        // Of a log that nobody can read any more nothing is missing.
+        let is_there = |span: &Span| !self.lists.is_log_gone(span);
+        spans.retain(is_there);
+        if let Some(change) = &mut arrival.change {
+            change.spans.retain(is_there);
+        }
         // Who had opened a mailbox before calls it as it was called then.
         self.canonical_spans(&mut spans);
         if let Some(change) = &mut arrival.change {
@@ -295,8 +447,12 @@ impl Engine {
             if arrival.change.take().is_some() {
                 self.counts.note("told_late", 1);
             }
+            if let Some(id) = arrival.ack {
+                self.acks.found(id, self.journal.seq());
+            }
             return;
         }
+        self.look_at_earlier(&spans);
         let (untold, told): (Vec<Span>, Vec<Span>) =
             spans.into_iter().partition(|span| span.untold && span.private_user.is_empty());
         for span in untold {
@@ -305,6 +461,18 @@ impl Engine {
         let mut holes = Vec::new();
         self.order.arrive(arrival, told, self.now_ms, &mut self.spans, released, &mut holes);
         self.look_into_holes(holes);
+    }
+
+    /// What is written where all is known, and was not read there: the log may be an earlier one, put in the place of the one that was
+    /// known. A look tells by its bytes.
+    fn look_at_earlier(&mut self, spans: &[Span]) {
+        for span in spans.iter().filter(|span| span.private_user.is_empty()) {
+            let need = Need::of(span);
+            if self.spans.is_known(span, &need) && !self.spans.is_healed(span, &need) {
+                self.counts.note("told_again", 1);
+                self.heals.want(&span.user.as_str().into(), &span.mailbox_guid, None);
+            }
+        }
     }
 
     fn take_new_guid(&mut self, span: &Span) -> Result<(), JournalError> {
@@ -331,7 +499,13 @@ impl Engine {
         if !span.untold || self.heals.is_running(user) {
             return Ok(None);
         }
-        Ok(self.journal.log(user, &span.mailbox_guid, "")?.filter(|known| known.log_seq != 0))
+        // If the log goes on, a session that came upon a new maildir had given it another GUID. An index's id is the second in which
+        // it was made, so that it alone does not tell.
+        let goes_on = |known: &KnownLog| {
+            (known.index_id, known.log_seq) == (span.index_id, span.log_seq) && known.end <= span.begin
+        };
+        let is_another = |known: &KnownLog| known.log_seq != 0 && !goes_on(known);
+        Ok(self.journal.log(user, &span.mailbox_guid, "")?.filter(is_another))
     }
 
     /// Nobody tells what was written there.
@@ -345,7 +519,7 @@ impl Engine {
             // The log was never heard of: it is known up to here, as far as we can know.
             self.spans.recall(&need, need.place, None);
             let begin = Span { end: span.begin, tail: Vec::new(), ..span.clone() };
-            self.ship_all(vec![Release { user: user.clone(), change: None, spans: vec![begin] }]);
+            self.ship_all(vec![Release { user: user.clone(), change: None, spans: vec![begin], ack: None }]);
         }
         self.heals.want(user, &span.mailbox_guid, Some((span.log_seq, span.end)));
     }
@@ -394,12 +568,15 @@ impl Engine {
         let Some(Role::Local(local)) = self.sockets.get_mut(&token).map(|socket| &mut socket.role) else {
             return;
         };
-        if !std::mem::replace(&mut local.has_bad_change, true) {
-            log::error!(
-                "Local process {}, user {}: a change cannot be sent to the peers: {error}.",
-                local.name(),
-                change.user.escape_debug()
-            );
+        if std::mem::replace(&mut local.has_bad_change, true) {
+            return;
+        }
+        let line = || {
+            let user = change.user.escape_debug();
+            format!("Local process {}, user {user}: a change cannot be sent to the peers: {error}.", local.name())
+        };
+        if let Some(line) = self.floods.locals.take(line, self.now_ms) {
+            log::error!("{line}");
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::change;
 use crate::journal::{Failed, JournalError, KnownLog};
 use crate::wire::proto::frame::Kind;
 use crate::wire::proto::op::What;
-use crate::wire::proto::{self, Change, Doubt, Frame, LookAt, Looked, Span};
+use crate::wire::proto::{self, Change, Doubt, Frame, LookAt, Looked, MessageRange, Span};
 
 /// Encoded mailboxes in one frame of a look.
 const LOOK_BYTES_MAX: usize = 48_000;
@@ -30,6 +30,7 @@ pub struct LookJob {
     pub user: Arc<str>,
     whole: bool,
     subscriptions: bool,
+    owner: bool,
 }
 
 impl Engine {
@@ -106,7 +107,9 @@ impl Engine {
             // Where its log is read from the beginning, it may yet hold what was told.
             let named = if log.log_seq == 0 { self.journal.named_mailbox(&user, &log.mailbox)? } else { None };
             let was_told = self.is_after_boot || named.is_some_and(|mailbox| mailbox.own_seq != 0);
-            Ok(LookAt { index_id, was_told, ..look_at(log) })
+            let expunged = look.expunged.get(&log.mailbox).cloned().unwrap_or_default();
+            let (expunged_in_memory, in_memory_uid_next) = (expunged.messages, expunged.uid_next);
+            Ok(LookAt { index_id, was_told, expunged_in_memory, in_memory_uid_next, ..look_at(log) })
         };
         if look.whole {
             for log in self.journal.logs(&user)? {
@@ -131,10 +134,24 @@ impl Engine {
             since = i64::MAX;
         }
         self.last_job += 1;
-        let job =
-            LookJob { id: self.last_job, user: user.clone(), whole: look.whole, subscriptions: look.subscriptions };
+        let job = LookJob {
+            id: self.last_job,
+            user: user.clone(),
+            whole: look.whole,
+            subscriptions: look.subscriptions,
+            owner: look.owner,
+        };
         let list_only = look.whole && !look.logs && look.mailboxes.is_empty();
-        let first = proto::Look { since, list_only, written_since: look.written_since, ..Default::default() };
+        let brief = self.begin_briefly(index);
+        let first = proto::Look {
+            since,
+            list_only,
+            written_since: look.written_since,
+            owner: look.owner,
+            brief,
+            inline_bytes: self.inline_bytes_of_look(),
+            ..Default::default()
+        };
         let frames = look_frames(&job, mailboxes, &first);
         self.order.look_begins(&job.user);
         self.workers[index].task = Task::Look(job);
@@ -155,7 +172,7 @@ impl Engine {
         let Task::Look(job) = &self.workers[index].task else {
             return Err(Close::Malformed(format!("it looked for job {}, which it was not given", looked.job)));
         };
-        let (user, whole, subscriptions) = (job.user.clone(), job.whole, job.subscriptions);
+        let (user, whole, subscriptions, owner) = (job.user.clone(), job.whole, job.subscriptions, job.owner);
         if looked.job != job.id {
             return Err(Close::Malformed(format!("it looked for job {}, but has job {}", looked.job, job.id)));
         }
@@ -173,6 +190,9 @@ impl Engine {
             if let Err(error) = self.journal.set_log(&looked_at) {
                 self.fail(error);
             }
+        }
+        if outcome.is_ok() && owner {
+            self.owner_asked(&user);
         }
         self.look_ended(&user, outcome);
         Ok(())
@@ -202,7 +222,7 @@ impl Engine {
             let reason = format!("what its log says cannot be told to the peers: {error}");
             self.take_doubt(user, Doubt { guid: mailbox.guid, path: mailbox.path, reason });
         }
-        self.take_user_peers(user, looked.peers);
+        self.take_userdb(user, looked.peers);
         let change = change.filter(|change| !self.is_known_of_list(change));
         if let Some(mut found) = change {
             self.torn
@@ -214,6 +234,7 @@ impl Engine {
                 // Its UIDs are not free.
                 found.ops.push(proto::Op { what: Some(change::nothing()) });
             }
+            self.leave_out_expunged(user, &mut found);
             if found.ops.iter().any(|op| matches!(&op.what, Some(What::Rebuilt(rebuilt)) if rebuilt.uid_next > 1)) {
                 let mailbox = found.mailbox.as_ref().map(|mailbox| &mailbox.guid[..]).unwrap_or_default();
                 self.heals.note_rebuilt(user, mailbox, self.now_ms);
@@ -223,7 +244,7 @@ impl Engine {
             if let (true, Some(mailbox)) = (change::is_of_list(&found), &found.mailbox) {
                 self.subscribers.changed(user, &mailbox.path, usize::MAX, self.now_ms);
             }
-            self.ship_all(vec![Release { user: user.clone(), change: Some(found), spans: Vec::new() }]);
+            self.ship_all(vec![Release { user: user.clone(), change: Some(found), spans: Vec::new(), ack: None }]);
         }
         if let Some(known) = looked.known {
             let known = Span { user: user.to_string(), ..known };
@@ -239,6 +260,20 @@ impl Engine {
             self.take_missing(user, whole, &looked.missing);
         }
         Ok(())
+    }
+
+    /// What a client expunged in memory since the look began was not lost with the index: the next look tells of it.
+    fn leave_out_expunged(&self, user: &Arc<str>, found: &mut Change) {
+        let mailbox = found.mailbox.as_ref().map(|mailbox| &mailbox.guid[..]).unwrap_or_default();
+        for op in &mut found.ops {
+            let Some(What::Rebuilt(rebuilt)) = &mut op.what else { continue };
+            let uids = self.heals.still_expunged(user, mailbox).into_iter();
+            rebuilt.present.extend(uids.map(|uid| MessageRange {
+                first_uid: uid,
+                last_uid: uid,
+                ..Default::default()
+            }));
+        }
     }
 
     /// Takes out of what was found the messages of peers that are known to stand there: a killed worker had saved them, and its
@@ -317,6 +352,11 @@ impl Engine {
     fn take_known(&mut self, user: &Arc<str>, known: Span, path: &[String]) {
         let need = Need::of(&known);
         self.recall_healed(&known, &need);
+        match self.is_set_back(&known) {
+            Ok(true) => self.spans.recall(&need, (known.log_seq, known.end), None),
+            Ok(false) => {}
+            Err(error) => self.fail(error),
+        }
         self.spans.heal(&need, (known.prev_log_seq, known.prev_log_end), (known.log_seq, known.end));
         match self.order.drop_healed(user, &self.spans) {
             0 => {}
@@ -332,6 +372,17 @@ impl Engine {
         let mut released = Vec::new();
         self.order.look_again(user, &self.spans, &mut released);
         self.ship_all(released);
+    }
+
+    /// Whether the log ends before the place up to which it was known, and nothing of it was read.
+    fn is_set_back(&self, known: &Span) -> Result<bool, JournalError> {
+        if (known.prev_log_seq, known.prev_log_end) != (known.log_seq, known.end) {
+            return Ok(false);
+        }
+        let before = self.journal.log(&known.user, &known.mailbox_guid, &known.private_user)?;
+        Ok(before.is_some_and(|before| {
+            before.index_id == known.index_id && (before.log_seq, before.end) > (known.log_seq, known.end)
+        }))
     }
 
     /// What was read from the log before the last start, too, is not told a second time.
@@ -365,8 +416,9 @@ impl Engine {
     }
 
     pub fn remember_failed(&mut self, failed: &Failed) {
-        match self.journal.fail(failed).and_then(|()| self.journal.failed_count()) {
-            Ok(count) => self.counts.counters.failed = count,
+        let compared_us = self.comparisons.running_since_us(&failed.user);
+        match self.journal.fail(failed, compared_us) {
+            Ok(is_new) => self.counts.counters.failed += u64::from(is_new),
             Err(error) => self.fail(error),
         }
     }

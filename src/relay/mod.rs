@@ -8,8 +8,11 @@
 //! mailbox and knows nothing of Dovecot.
 #![forbid(unsafe_code)]
 
+mod acks;
+mod background;
 mod backoff;
 mod bodies;
+mod bonds;
 mod causes;
 pub mod client;
 mod clock;
@@ -19,12 +22,15 @@ pub mod connection;
 mod durable;
 mod engine;
 mod flags;
+mod gates;
 mod heal;
+mod lines;
 mod list;
 mod local;
 mod looks;
 mod order;
 pub mod outside;
+mod owners;
 mod passing;
 mod peers;
 mod poison;
@@ -34,6 +40,7 @@ mod spans;
 mod status;
 #[doc(hidden)]
 pub mod stepped;
+mod strangers;
 mod subscribers;
 mod torn;
 mod unheard;
@@ -56,7 +63,7 @@ use mio::{Poll, Waker};
 
 use crate::change::is_server;
 use crate::tls::Credentials;
-use engine::{Command, Engine, Fatal};
+use engine::{Command, End, Engine, Fatal};
 use outside::Sockets;
 
 /// After a failure the process lives on for so long before it asks to be started again.
@@ -87,6 +94,10 @@ pub struct Config {
     pub journal_age_us_max: u64,
     /// For how long a mailbox stands in the list of what failed until it is compared; None: until a person has it compared.
     pub compare_listed_after_us: Option<u64>,
+    /// All users are compared once in that time (dovetail_compare_interval); None: only those who are listed or asked for.
+    pub compare_interval_ms: Option<u64>,
+    /// Connections that the host accepts at the same time, of local processes and peers together (client_limit).
+    pub client_limit: usize,
     /// Of this boot of the machine.
     pub boot: String,
     /// What this server proves itself with, and whom it trusts (dovetail_cert and others). None: plaintext.
@@ -128,14 +139,15 @@ pub struct Peer {
 /// What an accepted connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Connection {
-    /// A Unix socket: a mail process or doveadm. Whether it may ask what goes on with all users: root, and the relay's own user.
-    Local { may_ask: bool },
+    /// A Unix socket: a mail process or doveadm. The system user who connected; None: root or the relay's own user, who may tell of all
+    /// users and ask what goes on with them.
+    Local { uid: Option<u32> },
     /// A TCP socket: another server's relay.
     Peer,
 }
 
 /// Starts the engine in a thread of its own. `on_closed` is called from that thread each time an accepted connection
-/// has been closed, `on_failed` when it has ended by itself, with the reason in the log.
+/// has been closed, `on_failed` when it has ended by itself, with the reason in the log, for the process to be started again.
 ///
 /// The thread inherits the signal mask: the host blocks all signals around this call, so that they are delivered to its
 /// own thread. It logs through the `log` crate only, from the engine's thread.
@@ -152,15 +164,15 @@ pub fn start(
     let handle_waker = waker.clone();
     let commands = receiver.clone();
     let run = move || {
-        let is_stopped = match begin(config, (poll, waker), (sender, receiver), Box::new(on_closed)) {
-            Ok(None) => true,
+        let end = match begin(config, (poll, waker), (sender, receiver), Box::new(on_closed)) {
+            Ok(None) => End::Stopped,
             Ok(Some(engine)) => engine.run_guarded(),
             Err(error) => {
                 log::error!("The relay cannot start: {error}. Nothing is replicated; trying again.");
-                false
+                End::Failed
             }
         };
-        if !is_stopped && pause(&commands) {
+        if end == End::Anew || end == End::Failed && pause(&commands) {
             on_failed();
         }
     };

@@ -9,8 +9,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-use prost::Message;
-
+use super::acks::AckId;
 use super::spans::{Need, Place, Spans};
 use crate::change;
 use crate::wire::proto::{Change, Span};
@@ -40,6 +39,8 @@ pub struct Arrival {
     pub connection: usize,
     pub user: Arc<str>,
     pub change: Option<Change>,
+    /// Its process waits for it to be safe.
+    pub ack: Option<AckId>,
 }
 
 /// What may leave now: a change, the places in the logs that are known with it, or both.
@@ -48,6 +49,7 @@ pub struct Release {
     pub user: Arc<str>,
     pub change: Option<Change>,
     pub spans: Vec<Span>,
+    pub ack: Option<AckId>,
 }
 
 struct Held {
@@ -69,7 +71,7 @@ impl Held {
         Held {
             has_saves: arrival.change.as_ref().is_some_and(change::has_saves),
             is_destructive: arrival.change.as_ref().is_some_and(change::is_destructive),
-            bytes: arrival.change.as_ref().map_or(0, Change::encoded_len) + 256 * (1 + needs.len()),
+            bytes: arrival.change.as_ref().map_or(0, change::memory_of) + 256 * (1 + needs.len()),
             until_ms: now_ms + HOLD_MS_MAX,
             said: 0,
             arrival,
@@ -79,7 +81,7 @@ impl Held {
     }
 
     fn release(self) -> Release {
-        Release { user: self.arrival.user, change: self.arrival.change, spans: self.spans }
+        Release { user: self.arrival.user, change: self.arrival.change, spans: self.spans, ack: self.arrival.ack }
     }
 
     /// Whether this one's change happened before the one of `other`, which came later or earlier.
@@ -132,6 +134,10 @@ impl Held {
     }
 }
 
+fn count_changes(held: &[Held]) -> usize {
+    held.iter().filter(|held| held.arrival.change.is_some()).count()
+}
+
 /// See the module.
 #[derive(Default)]
 pub struct Order {
@@ -161,7 +167,7 @@ impl Order {
         let user = arrival.user.clone();
         let is_free = !self.users.contains_key(&user) && !self.looked_at.contains(&user);
         if is_free && needs.iter().all(|need| spans.has(need)) {
-            released.push(Release { user, change: arrival.change, spans: record_spans });
+            released.push(Release { user, change: arrival.change, spans: record_spans, ack: arrival.ack });
             return;
         }
         let held = Held::new(arrival, record_spans, needs, now_ms);
@@ -273,9 +279,31 @@ impl Order {
 
     /// The mailbox's holes will never be filled: it is gone.
     pub fn forget_mailbox(&mut self, user: &Arc<str>, mailbox: &[u8], spans: &mut Spans, released: &mut Vec<Release>) {
+        self.forget(user, |need| need.log.mailbox_guid == mailbox, spans, released);
+    }
+
+    /// The same for one of its logs: GUID and index.
+    pub fn forget_log(
+        &mut self,
+        user: &Arc<str>,
+        (mailbox, index_id): (&[u8], u32),
+        spans: &mut Spans,
+        released: &mut Vec<Release>,
+    ) {
+        let is_it = |need: &Need| need.log.mailbox_guid == mailbox && need.log.index_id == index_id;
+        self.forget(user, is_it, spans, released);
+    }
+
+    fn forget(
+        &mut self,
+        user: &Arc<str>,
+        is_it: impl Fn(&Need) -> bool,
+        spans: &mut Spans,
+        released: &mut Vec<Release>,
+    ) {
         let Some(held) = self.users.get(user) else { return };
         let needs: Vec<Need> = held.iter().flat_map(|held| held.needs.clone()).collect();
-        for need in needs.iter().filter(|need| need.log.mailbox_guid == mailbox) {
+        for need in needs.iter().filter(|need| is_it(need)) {
             spans.give_up(need);
         }
         self.look_again(user, spans, released);
@@ -288,7 +316,12 @@ impl Order {
 
     /// Changes that are held.
     pub fn held(&self) -> usize {
-        self.users.values().flatten().filter(|held| held.arrival.change.is_some()).count()
+        self.users.values().map(|held| count_changes(held)).sum()
+    }
+
+    /// The same, of one user.
+    pub fn held_of(&self, user: &str) -> usize {
+        self.users.get(user).map_or(0, |held| count_changes(held))
     }
 
     /// When [`Order::expire`] has something to do.
@@ -388,7 +421,7 @@ mod tests {
         }
 
         fn take(&mut self, connection: usize, change: Option<Change>, spans: &[Span]) -> Vec<u32> {
-            let arrival = Arrival { connection, user: "jane".into(), change };
+            let arrival = Arrival { connection, user: "jane".into(), change, ack: None };
             let mut released = Vec::new();
             let Given { order, spans: known, holes, now_ms, .. } = self;
             order.arrive(arrival, spans.to_vec(), *now_ms, known, &mut released, holes);
@@ -473,6 +506,19 @@ mod tests {
         assert_eq!((given.holes(), given.order.bytes, given.order.users.len()), (vec![None], 0, 0));
         assert_eq!(given.healed(1, 200, 360), Vec::<u32>::new());
         assert_eq!(given.arrives(1, flags(), &[span(1, 360, 370)]), [3]);
+    }
+
+    #[test]
+    fn what_was_written_to_a_log_that_is_gone_waits_for_nothing() {
+        let mut given = Given::default();
+        given.arrives(1, save(), &[span(1, 100, 200)]);
+        assert_eq!(given.arrives(2, save(), &[span(1, 300, 350)]), Vec::<u32>::new());
+        let mut released = Vec::new();
+        let jane: Arc<str> = "jane".into();
+        given.order.forget_log(&jane, (&[1; 16], 7), &mut given.spans, &mut released);
+        assert!(released.is_empty(), "that of another index");
+        given.order.forget_log(&jane, (&[1; 16], 0), &mut given.spans, &mut released);
+        assert_eq!(names(released), [2]);
     }
 
     #[test]
@@ -619,13 +665,13 @@ mod tests {
         // Held by a hole in the other mailbox, on one connection.
         given.arrives(2, flags(), &[span(2, 300, 400)]);
         given.arrives(2, flags(), &[span(1, 200, 300)]);
-        let arrival = Arrival { connection: 3, user: "jane".into(), change: None };
+        let arrival = Arrival { connection: 3, user: "jane".into(), change: None, ack: None };
         let mut released = Vec::new();
         let Given { order, spans, holes, now_ms, .. } = &mut given;
         order.arrive(arrival, vec![span(1, 300, 400)], *now_ms, spans, &mut released, holes);
         assert!(released.iter().all(|release| release.spans.is_empty()), "{released:?}");
         let mut released = Vec::new();
-        let arrival = Arrival { connection: 3, user: "jane".into(), change: None };
+        let arrival = Arrival { connection: 3, user: "jane".into(), change: None, ack: None };
         order.arrive(arrival, vec![span(2, 200, 300)], *now_ms, spans, &mut released, holes);
         let last = released
             .iter()

@@ -6,6 +6,7 @@
 //! the peer says meanwhile that it has it, and it is dropped.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
 use prost::Message;
@@ -23,6 +24,14 @@ use crate::wire::proto::{Change, Known, Linked, Reach, SeqOf};
 const TOLD_MAX: usize = 16_384;
 /// Changes that a peer is told of when it connects.
 const APPLIED_MAX: usize = 4_096;
+/// Servers that are reached through others, that are said at once.
+const REACH_MAX: usize = 2 * VECTOR_MAX;
+/// A peer is told so often at once with whom this server is connected, as when many come up,
+const LINKED_BURST: u64 = 16;
+/// and then once in so long.
+const LINKED_EVERY_MS: u64 = 1_000;
+/// Between two servers that a peer names although there are enough; it sends again what is refused, each minute at least.
+const NAME_EVERY_MS: u64 = 30_000;
 /// Connections that a server is away, at most. What was reached once, and is told in circles, is forgotten beyond.
 const HOPS_MAX: u32 = 8;
 
@@ -30,22 +39,26 @@ const HOPS_MAX: u32 = 8;
 #[derive(Default)]
 pub struct Told {
     /// Bits of the peers.
-    peers: HashMap<(String, u64, u64), u64>,
-    order: VecDeque<(String, u64, u64)>,
+    peers: HashMap<OfUser, u64>,
+    order: VecDeque<OfUser>,
     /// What was last applied here and who was given it, for those who connect later.
-    applied: VecDeque<(SeqOf, Vec<String>)>,
+    applied: VecDeque<(Arc<str>, SeqOf, Vec<String>)>,
+    hashes: RandomState,
 }
 
+/// A hash of the user's name, and his change's origin, epoch and number.
+type OfUser = (u64, String, u64, u64);
+
 impl Told {
-    fn is_applied(&mut self, change: &SeqOf, given: &[String]) {
+    fn is_applied(&mut self, user: &Arc<str>, change: &SeqOf, given: &[String]) {
         if self.applied.len() >= APPLIED_MAX {
             self.applied.pop_front();
         }
-        self.applied.push_back((change.clone(), given.to_vec()));
+        self.applied.push_back((user.clone(), change.clone(), given.to_vec()));
     }
 
-    fn add(&mut self, peer: usize, change: Seen) {
-        let change = (change.origin, change.epoch, change.seq);
+    fn add(&mut self, peer: usize, user: &str, change: Seen) {
+        let change = (self.hashes.hash_one(user), change.origin, change.epoch, change.seq);
         if let Some(peers) = self.peers.get_mut(&change) {
             *peers |= 1 << peer;
             return;
@@ -58,8 +71,9 @@ impl Told {
     }
 
     /// Who has it; it is applied here now.
-    fn take(&mut self, change: &SeqOf) -> u64 {
-        self.peers.remove(&(change.origin.clone(), change.epoch, change.seq)).unwrap_or(0)
+    fn take(&mut self, user: &str, change: &SeqOf) -> u64 {
+        let change = (self.hashes.hash_one(user), change.origin.clone(), change.epoch, change.seq);
+        self.peers.remove(&change).unwrap_or(0)
     }
 }
 
@@ -91,7 +105,7 @@ impl Engine {
     pub fn pass_on(&mut self, user: &Arc<str>, mut change: Change, via: Option<usize>) -> Result<(), JournalError> {
         let Some(stamp) = change.stamp.clone() else { return Ok(()) };
         let seen = SeqOf { origin: stamp.origin.clone(), epoch: stamp.epoch, seq: stamp.seq };
-        let told = self.told.take(&seen);
+        let told = self.told.take(user, &seen);
         if self.journal.has_newer_epoch(user, &seen.origin, seen.epoch)? {
             // Nobody could tell whether it came before, and it would go round and round.
             let mailbox = change.mailbox.as_ref().map(|mailbox| mailbox.guid.clone()).unwrap_or_default();
@@ -144,15 +158,15 @@ impl Engine {
     }
 
     /// Says to all that may pass it on to us, and to its origin, that it is applied here. `via`: to whom it is acknowledged.
-    pub fn tell_known(&mut self, change: &SeqOf, given: &[String], via: usize) {
+    pub fn tell_known(&mut self, user: &Arc<str>, change: &SeqOf, given: &[String], via: usize) {
         if !self.is_mesh() {
             return;
         }
-        self.told.is_applied(change, given);
+        self.told.is_applied(user, change, given);
         for (index, peer) in self.peers.iter_mut().enumerate() {
             let may_ask = index != via && (peer.name == change.origin || given.contains(&peer.name));
             if let Some(link) = peer.link.as_mut().filter(|link| may_ask && link.session.is_up()) {
-                link.session.tell_known(change.clone());
+                link.session.tell_known(user.clone(), change.clone());
             }
         }
     }
@@ -160,9 +174,9 @@ impl Engine {
     /// A peer is connected again: it may wait for us to say what came through others meanwhile.
     pub fn tell_last_known(&mut self, index: usize) {
         let PeerState { name, link: Some(link), .. } = &mut self.peers[index] else { return };
-        for (change, given) in &self.told.applied {
+        for (user, change, given) in &self.told.applied {
             if change.origin == *name || given.contains(name) {
-                link.session.tell_known(change.clone());
+                link.session.tell_known(user.clone(), change.clone());
             }
         }
     }
@@ -174,7 +188,7 @@ impl Engine {
         }
         for seq in known.seqs {
             let change = Seen { origin: known.origin.clone(), epoch: known.epoch, seq };
-            if let Err(error) = self.try_peer_knows(index, change) {
+            if let Err(error) = self.try_peer_knows(index, &known.user, change) {
                 self.fail(error);
                 break;
             }
@@ -182,22 +196,28 @@ impl Engine {
         Ok(())
     }
 
-    fn try_peer_knows(&mut self, index: usize, change: Seen) -> Result<(), JournalError> {
+    fn try_peer_knows(&mut self, index: usize, user: &str, change: Seen) -> Result<(), JournalError> {
         let name = &self.peers[index].name;
         let is_ours = change.origin == self.me.server;
-        let found = match is_ours && change.epoch == self.me.epoch {
-            true => self.journal.pending_of(name, change.seq)?.map(|user| (change.seq, user)),
-            false => self.journal.pending_of_other(name, &change)?,
+        let seq = match is_ours && change.epoch == self.me.epoch {
+            true => {
+                let is_his = self.journal.pending_of(name, change.seq)?.is_some_and(|of| of == user);
+                is_his.then_some(change.seq)
+            }
+            false => self.journal.pending_of_other(name, user, &change)?,
         };
-        let Some((seq, user)) = found else {
+        let Some(seq) = seq else {
             let origin = self.peers.iter().find(|peer| peer.name == change.origin);
             let is_applied = origin.is_some_and(|origin| origin.inbox.is_applied(change.epoch, change.seq));
             if !is_ours && !is_applied {
-                self.told.add(index, change);
+                self.told.add(index, user, change);
             }
             return Ok(());
         };
-        if self.peers[index].outbox.take_back(&user.as_str().into(), seq) {
+        if is_ours {
+            self.acks.applied(index, seq);
+        }
+        if self.peers[index].outbox.take_back(&user.into(), seq) {
             self.journal.acknowledge(&self.peers[index].name, seq)?;
         }
         Ok(())
@@ -208,21 +228,36 @@ impl Engine {
         self.peers.iter().filter(|peer| peer.is_up()).map(|peer| peer.name.clone()).collect()
     }
 
-    /// A connection came or went, here or elsewhere: says so to those for whom it is news.
+    /// A connection came or went, here or elsewhere: those for whom it is news are to be told.
     pub fn tell_linked(&mut self) {
         if !self.is_mesh() {
             return;
         }
-        let servers = self.linked();
-        for index in 0..self.peers.len() {
-            let reach =
-                self.reach_without(Some(index)).into_iter().map(|(server, hops)| Reach { server, hops }).collect();
-            let linked = Linked { servers: servers.clone(), reach };
-            let Some(link) = self.peers[index].link.as_mut().filter(|link| link.session.is_up()) else { continue };
-            if link.told_linked.as_ref() != Some(&linked) {
-                link.session.control(Kind::Linked(linked.clone()));
-                link.told_linked = Some(linked);
-            }
+        for link in self.peers.iter_mut().filter_map(|peer| peer.link.as_mut()).filter(|link| link.session.is_up()) {
+            let full_ms = (LINKED_BURST - 1) * LINKED_EVERY_MS;
+            link.tell_linked_at_ms = Some(self.now_ms.max(link.told_until_ms.saturating_sub(full_ms)));
+        }
+    }
+
+    /// Tells it with whom this server is connected, if it is time to and it has not heard of it. Not too often: one that says all the
+    /// time that its connections come and go is not to fill the others' lanes.
+    pub fn tell_linked_if_due(&mut self, index: usize) {
+        let due_ms = self.peers[index].link.as_ref().and_then(|link| link.tell_linked_at_ms);
+        if due_ms.is_none_or(|due_ms| due_ms > self.now_ms) {
+            return;
+        }
+        let mut reach: Vec<Reach> =
+            self.reach_without(Some(index)).into_iter().map(|(server, hops)| Reach { server, hops }).collect();
+        // The nearest ones, as more are not taken.
+        reach.sort_by_key(|reach| reach.hops);
+        reach.truncate(REACH_MAX);
+        let linked = Linked { servers: self.linked(), reach };
+        let Some(link) = &mut self.peers[index].link else { return };
+        link.tell_linked_at_ms = None;
+        if link.told_linked.as_ref() != Some(&linked) {
+            link.session.control(Kind::Linked(linked.clone()));
+            link.told_linked = Some(linked);
+            link.told_until_ms = self.now_ms.max(link.told_until_ms) + LINKED_EVERY_MS;
         }
     }
 
@@ -245,8 +280,7 @@ impl Engine {
     pub fn take_linked(&mut self, index: usize, linked: Linked) -> Result<(), Close> {
         let Linked { servers, reach } = linked;
         let mut names = servers.iter().chain(reach.iter().map(|reach| &reach.server));
-        if servers.len() > VECTOR_MAX || reach.len() > 2 * VECTOR_MAX || !names.all(|server| change::is_server(server))
-        {
+        if servers.len() > VECTOR_MAX || reach.len() > REACH_MAX || !names.all(|server| change::is_server(server)) {
             return Err(Close::Malformed("it is connected with too many servers, or with one that has no name".into()));
         }
         self.peers[index].outbox.set_linked(servers.iter().map(|server| server.as_str().into()));
@@ -256,16 +290,28 @@ impl Engine {
         Ok(())
     }
 
-    /// A peer passes on a change of this server. False: there are too many.
-    pub fn note_far_origin(&mut self, origin: &str) -> Result<bool, JournalError> {
-        if self.far.contains(origin) || self.peers.iter().any(|peer| peer.name == origin) {
+    /// The peer passes on a change of this server. False: there are too many. A peer can make up names: of those that are more
+    /// than can be known, those are forgotten that were not named for longest, and each peer may bring that about now and then only.
+    pub fn note_far_origin(&mut self, via: usize, origin: &str) -> Result<bool, JournalError> {
+        if self.peers.iter().any(|peer| peer.name == origin) {
+            return Ok(true);
+        }
+        if let Some(at) = self.far.iter().position(|far| far == origin) {
+            self.far[at..].rotate_left(1);
             return Ok(true);
         }
         if self.far.len() >= VECTOR_MAX {
-            return Ok(false);
+            let may_name_ms = &mut self.peers[via].may_name_ms;
+            if *may_name_ms > self.now_ms {
+                return Ok(false);
+            }
+            *may_name_ms = self.now_ms + NAME_EVERY_MS;
+            let forgotten = self.far.remove(0);
+            self.journal.forget_origin(&forgotten)?;
         }
         self.journal.note_origin(origin)?;
-        Ok(self.far.insert(origin.to_owned()))
+        self.far.push(origin.to_owned());
+        Ok(true)
     }
 }
 
@@ -278,11 +324,12 @@ mod tests {
         let mut told = Told::default();
         let seen = |seq| Seen { origin: "a".into(), epoch: 1, seq };
         let seq_of = |seq| SeqOf { origin: "a".into(), epoch: 1, seq };
-        told.add(0, seen(1));
-        told.add(2, seen(1));
-        assert_eq!((told.take(&seq_of(1)), told.take(&seq_of(1))), (0b101, 0));
-        (0..2 * TOLD_MAX as u64).for_each(|seq| told.add(1, seen(seq)));
+        told.add(0, "jane", seen(1));
+        told.add(2, "jane", seen(1));
+        assert_eq!(told.take("joe", &seq_of(1)), 0);
+        assert_eq!((told.take("jane", &seq_of(1)), told.take("jane", &seq_of(1))), (0b101, 0));
+        (0..2 * TOLD_MAX as u64).for_each(|seq| told.add(1, "jane", seen(seq)));
         assert_eq!((told.peers.len(), told.order.len()), (TOLD_MAX, TOLD_MAX));
-        assert_eq!((told.take(&seq_of(5)), told.take(&seq_of(TOLD_MAX as u64 + 5))), (0, 2));
+        assert_eq!((told.take("jane", &seq_of(5)), told.take("jane", &seq_of(TOLD_MAX as u64 + 5))), (0, 2));
     }
 }

@@ -8,10 +8,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use mio::Token;
-use prost::Message;
 
 use super::backoff::Backoff;
 use super::bodies::Party;
+use super::bonds::{Bonding, NUMBER_MAX};
 use super::connection::Connection;
 use super::engine::{Close, Engine, Role};
 use super::work::Received;
@@ -20,7 +20,7 @@ use crate::change::{self, USER_BYTES_MAX, VECTOR_MAX};
 use crate::peer::{Admits, Event, Inbox, Outbox, Session, SessionError, Verdict};
 use crate::wire::frame;
 use crate::wire::proto::frame::Kind;
-use crate::wire::proto::{Ack, Change, Frame, Hello, Linked, Refused};
+use crate::wire::proto::{Ack, Bonds, Change, Frame, Hello, Linked, PeerRemoved, Refused};
 
 /// Pauses between attempts to connect.
 const RETRY_MS_MIN: u64 = 50;
@@ -37,6 +37,16 @@ pub struct Link {
     up_since_ms: Option<u64>,
     /// What it was last told of our connections.
     pub told_linked: Option<Linked>,
+    /// When it is to be told again, if it is.
+    pub tell_linked_at_ms: Option<u64>,
+    /// If it had been told as often as it may on average, the last time was then.
+    pub told_until_ms: u64,
+}
+
+impl Link {
+    fn new(token: Token, session: Session) -> Link {
+        Link { token, session, up_since_ms: None, told_linked: None, tell_linked_at_ms: None, told_until_ms: 0 }
+    }
 }
 
 /// One peer, connected or not.
@@ -47,6 +57,8 @@ pub struct PeerState {
     pub outbox: Outbox,
     pub inbox: Inbox,
     pub link: Option<Link>,
+    /// Since when there is no connection, if there is none.
+    pub down_since_ms: u64,
     pub last_error: String,
     /// For people; empty: its clock is right.
     pub clock_error: String,
@@ -56,8 +68,15 @@ pub struct PeerState {
     pub last_passed_on: u64,
     /// Whom it reaches without us, and over how many connections.
     pub reach: Vec<(String, u32)>,
+    /// When it may name a server that nobody has named before, if there are enough of those.
+    pub may_name_ms: u64,
     is_resolving: bool,
     is_refused: bool,
+    /// By what it is known again.
+    pub bonds: Bonds,
+    pub bonding: Bonding,
+    /// Why nobody is let in by its name until a person decides.
+    pub disputed: Option<String>,
     retry_at_ms: u64,
     backoff: Backoff,
     attempts: usize,
@@ -73,13 +92,18 @@ impl PeerState {
             outbox: Outbox::new(share),
             inbox: Inbox::default(),
             link: None,
+            down_since_ms: 0,
             last_error: String::new(),
             clock_error: String::new(),
             heard_clock: 0,
             last_passed_on: 0,
             reach: Vec::new(),
+            may_name_ms: 0,
             is_resolving: false,
             is_refused: false,
+            bonds: Bonds::default(),
+            bonding: Bonding::default(),
+            disputed: None,
             retry_at_ms: 0,
             backoff: Backoff::new(RETRY_MS_MIN, RETRY_MS_MAX),
             attempts: 0,
@@ -97,6 +121,7 @@ impl PeerState {
             Some(link) if link.session.is_up() => "connected",
             Some(_) => "connecting",
             None if self.is_resolving => "connecting",
+            None if self.disputed.is_some() => "disputed",
             None if self.is_refused => "refused",
             None => "waiting",
         }
@@ -104,9 +129,33 @@ impl PeerState {
 
     pub fn wake_up_ms(&self) -> Option<u64> {
         match &self.link {
-            Some(link) => Some(link.session.wake_up_ms().min(self.outbox.wake_up_ms().unwrap_or(u64::MAX))),
-            None => (self.we_connect && !self.is_resolving).then_some(self.retry_at_ms),
+            Some(link) => {
+                let others = self.outbox.wake_up_ms().into_iter().chain(link.tell_linked_at_ms);
+                Some(others.fold(link.session.wake_up_ms(), u64::min))
+            }
+            None => (self.may_connect() && !self.is_resolving).then_some(self.retry_at_ms),
         }
+    }
+
+    fn may_connect(&self) -> bool {
+        self.we_connect && self.disputed.is_none()
+    }
+
+    /// It was greeted, and let in.
+    pub fn is_let_in(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.up_since_ms.is_some())
+    }
+
+    pub fn we_connect(&self) -> bool {
+        self.we_connect
+    }
+
+    /// A person has decided.
+    pub fn connect_soon(&mut self) {
+        self.disputed = None;
+        self.last_error.clear();
+        self.retry_at_ms = 0;
+        self.backoff.reset();
     }
 
     /// True if nothing is left that this peer could still take or acknowledge.
@@ -116,6 +165,24 @@ impl PeerState {
 }
 
 impl Engine {
+    /// A person says that this peer is gone for good. Peers are numbers in all that is remembered, so it is the next start that is without it.
+    pub fn remove_peer(&mut self, token: Token, name: &str) {
+        let Some(peer) = self.peers.iter().find(|peer| peer.name == name) else {
+            let error = format!("There is no peer '{}' (dovetail_peers)", change::printable(name));
+            return self.send(token, &Kind::PeerRemoved(PeerRemoved { error, changes: 0 }).into());
+        };
+        let changes = peer.outbox.stats().pending;
+        log::warn!(
+            "Peer {name}: it is removed, as doveadm was asked to: {changes} changes that it has not acknowledged are forgotten. The relay \
+             starts again."
+        );
+        if let Err(error) = self.journal.remove_peer(name).and_then(|()| self.journal.commit()) {
+            return self.fail(error);
+        }
+        self.send(token, &Kind::PeerRemoved(PeerRemoved { error: String::new(), changes }).into());
+        self.begins_anew = !self.is_stopping();
+    }
+
     /// Connects if it is time to; looks whether the peer is still there.
     pub fn peer_tick(&mut self, index: usize) {
         let now_ms = self.now_ms;
@@ -126,9 +193,11 @@ impl Engine {
                 return self.close(token, Close::Ended(error.to_string()));
             }
             peer.outbox.end_pauses(now_ms);
+            self.tell_linked_if_due(index);
+            self.bond_again(index);
             return;
         }
-        if peer.we_connect && !peer.is_resolving && peer.retry_at_ms <= now_ms && !self.is_stopping() {
+        if peer.may_connect() && !peer.is_resolving && peer.retry_at_ms <= now_ms && !self.is_stopping() {
             self.connect(index);
         }
     }
@@ -171,11 +240,7 @@ impl Engine {
                 tell: true,
             });
         }
-        if self.peers[index].is_up() && hello.epoch < self.peers[index].inbox.epoch() {
-            // While Dovecot reloads, the old process and the new one overlap.
-            let reason = "a newer relay of this server is connected".into();
-            return Err(Close::Refused { reason, tell: true });
-        }
+        self.judge(index, &hello)?;
         if let Some(link) = &self.peers[index].link {
             let old = link.token;
             self.close(old, Close::Ended("it connected again".into()));
@@ -186,31 +251,36 @@ impl Engine {
         let Role::Stranger(session) = std::mem::replace(&mut socket.role, Role::Peer(index)) else {
             return Ok(());
         };
-        self.peers[index].link = Some(Link { token, session: *session, up_since_ms: None, told_linked: None });
+        self.peers[index].link = Some(Link::new(token, *session));
         self.take_hello(index, &hello)
     }
 
     pub fn stranger_closed(&mut self, mut connection: Connection, why: &Close) {
-        if let Close::Refused { reason, tell: true } = why {
-            send_refusal(&mut connection, reason);
-        }
+        tell_why(&mut connection, why);
         self.counts.note("turned_away", 1);
-        let text =
-            format!("A server that connected as a peer from {} is turned away: {}.", connection.from(), why.reason());
-        if self.last_stranger != text {
-            log::error!("{text}");
-            self.last_stranger = text;
-        }
+        let (from, why) = (connection.from(), why.reason());
+        self.say_of_stranger(format!("A server that connected as a peer from {from} is turned away: {why}."));
     }
 
     pub fn peer_frame(&mut self, index: usize, frame: Frame) -> Result<(), Close> {
         let Some(link) = &mut self.peers[index].link else {
             return Ok(());
         };
-        let event = link.session.receive(frame, self.now_ms).map_err(refusal)?;
+        let event = match link.session.receive(frame, self.now_ms) {
+            Err(SessionError::SetBack { epoch, reason }) => {
+                self.check_epoch(epoch)?;
+                return Err(self.begin_new_epoch(index, (epoch, 0), &reason));
+            }
+            event => event.map_err(refusal)?,
+        };
         let from = Party::Peer(index);
         match event {
-            Some(Event::Hello(hello)) => self.take_hello(index, &hello),
+            Some(Event::Hello(hello)) => {
+                self.judge(index, &hello)?;
+                self.take_hello(index, &hello)
+            }
+            Some(Event::Bond(bond)) => self.take_bond(index, bond),
+            Some(Event::IsThere) => Err(self.dispute(index)),
             Some(Event::Change(change)) => self.take_change(index, change),
             Some(Event::Ack(ack)) => {
                 self.take_acks(index, &ack);
@@ -242,9 +312,7 @@ impl Engine {
         if self.peers[index].link.as_ref().is_none_or(|link| link.token != token) {
             return;
         }
-        if let Close::Refused { reason, tell: true } = why {
-            send_refusal(&mut connection, reason);
-        }
+        tell_why(&mut connection, why);
         let link = self.peers[index].link.take();
         self.peers[index].reach.clear();
         let up_ms = link.and_then(|link| link.up_since_ms).map(|since| self.now_ms - since);
@@ -262,8 +330,9 @@ impl Engine {
             Party::Peer(index),
             &format!("the connection to server '{}' broke", self.peers[index].name),
         );
-        self.retry(index, reason, matches!(why, Close::Refused { .. }));
+        self.retry(index, reason, matches!(why, Close::Refused { .. } | Close::SetBack { .. }));
         if up_ms.is_some() {
+            self.peers[index].down_since_ms = self.now_ms;
             self.tell_linked();
         }
     }
@@ -299,8 +368,9 @@ impl Engine {
                 let peer = &mut self.peers[index];
                 let mut session = Session::new(self.me.clone(), Admits::Only(peer.name.clone()), self.now_ms);
                 let applied = (peer.inbox.epoch(), peer.inbox.applied_up_to());
-                session.greet(applied, first_pending, clock, self.outside.now_us(), linked);
-                peer.link = Some(Link { token, session, up_since_ms: None, told_linked: None });
+                let bonds = peer.bonds.clone();
+                session.greet(applied, first_pending, clock, self.outside.now_us(), linked, bonds);
+                peer.link = Some(Link::new(token, session));
             }
             Err(error) => self.retry(index, format!("connect({address}) failed: {error}"), false),
         }
@@ -310,7 +380,9 @@ impl Engine {
     fn retry(&mut self, index: usize, error: String, is_refused: bool) {
         let peer = &mut self.peers[index];
         peer.is_refused = is_refused;
-        let next = if peer.we_connect {
+        let next = if peer.disputed.is_some() {
+            "waiting for a person".to_owned()
+        } else if peer.we_connect {
             let pause_ms = peer.backoff.pause_ms();
             peer.retry_at_ms = self.now_ms + pause_ms;
             format!("trying again in {pause_ms} msecs")
@@ -337,14 +409,10 @@ impl Engine {
 
     fn take_hello(&mut self, index: usize, hello: &Hello) -> Result<(), Close> {
         let now_ms = self.now_ms;
-        if hello.applied_epoch == self.me.epoch && hello.applied_seq > self.journal.seq() {
-            let error = self.begin_behind(index, hello.applied_seq);
-            self.fail(error);
-            return Err(Close::Ended("the journal was set back".into()));
-        }
         self.look_at_clock(index, hello);
         let linked = hello.linked.iter().filter(|server| change::is_server(server)).take(VECTOR_MAX);
         self.peers[index].outbox.set_linked(linked.map(|server| server.as_str().into()));
+        self.note_new_epoch(index, hello);
         let (first_pending, linked) = (self.first_pending(index), self.linked());
         let peer = &mut self.peers[index];
         let Some(link) = &mut peer.link else { return Ok(()) };
@@ -356,12 +424,16 @@ impl Engine {
         }
         if !link.session.is_up() {
             let applied = (peer.inbox.epoch(), peer.inbox.applied_up_to());
-            link.session.greet(applied, first_pending, self.clock.last(), self.outside.now_us(), linked);
+            let (clock, now_us, bonds) = (self.clock.last(), self.outside.now_us(), peer.bonds.clone());
+            link.session.greet(applied, first_pending, clock, now_us, linked, bonds);
         }
         peer.outbox.restart();
         if hello.applied_epoch == self.me.epoch {
             match self.journal.acknowledge_up_to(&peer.name, hello.applied_seq) {
-                Ok(count) => peer.outbox.skip_up_to(hello.applied_seq, count),
+                Ok(count) => {
+                    peer.outbox.skip_up_to(hello.applied_seq, count);
+                    self.acks.applied_up_to(index, hello.applied_seq);
+                }
                 Err(error) => drop(self.failed.get_or_insert(error)),
             }
         }
@@ -374,6 +446,7 @@ impl Engine {
         log::info!("Peer {} ({}): connected to its relay ({software}), {held} changes held.", peer.name, peer.address);
         self.tell_linked();
         self.tell_last_known(index);
+        self.begin_bonding(index, hello);
         Ok(())
     }
 
@@ -418,6 +491,9 @@ impl Engine {
             }
             None => return Err(Close::Malformed("it sent a change without a stamp".into())),
         };
+        if seq > NUMBER_MAX {
+            return Err(Close::Malformed(format!("it sent a change with number {seq}")));
+        }
         if change.user.len() > USER_BYTES_MAX {
             // Much is remembered by users' names.
             return Err(Close::Malformed(format!(
@@ -425,10 +501,15 @@ impl Engine {
                 change.user.len()
             )));
         }
-        let bytes = change.encoded_len();
+        let bytes = change::memory_of(&change);
         let verdict = peer.inbox.receive(epoch, seq, &change.user, bytes);
         match verdict.map_err(|error| Close::Malformed(error.to_string()))? {
             Verdict::Ignore => return Ok(()),
+            Verdict::Later => {
+                let user = change.user.as_str().into();
+                self.refuse(index, epoch, seq, &user, "too many of its server's changes wait here already");
+                return Ok(());
+            }
             Verdict::Acknowledge => {
                 self.forget_coming(&change);
                 self.acknowledge(index, epoch, seq);
@@ -450,7 +531,7 @@ impl Engine {
             true => Ok(()),
             false => Err("its clock is years ahead of this server's".to_owned()),
         };
-        let checked = checked.and_then(|()| match self.take_origin(&change) {
+        let checked = checked.and_then(|()| match self.take_origin(index, &change) {
             true => Ok(()),
             false => Err("it is passed on from more servers than can be known".to_owned()),
         });
@@ -463,9 +544,9 @@ impl Engine {
         Ok(())
     }
 
-    fn take_origin(&mut self, change: &Change) -> bool {
+    fn take_origin(&mut self, via: usize, change: &Change) -> bool {
         let origin = change.stamp.as_ref().map(|stamp| stamp.origin.as_str()).unwrap_or_default();
-        self.note_far_origin(origin).unwrap_or_else(|error| {
+        self.note_far_origin(via, origin).unwrap_or_else(|error| {
             self.fail(error);
             false
         })
@@ -480,6 +561,7 @@ impl Engine {
             if !peer.outbox.ack(*seq) {
                 continue;
             }
+            self.acks.applied(index, *seq);
             if let Err(error) = self.journal.acknowledge(&peer.name, *seq) {
                 self.failed.get_or_insert(error);
             }
@@ -491,6 +573,7 @@ impl Engine {
             return;
         }
         let error = change::printable(&refused.error);
+        self.acks.refused(index, &refused.user);
         let peer = &mut self.peers[index];
         if let Some(pause_ms) = peer.outbox.refuse(refused.seq, &error, self.now_ms) {
             log::warn!(
@@ -513,14 +596,20 @@ fn refusal(error: SessionError) -> Close {
         SessionError::NoGreeting
         | SessionError::SecondGreeting
         | SessionError::NotForPeers
+        | SessionError::TooManyNumbers(_)
         | SessionError::NotReading => Close::Malformed(error.to_string()),
         error => Close::Refused { tell: error.is_refusal(), reason: error.to_string() },
     }
 }
 
 /// Tells the other side why, if its socket takes it at once.
-fn send_refusal(connection: &mut Connection, reason: &str) {
-    let refused = Kind::Refused(Refused { error: reason.to_owned(), ..Default::default() });
+fn tell_why(connection: &mut Connection, why: &Close) {
+    let refused = match why.clone() {
+        Close::Refused { reason, tell: true } => Refused { error: reason, ..Default::default() },
+        Close::SetBack { reason, epoch } => Refused { error: reason, epoch, set_back: true, ..Default::default() },
+        _ => return,
+    };
+    let refused = Kind::Refused(refused);
     if frame::append(&refused.into(), connection.out()).is_ok() {
         let _ = connection.write();
     }

@@ -16,7 +16,7 @@ use super::workers::{Task, Worker};
 use crate::change::{self, GUID_BYTES, RANGES_MAX};
 use crate::journal::JournalError;
 use crate::wire::proto::frame::Kind;
-use crate::wire::proto::{self, Answer, Looked, Question, Survey, Surveyed, Tell};
+use crate::wire::proto::{self, Answer, Looked, Question, Survey, Surveyed, Tell, TellOf};
 
 /// Questions of one peer that wait.
 const PER_PEER_MAX: usize = 64;
@@ -26,11 +26,14 @@ const WAIT_MS_MAX: u64 = 60_000;
 const POLL_MS: u64 = 50;
 /// What is answered to one question.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
-/// What one request to tell may have.
+/// What one request to tell may have; and what we ask for, so that a peer never finds it too much.
 const TELL_BYTES_MAX: usize = 16 << 20;
+const TELL_BYTES_ASKED: usize = TELL_BYTES_MAX / 2;
 /// Of bodies that ride along with what one request tells, so much at most, and this part of the journal's size.
 const INLINE_BYTES_MAX: u64 = 8 << 20;
 const INLINE_SHARE: u64 = 64;
+/// Looks do not wait for the peers: nothing rides along with what they find while the journal is filled to more than this part.
+const LOOKS_SHARE: u64 = 8;
 /// Changes came in the middle of so many answers: the next one is an error.
 const TRIES_MAX: u32 = 50;
 
@@ -52,6 +55,33 @@ pub enum Wanted {
     Tell(Tell),
     /// Who the users are.
     Users,
+}
+
+/// Why there is no answer.
+pub struct Unanswered {
+    pub error: String,
+    /// The worker went away: another one may have it.
+    pub is_gone: bool,
+}
+
+impl From<String> for Unanswered {
+    fn from(error: String) -> Unanswered {
+        Unanswered { error, is_gone: false }
+    }
+}
+
+impl From<&str> for Unanswered {
+    fn from(error: &str) -> Unanswered {
+        error.to_owned().into()
+    }
+}
+
+/// Empty: there is none.
+fn said(error: &str) -> Result<(), Unanswered> {
+    match error {
+        "" => Ok(()),
+        error => Err(change::printable(error).into()),
+    }
 }
 
 /// A question.
@@ -82,12 +112,19 @@ impl AnswerJob {
     }
 }
 
+/// A request to tell, as far as it has come.
+#[derive(Default)]
+struct Collecting {
+    mailboxes: Vec<TellOf>,
+    bytes: usize,
+}
+
 /// See the module.
 #[derive(Default)]
 pub struct Questions {
     line: VecDeque<Job>,
     /// Parts of requests that are not all there yet.
-    collecting: HashMap<(usize, u64), Tell>,
+    collecting: HashMap<(usize, u64), Collecting>,
     /// Of users who are compared: how often something of them was changed.
     watched: HashMap<Arc<str>, u64>,
     /// Users of whom something is told just now.
@@ -161,24 +198,30 @@ impl Engine {
         let user: Arc<str> = user.as_str().into();
         let is_of_peer = |job: &&Job| matches!(job.asker, Asker::Peer(peer, ..) if peer == index);
         if self.questions.line.iter().filter(is_of_peer).count() >= PER_PEER_MAX {
-            self.answer(asker, Err("it is asked too much at once".into()));
+            if let Some(link) = &mut self.peers[index].link {
+                // Not in the lane of bodies, whose length nobody limits but by not answering.
+                let error = "it is asked too much at once".into();
+                link.session.control(Kind::Answer(Answer { id, error, ..Default::default() }));
+            }
             return Ok(());
         }
         self.want_answer(asker, user, index, wanted);
         Ok(())
     }
 
-    fn collect_tell(&mut self, index: usize, id: u64, tell: Tell) -> Result<Option<Tell>, Close> {
-        let whole = self.questions.collecting.entry((index, id));
-        let whole = whole.or_insert_with(|| Tell { mailboxes: vec![], ..tell.clone() });
-        whole.mailboxes.extend(tell.mailboxes);
-        if whole.encoded_len() > TELL_BYTES_MAX || self.questions.collecting.len() > PER_PEER_MAX {
+    fn collect_tell(&mut self, index: usize, id: u64, mut tell: Tell) -> Result<Option<Tell>, Close> {
+        let collecting = &mut self.questions.collecting;
+        let whole = collecting.entry((index, id)).or_default();
+        whole.bytes += tell.encoded_len();
+        whole.mailboxes.append(&mut tell.mailboxes);
+        let is_too_much = whole.bytes > TELL_BYTES_MAX;
+        if is_too_much || collecting.keys().filter(|(peer, _)| *peer == index).count() > PER_PEER_MAX {
             return Err(Close::Malformed("it wants too much to be told".into()));
         }
         if tell.more {
             return Ok(None);
         }
-        Ok(self.questions.collecting.remove(&(index, id)))
+        Ok(collecting.remove(&(index, id)).map(|whole| Tell { mailboxes: whole.mailboxes, ..tell }))
     }
 
     pub fn want_answer(&mut self, asker: Asker, user: Arc<str>, peer: usize, wanted: Wanted) {
@@ -213,6 +256,11 @@ impl Engine {
         let now_ms = self.now_ms;
         for _ in 0..self.questions.line.len() {
             let mut job = self.questions.line.pop_front()?;
+            if matches!(job.asker, Asker::Peer(peer, ..) if self.is_loaded(peer)) {
+                // It is to read what it has asked for before.
+                self.questions.line.push_back(job);
+                continue;
+            }
             let is_due = job.due_ms <= now_ms;
             let is_busy = || self.work.is_busy(&job.user) || self.heals.is_running(&job.user);
             let may_go = match job.wanted {
@@ -236,14 +284,26 @@ impl Engine {
         None
     }
 
-    fn begin_answer(&mut self, index: usize, job: Job) -> Result<(), JournalError> {
+    fn inline_bytes(&self) -> u64 {
+        INLINE_BYTES_MAX.min(self.config.journal_bytes_max / INLINE_SHARE)
+    }
+
+    /// The same for what a look finds.
+    pub fn inline_bytes_of_look(&self) -> u64 {
+        match self.journal.bytes() < self.config.journal_bytes_max / LOOKS_SHARE {
+            true => self.inline_bytes(),
+            false => 0,
+        }
+    }
+
+    fn begin_answer(&mut self, index: usize, mut job: Job) -> Result<(), JournalError> {
         self.last_job += 1;
         let id = self.last_job;
         let asker = match job.asker {
             Asker::Peer(peer, ..) => self.peers[peer].name.clone(),
             Asker::Own(_) => String::new(),
         };
-        let frames: Vec<Kind> = match &job.wanted {
+        let frames: Vec<Kind> = match &mut job.wanted {
             Wanted::Survey(survey) => {
                 let mut survey = Survey { job: id, asker, ..survey.clone() };
                 if let Some(mailbox) = &mut survey.mailbox {
@@ -252,9 +312,8 @@ impl Engine {
                 vec![Kind::Survey(survey)]
             }
             Wanted::Tell(tell) => {
-                let inline_bytes = INLINE_BYTES_MAX.min(self.config.journal_bytes_max / INLINE_SHARE);
-                let tell = Tell { job: id, asker, inline_bytes, ..tell.clone() };
-                tell_frames(&tell).map(Kind::Tell).collect()
+                let tell = Tell { job: id, asker, inline_bytes: self.inline_bytes(), ..std::mem::take(tell) };
+                tell_frames(tell).into_iter().map(Kind::Tell).collect()
             }
             Wanted::Users => vec![Kind::Look(proto::Look { job: id, users: true, ..Default::default() })],
         };
@@ -272,23 +331,34 @@ impl Engine {
         Ok(())
     }
 
-    pub fn worker_surveyed(&mut self, index: usize, surveyed: Surveyed) -> Result<(), Close> {
+    pub fn worker_surveyed(&mut self, index: usize, mut surveyed: Surveyed) -> Result<(), Close> {
         let Task::Answer(answer) = &mut self.workers[index].task else {
             return Err(Close::Malformed("it answers what it was not asked".into()));
         };
         if surveyed.job != answer.id || !matches!(answer.job.wanted, Wanted::Survey(_)) {
             return Err(Close::Malformed("it answers what it was not asked".into()));
         }
-        let (more, error, user) = (surveyed.more, change::printable(&surveyed.error), answer.job.user.clone());
+        let (more, outcome, user) = (surveyed.more, said(&surveyed.error), answer.job.user.clone());
         let peers = surveyed.peers.clone();
         answer.bytes += surveyed.encoded_len();
         if answer.bytes <= ANSWER_BYTES_MAX && more {
+            for found in &mut surveyed.mailboxes {
+                let guid = found.mailbox.as_ref().map_or(&[][..], |mailbox| &mailbox.guid);
+                match self.journal.named_mailbox(&user, self.lists.canonical(&user, guid)) {
+                    Ok(Some(known)) => (found.named_clock, found.named_by) = (known.named.clock, known.named.origin),
+                    Ok(None) => {}
+                    Err(error) => {
+                        self.fail(error);
+                        return Ok(());
+                    }
+                }
+            }
             // Only for this server.
             answer.surveyed.push(Surveyed { job: 0, peers: None, ..surveyed });
         }
-        self.take_user_peers(&user, peers);
+        self.take_userdb(&user, peers);
         if !more {
-            self.answered(index, error);
+            self.answered(index, outcome);
         }
         Ok(())
     }
@@ -306,16 +376,16 @@ impl Engine {
             if told.user != *user {
                 return Err(Close::Malformed("it tells of another user than it was asked".into()));
             }
-            self.ship_all(vec![Release { user, change: Some(told), spans: Vec::new() }]);
+            self.ship_all(vec![Release { user, change: Some(told), spans: Vec::new(), ack: None }]);
         }
         if !looked.more {
-            self.answered(index, change::printable(&looked.error));
+            self.answered(index, said(&looked.error));
         }
         Ok(())
     }
 
     /// The worker has said all, or went away.
-    pub fn answered(&mut self, index: usize, error: String) {
+    pub fn answered(&mut self, index: usize, outcome: Result<(), Unanswered>) {
         if !matches!(self.workers[index].task, Task::Answer(_)) {
             return;
         }
@@ -329,11 +399,11 @@ impl Engine {
             self.order.look_ends(&user, self.now_ms, &self.spans, &mut released);
             self.ship_all(released);
         }
-        if error.is_empty() {
+        if outcome.is_ok() {
             self.poison.note_job();
         }
         let is_survey = matches!(job.wanted, Wanted::Survey(_));
-        if is_survey && error.is_empty() {
+        if is_survey && outcome.is_ok() {
             let was_quiet = self.questions.watch(&user) == generation && self.is_settled(&user, job.peer);
             if !was_quiet {
                 job.tries += 1;
@@ -352,7 +422,7 @@ impl Engine {
             Wanted::Users => vec![users],
             _ => surveyed,
         };
-        self.answer(job.asker, if error.is_empty() { Ok(said) } else { Err(error) });
+        self.answer(job.asker, outcome.map(|()| said));
         self.forget_watched(&user);
     }
 
@@ -366,21 +436,25 @@ impl Engine {
         }
     }
 
-    fn answer(&mut self, asker: Asker, outcome: Result<Vec<Surveyed>, String>) {
+    fn answer(&mut self, asker: Asker, outcome: Result<Vec<Surveyed>, Unanswered>) {
         let (index, token, id) = match asker {
             Asker::Own(run) => return self.ours_are_known(run, outcome),
             Asker::Peer(index, token, id) => (index, token, id),
         };
-        let Some(link) = self.peers[index].link.as_mut().filter(|link| link.token == token) else { return };
-        let (said, error) = match outcome {
-            Ok(said) => (said, String::new()),
-            Err(error) => (Vec::new(), error),
+        if self.peers[index].link.as_ref().is_none_or(|link| link.token != token) {
+            return;
+        }
+        let (said, Unanswered { error, is_gone }) = match outcome {
+            Ok(said) => (said, "".into()),
+            Err(why) => (Vec::new(), why),
         };
+        self.count_if_foreign(&error);
+        let Some(link) = self.peers[index].link.as_mut() else { return };
         for surveyed in said {
             let surveyed = Some(surveyed);
             link.session.bulk(Kind::Answer(Answer { id, more: true, surveyed, ..Default::default() }));
         }
-        link.session.bulk(Kind::Answer(Answer { id, error, ..Default::default() }));
+        link.session.bulk(Kind::Answer(Answer { id, error, gone: is_gone, ..Default::default() }));
     }
 }
 
@@ -401,12 +475,23 @@ fn check_survey(survey: &Survey) -> Result<(), Close> {
 /// Bytes of one frame with a part of a request.
 const FRAME_BYTES_MAX: usize = 48_000;
 
+/// As much as is asked for at once. The comparison behind it finds the rest.
+pub fn at_once(parts: impl Iterator<Item = TellOf>) -> Vec<TellOf> {
+    let mut bytes = 0;
+    let fits = |of: &TellOf| {
+        bytes += of.encoded_len() + 8;
+        bytes <= TELL_BYTES_ASKED
+    };
+    parts.take_while(fits).collect()
+}
+
 /// The request in parts that fit into frames. One mailbox may be in several.
-pub fn tell_frames(tell: &Tell) -> impl Iterator<Item = Tell> {
-    let empty = || Tell { mailboxes: vec![], more: true, ..tell.clone() };
+pub fn tell_frames(mut tell: Tell) -> Vec<Tell> {
+    let mailboxes = std::mem::take(&mut tell.mailboxes);
+    let empty = || Tell { more: true, ..tell.clone() };
     let mut frames = vec![empty()];
     let mut bytes = 0;
-    for of in &tell.mailboxes {
+    for of in mailboxes.into_iter().flat_map(pieces) {
         let length = of.encoded_len() + 8;
         if bytes > 0 && bytes + length > FRAME_BYTES_MAX {
             frames.push(empty());
@@ -414,11 +499,71 @@ pub fn tell_frames(tell: &Tell) -> impl Iterator<Item = Tell> {
         }
         bytes += length;
         if let Some(last) = frames.last_mut() {
-            last.mailboxes.push(of.clone());
+            last.mailboxes.push(of);
         }
     }
     if let Some(last) = frames.last_mut() {
         last.more = false;
     }
-    frames.into_iter()
+    frames
+}
+
+/// A part that does not fit into a frame, as keywords can be long.
+fn pieces(mut of: TellOf) -> Vec<TellOf> {
+    if of.encoded_len() <= FRAME_BYTES_MAX || of.flags.len() < 2 {
+        return vec![of];
+    }
+    let flags = of.flags.split_off(of.flags.len() / 2);
+    let rest = TellOf { mailbox: of.mailbox.clone(), flags, ..Default::default() };
+    [of, rest].into_iter().flat_map(pieces).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::frame;
+    use crate::wire::proto::{FlagUpdate, Mailbox, MessageRange};
+
+    /// Flags and keywords of 64 of one mailbox's messages.
+    fn part(keywords: usize) -> TellOf {
+        let message = MessageRange { first_uid: 1, last_uid: 1, guid: "g".repeat(255), ..Default::default() };
+        let add_keywords = vec!["k".repeat(100); keywords];
+        let update = FlagUpdate { messages: vec![message], add: 1, add_keywords, ..Default::default() };
+        let mailbox = Mailbox { path: vec!["INBOX".into()], ..Default::default() };
+        TellOf { mailbox: Some(mailbox), flags: vec![update; 64], ..Default::default() }
+    }
+
+    fn frames_of(mailboxes: Vec<TellOf>) -> Vec<Tell> {
+        let frames = tell_frames(Tell { user: "jane".into(), mailboxes, ..Default::default() });
+        let last = frames.len() - 1;
+        for (number, frame) in frames.iter().enumerate() {
+            assert_eq!(frame.more, number != last);
+            frame::encode(&Kind::Tell(frame.clone()).into()).unwrap();
+        }
+        frames
+    }
+
+    #[test]
+    fn what_is_asked_for_at_once_is_never_too_much_for_a_peer() {
+        let many = 2 * TELL_BYTES_MAX / part(0).encoded_len();
+        let asked = at_once(std::iter::repeat_with(|| part(0)).take(many));
+        let frames = frames_of(asked.clone());
+        let bytes: usize = frames.iter().map(Tell::encoded_len).sum();
+        assert!((TELL_BYTES_MAX / 4..TELL_BYTES_MAX).contains(&bytes), "{bytes}");
+        assert_eq!(frames.into_iter().flat_map(|frame| frame.mailboxes).collect::<Vec<_>>(), asked);
+        assert_eq!(at_once(std::iter::once(part(0))), [part(0)]);
+    }
+
+    #[test]
+    fn flags_with_many_keywords_fit_into_frames() {
+        let asked = part(20);
+        assert!(asked.encoded_len() > frame::PAYLOAD_BYTES_MAX);
+        let flags: Vec<_> = frames_of(vec![asked.clone()])
+            .into_iter()
+            .flat_map(|frame| frame.mailboxes)
+            .inspect(|piece| assert_eq!(piece.mailbox, asked.mailbox))
+            .flat_map(|piece| piece.flags)
+            .collect();
+        assert_eq!(flags, asked.flags);
+    }
 }

@@ -188,11 +188,11 @@ impl Engine {
             return self.are_redone(&user, last);
         }
         let me = self.me.server.clone();
-        let mut elsewhere = self.elsewhere(&me, &user, changes.iter())?;
-        elsewhere.retain(|known| known.moved);
+        let elsewhere = self.elsewhere(&user, changes.iter())?;
         self.last_job += 1;
         let frames = {
-            let first = Apply { aliases: self.lists.aliases(&user), me, ..Default::default() };
+            let brief = self.begin_briefly(index);
+            let first = Apply { aliases: self.lists.aliases(&user), me, brief, ..Default::default() };
             apply_frames(self.last_job, &user, first, elsewhere, changes.into_iter())
         };
         let again = self.redos.failed().any(|failing| *failing.user == *user);

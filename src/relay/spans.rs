@@ -30,7 +30,7 @@ pub struct LogId {
     user: String,
     pub mailbox_guid: Vec<u8>,
     private_user: String,
-    index_id: u32,
+    pub index_id: u32,
 }
 
 impl LogId {

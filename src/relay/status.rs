@@ -6,6 +6,7 @@ use super::engine::Engine;
 use super::peers::PeerState;
 use super::waiting;
 use crate::change;
+use crate::journal::JournalError;
 use crate::merge::rule::Rule;
 use crate::wire::proto::{Counters, NamedCount, PeerStatus, Status, WaitingEntry};
 
@@ -57,8 +58,29 @@ impl Engine {
         }
     }
 
+    /// The same; what is pending, and what is to be looked at, of this user.
+    pub fn status_of(&self, user: &str) -> Result<Status, JournalError> {
+        let mut status = self.status();
+        let held = self.order.held_of(user) as u64;
+        for (peer, row) in self.peers.iter().zip(&mut status.peers) {
+            row.pending = self.journal.count_pending(&peer.name, Some(user), self.journal.seq())? + held;
+            row.behind_secs = self.secs_since(peer.outbox.oldest_us_of(user));
+        }
+        if let Some(counters) = &mut status.counters {
+            counters.looking = u64::from(self.is_to_be_looked_at(user)) + self.sweeping() as u64;
+        }
+        Ok(status)
+    }
+
+    fn is_to_be_looked_at(&self, user: &str) -> bool {
+        self.heals.has(user) || self.lists.is_to_be_looked_at(user)
+    }
+
+    fn secs_since(&self, at_us: Option<u64>) -> u64 {
+        at_us.map_or(0, |at_us| self.outside.now_us().saturating_sub(at_us) / 1_000_000)
+    }
+
     fn peer_status(&self, index: usize, peer: &PeerState, here: &[WaitingEntry]) -> PeerStatus {
-        let now_us = self.outside.now_us();
         // What is held waits for others, and then for every peer.
         let held = self.order.held() as u64;
         let stats = peer.outbox.stats();
@@ -73,7 +95,7 @@ impl Engine {
             peer: peer.name.clone(),
             state: peer.state().into(),
             pending: stats.pending + held,
-            behind_secs: stats.oldest_us.map_or(0, |oldest| now_us.saturating_sub(oldest) / 1_000_000),
+            behind_secs: self.secs_since(stats.oldest_us),
             dropped: stats.dropped,
             last_error,
             pending_bytes: stats.pending_bytes,

@@ -30,11 +30,16 @@ impl Stepped {
         self.0.round().map_err(|fatal| fatal.to_string())
     }
 
+    /// It has been asked to end, for the next one to begin, and that is the time now.
+    pub fn is_at_end(&self) -> bool {
+        self.0.is_at_end()
+    }
+
     pub fn accept(&mut self, pipe: Box<dyn Pipe>, kind: Connection) -> Result<(), String> {
         // It is now that it comes.
         self.0.take(&mut Vec::new());
         match kind {
-            Connection::Local { may_ask } => self.0.take_local(Stream::Pipe(pipe), may_ask),
+            Connection::Local { uid } => self.0.take_local(Stream::Pipe(pipe), uid),
             Connection::Peer => self.0.take_stranger(Stream::Pipe(pipe), None),
         }
     }

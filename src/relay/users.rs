@@ -26,9 +26,17 @@ impl Engine {
         Ok(reached.filter(has_it).collect())
     }
 
-    /// A local process or a worker says with whom the user's mail is replicated.
+    /// A worker says what the userdb has of the user.
+    pub fn take_userdb(&mut self, user: &Arc<str>, peers: Option<UserPeers>) {
+        if let Some(uid) = peers.as_ref().and_then(|peers| peers.uid) {
+            self.take_owner(user, uid);
+        }
+        self.take_user_peers(user, peers);
+    }
+
+    /// With whom the user's mail is replicated.
     pub fn take_user_peers(&mut self, user: &Arc<str>, peers: Option<UserPeers>) {
-        let Some(UserPeers { all, servers }) = peers else { return };
+        let Some(UserPeers { all, servers, .. }) = peers else { return };
         let named = (!all).then_some(servers);
         let is_valid =
             |named: &Vec<String>| named.len() <= VECTOR_MAX && named.iter().all(|server| change::is_server(server));
@@ -50,6 +58,8 @@ impl Engine {
         let now: Vec<usize> = self.peers_of(user).collect();
         for peer in before.iter().filter(|peer| !now.contains(peer)) {
             self.take_back_from(*peer, user)?;
+            self.journal.compare_without(user, &self.peers[*peer].name)?;
+            self.counts.counters.failed = self.journal.failed_count()?;
         }
         for peer in now.iter().filter(|peer| !before.contains(peer)) {
             let peer = self.peers[*peer].name.clone();

@@ -18,7 +18,7 @@ use super::engine::{Close, Engine, Role};
 use super::looks::LookJob;
 use super::order::{Arrival, Release};
 use super::poison::{Tried, CRASHES_MAX};
-use super::questions::AnswerJob;
+use super::questions::{AnswerJob, Unanswered};
 use super::redo::RedoJob;
 use super::torn;
 use super::work::Received;
@@ -116,6 +116,8 @@ pub struct Worker {
     pub token: Option<Token>,
     pub task: Task,
     only_reads: bool,
+    /// The task waits for locks only briefly.
+    pub is_brief: bool,
     /// It is to be connected.
     is_wanted: bool,
     connected_ms: u64,
@@ -129,6 +131,7 @@ impl Worker {
             token: None,
             task: Task::Idle,
             only_reads: index == applying,
+            is_brief: false,
             is_wanted: index < applying,
             connected_ms: 0,
             retry_at_ms: 0,
@@ -153,6 +156,14 @@ impl Worker {
         }
     }
 
+    /// Which body it reads.
+    pub fn reads(&self) -> Option<u64> {
+        match self.task {
+            Task::Read(id) => Some(id),
+            _ => None,
+        }
+    }
+
     /// Tries what failed before.
     fn tries_again(&self) -> bool {
         match &self.task {
@@ -160,6 +171,10 @@ impl Worker {
             Task::Redo(job) => job.again,
             _ => false,
         }
+    }
+
+    fn may_wait_long(&self) -> bool {
+        matches!(self.task, Task::Apply(_) | Task::Redo(_) | Task::Look(_)) && !self.is_brief
     }
 
     pub fn may_work(&self) -> bool {
@@ -237,14 +252,33 @@ impl Engine {
         trying < (self.config.workers / 2).max(1)
     }
 
-    /// A worker for a body: the one that is kept for it, or any idle one. If there is none, the one that is kept for it
-    /// is to come.
+    /// Whether this worker's next job waits for locks only briefly: as many as may wait for long have a job. They can for three times
+    /// what Dovecot waits for one lock, and who has to wait behind all of that may have nothing to do with it.
+    pub fn begin_briefly(&mut self, index: usize) -> bool {
+        let waiting = self.workers.iter().filter(|worker| worker.may_wait_long()).count();
+        self.workers[index].is_brief = waiting >= (self.config.workers / 2).max(1);
+        self.workers[index].is_brief
+    }
+
+    /// A worker for a body: the one that is kept for it, or an idle one, but half of the others at most, as a reader waits for who
+    /// asked. If there is none, the one that is kept for it is to come.
     pub fn idle_reader(&mut self) -> Option<usize> {
-        let idle = self.workers.iter().rposition(Worker::is_idle);
+        let reading = self.workers.iter().filter(|worker| !worker.only_reads && worker.reads().is_some()).count();
+        let may_read = |worker: &Worker| worker.is_idle() && (worker.only_reads || reading < self.others_reading_max());
+        let idle = self.workers.iter().rposition(may_read);
         if idle.is_none() {
             self.workers.iter_mut().for_each(|worker| worker.is_wanted = true);
         }
         idle
+    }
+
+    fn others_reading_max(&self) -> usize {
+        (self.config.workers / 2).max(1)
+    }
+
+    /// Bodies that are read for one peer at once: a peer that does not take them holds up no other.
+    pub fn reading_max_of_peer(&self) -> usize {
+        ((1 + self.others_reading_max()) / self.peers.len().max(1)).max(1)
     }
 
     pub fn worker_frame(&mut self, index: usize, frame: Frame) -> Result<(), Close> {
@@ -291,7 +325,8 @@ impl Engine {
 
     pub fn worker_closed(&mut self, index: usize, why: &Close) {
         let was_idle = matches!(self.workers[index].task, Task::Idle);
-        self.answered(index, format!("the worker went away ({})", why.reason()));
+        let error = format!("the worker went away ({})", why.reason());
+        self.answered(index, Err(Unanswered { error, is_gone: true }));
         self.workers[index].token = None;
         self.workers[index].is_wanted = !self.workers[index].only_reads;
         match std::mem::take(&mut self.workers[index].task) {
@@ -395,7 +430,7 @@ impl Engine {
             Ok(told_before) => told_before,
             Err(error) => return self.fail(error),
         };
-        let elsewhere = match self.elsewhere(&origin, &user, received.iter().map(|received| &received.change)) {
+        let elsewhere = match self.elsewhere(&user, received.iter().map(|received| &received.change)) {
             Ok(elsewhere) => elsewhere,
             Err(error) => return self.fail(error),
         };
@@ -409,7 +444,8 @@ impl Engine {
         };
         let from = self.peers[peer].name.clone();
         let (again, me) = (told_before, self.me.server.clone());
-        let first = Apply { resolves, from, again, aliases, me, ..Default::default() };
+        let (brief, pair) = (self.begin_briefly(index), !self.is_mesh());
+        let first = Apply { resolves, from, again, aliases, me, brief, pair, ..Default::default() };
         let frames = apply_frames(job.id, &job.user, first, elsewhere, received.into_iter().map(|r| r.change));
         self.workers[index].task = Task::Apply(job);
         let Some(token) = self.workers[index].token else { return };
@@ -421,7 +457,6 @@ impl Engine {
     /// Of the messages that the changes name, those that are not here at their UIDs there.
     pub fn elsewhere<'a>(
         &self,
-        origin: &str,
         user: &str,
         changes: impl Iterator<Item = &'a Change>,
     ) -> Result<Vec<proto::Elsewhere>, JournalError> {
@@ -439,8 +474,8 @@ impl Engine {
                 let by_guid = guids.iter().map(|of| self.journal.elsewhere_of(user, peer, guid, of));
                 for known in by_uid.chain(by_guid) {
                     found.extend(known?.into_iter().map(|one| {
-                        let Elsewhere { mailbox: mailbox_guid, uid, guid, here, moved } = one;
-                        proto::Elsewhere { mailbox_guid, uid, guid, here, moved: moved || peer != origin }
+                        let Elsewhere { mailbox: mailbox_guid, uid, guid, here, moved, alone } = one;
+                        proto::Elsewhere { mailbox_guid, uid, guid, here, moved, alone, server: peer.clone() }
                     }));
                 }
             }
@@ -455,9 +490,9 @@ impl Engine {
         elsewhere: proto::Elsewhere,
     ) -> Result<(), JournalError> {
         let now_us = self.outside.now_us();
-        let proto::Elsewhere { mailbox_guid, uid, guid, moved, here } = elsewhere;
+        let proto::Elsewhere { mailbox_guid, uid, guid, moved, here, alone, .. } = elsewhere;
         let mailbox = self.lists.canonical(user, &mailbox_guid).to_vec();
-        let noted = Elsewhere { mailbox, uid, guid, here, moved };
+        let noted = Elsewhere { mailbox, uid, guid, here, moved, alone };
         for origin in self.peers.iter().map(|peer| &peer.name).chain(&self.far) {
             if moved || origin == made_by {
                 self.journal.note_elsewhere(user, origin, &noted, now_us)?;
@@ -541,15 +576,17 @@ impl Engine {
             )));
         }
         change::check_spans(&applied.spans).map_err(|error| Close::Malformed(error.to_string()))?;
-        self.take_user_peers(&job.user.clone(), applied.peers.clone());
-        if let Some(item) = job.items.get(done).or(job.items.last()).filter(|_| !applied.changes.is_empty()) {
-            // What is told comes after what gave rise to it, also if nothing was written.
-            self.note_part(&job.user, &item.made);
-        }
+        self.take_userdb(&job.user.clone(), applied.peers.clone());
         for change in applied.changes.iter().filter(|change| *change.user == *job.user) {
             change::check_change(change).map_err(|error| Close::Malformed(error.to_string()))?;
+            // What is told comes after what gave rise to it, also if nothing was written.
+            let cause = change.stamp.as_ref().and_then(|stamp| stamp.vector.first());
+            if let Some(item) = job.items.iter().find(|item| cause == Some(&item.made)) {
+                self.note_part(&job.user, &item.made);
+            }
             // In one commit of the journal with the acknowledgement, or before it.
-            let release = Release { user: job.user.clone(), change: Some(change.clone()), spans: Vec::new() };
+            let release =
+                Release { user: job.user.clone(), change: Some(change.clone()), spans: Vec::new(), ack: None };
             self.ship_all(vec![release]);
         }
         for elsewhere in &applied.elsewhere {
@@ -558,7 +595,7 @@ impl Engine {
             }
         }
         for alias in &applied.aliases {
-            if let Err(error) = self.take_alias(&job.user, &alias.guid, &alias.is) {
+            if let Err(error) = self.take_alias(&job.user, alias) {
                 self.fail(error);
             }
         }
@@ -606,18 +643,22 @@ impl Engine {
         Ok(())
     }
 
-    /// A change is applied, or is set aside for ever.
-    fn is_over(&mut self, user: &str, via: usize, item: &Item) {
-        self.peers[via].inbox.apply(item.epoch, item.seq);
-        self.torn.is_over((via, item.epoch, item.seq));
-        self.poison.is_over(&item.tried(via));
+    /// A change is applied, or is set aside for ever, after a worker has seen that its sender is a peer of the user.
+    fn is_over(&mut self, user: &Arc<str>, via: usize, item: &Item) {
         let SeqOf { origin, epoch, seq } = &item.made;
         if let Some(origin) = self.peers.iter_mut().find(|peer| peer.name == *origin) {
-            origin.inbox.apply(*epoch, *seq);
+            origin.inbox.came_through_another(*epoch, *seq, user);
         }
         self.note_seen(user, origin, *epoch, *seq);
         self.questions.note_change(user);
-        self.tell_known(&item.made, &item.given, via);
+        self.tell_known(user, &item.made, &item.given, via);
+        self.is_over_for_sender(via, item);
+    }
+
+    fn is_over_for_sender(&mut self, via: usize, item: &Item) {
+        self.peers[via].inbox.apply(item.epoch, item.seq);
+        self.torn.is_over((via, item.epoch, item.seq));
+        self.poison.is_over(&item.tried(via));
         self.acknowledge(via, item.epoch, item.seq);
     }
 
@@ -643,7 +684,7 @@ impl Engine {
         let Some(token) = self.workers[index].token else { return };
         let Some(user) = spans.first().map(|span| span.user.as_str().into()) else { return };
         let mut released = Vec::new();
-        self.arrive(Arrival { connection: token.0, user, change: None }, spans, &mut released);
+        self.arrive(Arrival { connection: token.0, user, change: None, ack: None }, spans, &mut released);
         self.ship_all(released);
     }
 
@@ -705,7 +746,11 @@ impl Engine {
         let items = vec![item];
         let job = Job { id: 0, user, peer: received.peer, origin, items, done: 0, again: false, error: String::new() };
         self.set_aside(&job, &format!("malformed change: {error}"));
-        self.is_over(&job.user, job.peer, &job.items[0]);
+        match job.items[0].made.origin == self.peers[job.peer].name {
+            true => self.is_over(&job.user, job.peer, &job.items[0]),
+            // No worker has seen whether the sender may say so of this user. Its origin sends it, too.
+            false => self.is_over_for_sender(job.peer, &job.items[0]),
+        }
     }
 
     fn set_aside(&mut self, job: &Job, error: &str) {
@@ -731,6 +776,7 @@ impl Engine {
     /// Refuses a change of a peer, which has left the queue.
     pub fn refuse(&mut self, peer: usize, epoch: u64, seq: u64, user: &Arc<str>, error: &str) {
         self.counts.counters.refused += 1;
+        self.count_if_foreign(error);
         // A bad change may name anybody, at any length.
         let user_name: String = user.chars().take(USER_BYTES_MAX).collect();
         let name = &self.peers[peer].name;
@@ -759,7 +805,7 @@ impl Engine {
         let Some(link) = &mut self.peers[peer].link else { return };
         match outcome {
             Ok(()) => {
-                let refused = Refused { epoch, seq, user: user_name, error: error.to_owned() };
+                let refused = Refused { epoch, seq, user: user_name, error: error.to_owned(), ..Default::default() };
                 link.session.control(Kind::Refused(refused));
             }
             Err(error) => {
@@ -785,8 +831,8 @@ pub fn apply_frames(
     changes: impl Iterator<Item = Change>,
 ) -> Vec<Frame> {
     let empty = || Apply { job, user: user.to_owned(), more: true, ..Default::default() };
-    let Apply { again, resolves, from, me, .. } = first;
-    let mut frames = vec![Apply { again, resolves, from, me, ..empty() }];
+    let Apply { again, resolves, from, me, brief, pair, .. } = first;
+    let mut frames = vec![Apply { again, resolves, from, me, brief, pair, ..empty() }];
     frames.extend(first.aliases.chunks(ELSEWHERE_MAX).map(|some| Apply { aliases: some.to_vec(), ..empty() }));
     if frames.len() > 1 {
         frames.push(empty());
@@ -824,7 +870,15 @@ mod tests {
     fn a_job_of_any_changes_fits_into_frames() {
         let user = "u".repeat(USER_BYTES_MAX);
         let guid = "g".repeat(MESSAGE_GUID_BYTES_MAX);
-        let one = proto::Elsewhere { mailbox_guid: vec![1; 16], uid: u32::MAX, guid, moved: true, here: u32::MAX };
+        let one = proto::Elsewhere {
+            mailbox_guid: vec![1; 16],
+            uid: u32::MAX,
+            guid,
+            moved: true,
+            here: u32::MAX,
+            alone: false,
+            server: "s".repeat(change::SERVER_BYTES_MAX),
+        };
         let elsewhere = vec![one; 1_000];
         for length in [10, 1_000, 30_000, CHANGE_BYTES_MAX - 8] {
             let change = Change { user: "x".repeat(length), ..Default::default() };

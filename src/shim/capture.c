@@ -30,6 +30,7 @@
 #include "mark.h"
 #include "follow.h"
 #include "full.h"
+#include "last_error.h"
 #include "service.h"
 #include "spans.h"
 #include "shim.h"
@@ -56,6 +57,11 @@ struct capture_box {
 	bool directory;
 	/* between delete_begin and its end: the expunges of all mails are part of the deletion */
 	bool deleting;
+	/* dovetail_ack: a save was committed, of which the relay is to say something */
+	bool awaits_ack;
+	/* In this transaction messages are moved within the mailbox: Dovecot expunges the old ones even if it fails. */
+	bool moves_within;
+	int (*commit)(struct mailbox_transaction_context *t, struct mail_transaction_commit_changes *changes_r);
 };
 
 struct capture_txn {
@@ -73,6 +79,8 @@ static struct timeval capture_flushed;
 static bool capture_answers_clients;
 /* Flags may have been changed of mails whose GUID is not known yet. */
 static bool capture_unnamed;
+/* dovetail_ack is not async. */
+static bool capture_acks;
 /* The mailbox in which GUIDs are being looked up. */
 static struct mailbox *capture_naming_box;
 static struct mailbox_transaction_context *capture_naming_trans;
@@ -87,17 +95,17 @@ static const char *capture_mail_guid(struct mail *mail)
 	const char *guid = NULL;
 	int ret;
 
-	mail_storage_last_error_push(mail->box->storage);
+	dt_error_keep(mail->box->storage);
 	mail->lookup_abort = MAIL_LOOKUP_ABORT_NEVER;
 	ret = mail_get_special(mail, MAIL_FETCH_GUID, &guid);
 	mail->lookup_abort = old_abort;
-	mail_storage_last_error_pop(mail->box->storage);
+	dt_error_give_back(mail->box->storage);
 	return ret < 0 || guid == NULL || *guid == '\0' ? NULL : guid;
 }
 
 static void capture_naming_begin(struct mailbox *box)
 {
-	mail_storage_last_error_push(box->storage);
+	dt_error_keep(box->storage);
 	capture_naming_box = box;
 	capture_naming_trans = mailbox_transaction_begin(box, MAILBOX_TRANSACTION_FLAG_NO_NOTIFY |
 							 MAILBOX_TRANSACTION_FLAG_NO_CACHE_DEC, "dovetail");
@@ -111,7 +119,7 @@ static void capture_naming_end(void)
 	mail_free(&capture_naming_mail);
 	/* What had to be read from the mails' files is cached. */
 	(void)mailbox_transaction_commit(&capture_naming_trans);
-	mail_storage_last_error_pop(capture_naming_box->storage);
+	dt_error_give_back(capture_naming_box->storage);
 	capture_naming_box = NULL;
 }
 
@@ -151,16 +159,25 @@ static void capture_flush(void *context ATTR_UNUSED)
 	dt_rs_flush();
 }
 
-/* Sends when the client has its answer, which is at the ioloop's next turn: each time the relay is woken it works on the
-   client's time. A process killed before that is noticed by its intents. */
+/* LMTP answers in the ioloop's next turn, and timeouts come first in each. */
+static void capture_flush_next_turn(void *context ATTR_UNUSED)
+{
+	timeout_remove(&capture_to_flush);
+	capture_to_flush = timeout_add_short_to(io_loop_get_root(), 0, capture_flush, (void *)NULL);
+}
+
+/* Sends when the client has its answer: each time the relay is woken it works on the client's time. A process killed before
+   that is noticed by its intents. */
 static void capture_flush_soon(void)
 {
-	unsigned int msecs;
+	struct ioloop *ioloop = io_loop_get_root();
 
 	if (capture_to_flush != NULL)
 		return;
-	msecs = timeval_diff_msecs(&ioloop_timeval, &capture_flushed) >= CAPTURE_FLUSH_MSECS ? 0 : CAPTURE_FLUSH_MSECS;
-	capture_to_flush = timeout_add_short_to(io_loop_get_root(), msecs, capture_flush, (void *)NULL);
+	if (timeval_diff_msecs(&ioloop_timeval, &capture_flushed) >= CAPTURE_FLUSH_MSECS)
+		capture_to_flush = timeout_add_short_to(ioloop, 0, capture_flush_next_turn, (void *)NULL);
+	else
+		capture_to_flush = timeout_add_short_to(ioloop, CAPTURE_FLUSH_MSECS, capture_flush, (void *)NULL);
 }
 
 static bool capture_may_wait(bool is_full)
@@ -226,7 +243,7 @@ static void capture_box_ref_now(struct mailbox *box, const char *vname, struct d
 	struct mailbox_status status;
 
 	capture_box_names(box, vname, ref_r);
-	mail_storage_last_error_push(box->storage);
+	dt_error_keep(box->storage);
 	box2 = mailbox_alloc(box->list, vname, MAILBOX_FLAG_READONLY | MAILBOX_FLAG_IGNORE_ACLS);
 	if (mailbox_open(box2) == 0) {
 		if (mailbox_get_metadata(box2, MAILBOX_METADATA_GUID, &metadata) == 0)
@@ -239,10 +256,81 @@ static void capture_box_ref_now(struct mailbox *box, const char *vname, struct d
 		ref_r->uid_next = status.uidnext;
 	}
 	mailbox_free(&box2);
-	mail_storage_last_error_pop(box->storage);
+	dt_error_give_back(box->storage);
 }
 
 /* ---- transactions ---- */
+
+/* Takes a message back that was saved just now: its sender will try again. By a second handle, as the caller's has not seen it yet. */
+static bool capture_take_back(struct mailbox *box, const ARRAY_TYPE(seq_range) *uids)
+{
+	struct mailbox *box2 = mailbox_alloc(box->list, box->vname, MAILBOX_FLAG_IGNORE_ACLS);
+	struct mailbox_transaction_context *trans;
+	const struct seq_range *range;
+	struct mail *mail;
+	uint32_t uid, seq;
+	bool is_gone = FALSE;
+
+	dt_error_keep(box->storage);
+	if (mailbox_open(box2) == 0 && mailbox_sync(box2, 0) == 0) {
+		trans = mailbox_transaction_begin(box2, 0, "dovetail");
+		mail = mail_alloc(trans, 0, NULL);
+		array_foreach(uids, range) {
+			for (uid = range->seq1; uid <= range->seq2; uid++) {
+				if (mail_set_uid(mail, uid))
+					mail_expunge(mail);
+			}
+		}
+		mail_free(&mail);
+		is_gone = mailbox_transaction_commit(&trans) == 0 &&
+			mailbox_sync(box2, MAILBOX_SYNC_FLAG_EXPUNGE) == 0;
+		array_foreach(uids, range) {
+			for (uid = range->seq1; is_gone && uid <= range->seq2; uid++)
+				is_gone = !mail_index_lookup_seq(box2->view, uid, &seq);
+		}
+	}
+	mailbox_free(&box2);
+	dt_error_give_back(box->storage);
+	if (!is_gone)
+		i_error("dovetail: Mailbox %s: a mail that is not acknowledged could not be taken back: "
+			"its sender is told OK", box->vname);
+	return is_gone;
+}
+
+/* The outermost of all that commit the transaction, so what it returns is what the caller gets. Everything is unlocked by now
+   (transaction_save_commit_post() of each storage), notify has told of it, and `t` is freed. */
+static int capture_commit_and_wait(struct mailbox_transaction_context *t,
+				   struct mail_transaction_commit_changes *changes_r)
+{
+	struct mailbox *box = t->box;
+	struct capture_box *cbox = CAPTURE_CONTEXT(box);
+	/* What is called here may commit others, which save nothing. */
+	bool outer_awaits_ack = cbox->awaits_ack, moves_within = cbox->moves_within;
+	/* After a COPY that failed imap commits what it has read of the source, and then sends the error. Dovecot's index of the
+	   mailbox list would replace it by a copy. */
+	bool has_error = box->storage->error_string != NULL;
+	bool awaits_ack;
+	int ret;
+
+	cbox->awaits_ack = cbox->moves_within = FALSE;
+	if (has_error)
+		dt_error_keep(box->storage);
+	ret = cbox->commit(t, changes_r);
+	if (has_error && ret < 0)
+		dt_error_forget(box->storage);
+	else if (has_error)
+		dt_error_give_back(box->storage);
+	awaits_ack = cbox->awaits_ack;
+	cbox->awaits_ack = outer_awaits_ack;
+	if (ret < 0 || !awaits_ack)
+		return ret;
+	capture_flush(NULL);
+	if (dt_rs_await_ack(capture_namespace(box)->owner->username, box->vname, !moves_within) == DT_ACK_OK ||
+	    !capture_take_back(box, &changes_r->saved_uids))
+		return 0;
+	mail_storage_set_error(box->storage, MAIL_ERROR_TEMP, "The mail could not be replicated, try again later");
+	return -1;
+}
 
 static void *capture_transaction_begin(struct mailbox_transaction_context *t)
 {
@@ -254,6 +342,10 @@ static void *capture_transaction_begin(struct mailbox_transaction_context *t)
 	if (!txn->ignored) {
 		/* saved_uids is empty otherwise */
 		t->flags |= MAILBOX_TRANSACTION_FLAG_ASSIGN_UIDS;
+		if (capture_acks && cbox->commit == NULL) {
+			cbox->commit = t->box->v.transaction_commit;
+			t->box->v.transaction_commit = capture_commit_and_wait;
+		}
 	}
 	return txn;
 }
@@ -336,7 +428,7 @@ static void capture_saved(struct capture_txn *txn, struct mail *mail, struct mai
 	save.guid = cbox->save_guid;
 	save.flags = capture_flags(txn->box, mail_get_flags(mail));
 	save.keywords = mail_get_keywords(mail);
-	mail_storage_last_error_push(mail->box->storage);
+	dt_error_keep(mail->box->storage);
 	if (mail_get_received_date(mail, &date) == 0)
 		save.received_date = date;
 	save.save_date = cbox->save_date;
@@ -349,7 +441,7 @@ static void capture_saved(struct capture_txn *txn, struct mail *mail, struct mai
 	} else {
 		capture_read_body(mail, &save);
 	}
-	mail_storage_last_error_pop(mail->box->storage);
+	dt_error_give_back(mail->box->storage);
 	/* dbox would have to open the file for each flag that is changed. (maildir keeps it in dovecot-uidlist.) */
 	if (save.guid != NULL)
 		index_mail_cache_add(INDEX_MAIL(mail), MAIL_CACHE_GUID, save.guid, strlen(save.guid));
@@ -447,6 +539,7 @@ static const char *capture_maildir_guid(struct mailbox *box, uint32_t uid)
 static bool capture_committed_saves(struct mailbox *box, const struct mail_transaction_commit_changes *changes,
 				    void *rs, struct dt_mailbox *ref)
 {
+	struct capture_box *cbox = CAPTURE_CONTEXT(box);
 	const struct seq_range *range;
 	ARRAY(struct dt_saved) saved;
 	struct dt_saved *s;
@@ -462,7 +555,8 @@ static bool capture_committed_saves(struct mailbox *box, const struct mail_trans
 			ref->uid_next = I_MAX(ref->uid_next, uid + 1);
 		}
 	}
-	return dt_rs_commit(rs, ref, array_front(&saved), array_count(&saved));
+	cbox->awaits_ack = capture_acks;
+	return dt_rs_commit(rs, ref, array_front(&saved), array_count(&saved), capture_acks);
 }
 
 static void capture_committed(struct capture_txn *txn, struct mail_transaction_commit_changes *changes)
@@ -480,7 +574,7 @@ static void capture_committed(struct capture_txn *txn, struct mail_transaction_c
 	if (box->index->log->head != NULL)
 		ref.highest_modseq = box->index->log->head->sync_highest_modseq;
 	if (array_count(&changes->saved_uids) == 0)
-		is_full = dt_rs_commit(txn->rs, &ref, NULL, 0);
+		is_full = dt_rs_commit(txn->rs, &ref, NULL, 0, FALSE);
 	else T_BEGIN {
 		is_full = capture_committed_saves(box, changes, txn->rs, &ref);
 	} T_END;
@@ -491,10 +585,14 @@ static void capture_committed(struct capture_txn *txn, struct mail_transaction_c
 static void capture_transaction_commit(void *_txn, struct mail_transaction_commit_changes *changes)
 {
 	struct capture_txn *txn = _txn;
+	struct capture_box *cbox = CAPTURE_CONTEXT(txn->box);
 
-	if (txn->rs != NULL && dt_full_is_in_memory(txn->box))
-		capture_noted(dt_rs_commit_in_memory(txn->rs));
-	else if (txn->rs != NULL)
+	if (txn->rs != NULL && dt_full_is_in_memory(txn->box)) {
+		if (array_count(&changes->saved_uids) > 0)
+			cbox->awaits_ack = capture_acks;
+		capture_noted(dt_rs_commit_in_memory(txn->rs, txn->box->view == NULL ? 0 :
+						     mail_index_get_header(txn->box->view)->next_uid));
+	} else if (txn->rs != NULL)
 		capture_committed(txn, changes);
 	i_free(txn);
 }
@@ -727,13 +825,15 @@ static int capture_copy(struct mail_save_context *ctx, struct mail *mail)
 
 	cbox->body_known = FALSE;
 	if (!capture_is_maildir(box)) {
-		mail_storage_last_error_push(mail->box->storage);
+		dt_error_keep(mail->box->storage);
 		if (guid == NULL && mail_get_special(mail, MAIL_FETCH_GUID, &guid) < 0)
 			guid = NULL;
-		mail_storage_last_error_pop(mail->box->storage);
+		dt_error_give_back(mail->box->storage);
 		capture_remember_guid(cbox, guid);
 	}
 	cbox->save_date = ioloop_time;
+	if (ctx->moving && mail->box == box)
+		cbox->moves_within = TRUE;
 	if (cbox->module_ctx.super.copy(ctx, mail) < 0)
 		return -1;
 	if (!ctx->copying_via_save && strcmp(box->storage->name, "mdbox") != 0) {
@@ -849,8 +949,11 @@ static void capture_mailbox_allocated(struct mailbox *box)
 
 static void capture_mail_user_created(struct mail_user *user)
 {
-	if (!user->autocreated)
-		dt_rs_capture_init(user, user->username, master_service_get_name(master_service));
+	if (user->autocreated)
+		return;
+	dt_rs_capture_init(user, user->username, master_service_get_name(master_service));
+	/* doveadm answers nobody who could lose what it saved. */
+	capture_acks = capture_answers_clients && dt_rs_acks();
 }
 
 /* ---- spans ---- */

@@ -69,7 +69,11 @@ struct dovetail_settings {
 	const char *dovetail_state_dir;
 	const char *dovetail_journal_size;
 	const char *dovetail_journal_days;
+	const char *dovetail_compare_interval;
 	const char *dovetail_inline_body_size;
+	const char *dovetail_ack;
+	const char *dovetail_ack_timeout;
+	const char *dovetail_ack_on_timeout;
 	const char *dovetail_ca;
 	const char *dovetail_cert;
 	const char *dovetail_key;
@@ -92,7 +96,11 @@ static const struct setting_define dovetail_setting_defines[] = {
 	DEF(dovetail_state_dir),
 	DEF(dovetail_journal_size),
 	DEF(dovetail_journal_days),
+	DEF(dovetail_compare_interval),
 	DEF(dovetail_inline_body_size),
+	DEF(dovetail_ack),
+	DEF(dovetail_ack_timeout),
+	DEF(dovetail_ack_on_timeout),
 	DEF(dovetail_ca),
 	DEF(dovetail_cert),
 	DEF(dovetail_key),
@@ -115,7 +123,11 @@ static const struct dovetail_settings dovetail_default_settings = {
 	.dovetail_state_dir = "",
 	.dovetail_journal_size = "",
 	.dovetail_journal_days = "",
+	.dovetail_compare_interval = "",
 	.dovetail_inline_body_size = "",
+	.dovetail_ack = "",
+	.dovetail_ack_timeout = "",
+	.dovetail_ack_on_timeout = "",
 	.dovetail_ca = "",
 	.dovetail_cert = "",
 	.dovetail_key = "",
@@ -277,9 +289,10 @@ static inline int compat_master_service_settings_read(const char **error_r)
 #include "master-service-settings.h"
 #include "mail-storage-service.h"
 #include "mail-storage-settings.h"
+#include "mailbox-list-private.h"
 
 /* A user whose mailbox is locked for longer waits for its turn, and the worker goes on with others. */
-#define COMPAT_WORKER_LOCK_TIMEOUT "10 secs"
+#define COMPAT_WORKER_LOCK_TIMEOUT(brief) ((brief) ? "1 secs" : "10 secs")
 
 #define COMPAT_WORKER_FLAGS \
 	(MAIL_STORAGE_SERVICE_FLAG_USERDB_LOOKUP | \
@@ -294,14 +307,22 @@ static inline struct mail_storage_service_ctx *compat_storage_service_init(void)
 	return mail_storage_service_init(master_service, COMPAT_WORKER_FLAGS);
 }
 
+/* Whether the list takes folders away that are no mailboxes, where it is configured so. */
+static inline void compat_list_drop_noselect(struct mailbox_list *list, bool drop)
+{
+	struct mail_storage_settings *set = (struct mail_storage_settings *)list->mail_set;
+
+	set->mailbox_list_drop_noselect = drop && (list->props & MAILBOX_LIST_PROP_NO_NOSELECT) != 0;
+}
+
 /* Fills the input, but for the user's name. In the data stack. */
 static inline void
-compat_storage_service_input_init(struct mail_storage_service_input *input, const char *plugins)
+compat_storage_service_input_init(struct mail_storage_service_input *input, const char *plugins, bool brief)
 {
 	const char **overrides = t_new(const char *, 3);
 
 	overrides[0] = t_strconcat("mail_plugins=", plugins, NULL);
-	overrides[1] = "mail_max_lock_timeout="COMPAT_WORKER_LOCK_TIMEOUT;
+	overrides[1] = t_strconcat("mail_max_lock_timeout=", COMPAT_WORKER_LOCK_TIMEOUT(brief), NULL);
 	i_zero(input);
 	input->service = master_service_get_name(master_service);
 	input->code_override_fields = overrides;
@@ -309,7 +330,8 @@ compat_storage_service_input_init(struct mail_storage_service_input *input, cons
 
 static inline int
 compat_storage_service_user_override(struct mail_storage_service_user *user ATTR_UNUSED,
-				     const char *plugins ATTR_UNUSED, const char **error_r ATTR_UNUSED)
+				     const char *plugins ATTR_UNUSED, bool brief ATTR_UNUSED,
+				     const char **error_r ATTR_UNUSED)
 {
 	return 0;
 }
@@ -344,8 +366,14 @@ static inline struct mail_storage_service_ctx *compat_storage_service_init(void)
 					 COMPAT_WORKER_FLAGS | MAIL_STORAGE_SERVICE_FLAG_NO_PLUGINS);
 }
 
+static inline void compat_list_drop_noselect(struct mailbox_list *list, bool drop)
+{
+	list->set.no_noselect = drop && (list->props & MAILBOX_LIST_PROP_NO_NOSELECT) != 0;
+}
+
 static inline void
-compat_storage_service_input_init(struct mail_storage_service_input *input, const char *plugins ATTR_UNUSED)
+compat_storage_service_input_init(struct mail_storage_service_input *input, const char *plugins ATTR_UNUSED,
+				  bool brief ATTR_UNUSED)
 {
 	i_zero(input);
 	input->module = "mail";
@@ -353,11 +381,12 @@ compat_storage_service_input_init(struct mail_storage_service_input *input, cons
 }
 
 static inline int
-compat_storage_service_user_override(struct mail_storage_service_user *user, const char *plugins, const char **error_r)
+compat_storage_service_user_override(struct mail_storage_service_user *user, const char *plugins, bool brief,
+				     const char **error_r)
 {
 	return mail_storage_service_user_set_setting(user, "mail_plugins", plugins, error_r) > 0 &&
-		mail_storage_service_user_set_setting(user, "mail_max_lock_timeout", COMPAT_WORKER_LOCK_TIMEOUT,
-						      error_r) > 0 ? 0 : -1;
+		mail_storage_service_user_set_setting(user, "mail_max_lock_timeout",
+						      COMPAT_WORKER_LOCK_TIMEOUT(brief), error_r) > 0 ? 0 : -1;
 }
 
 static inline const struct mail_user_settings *
@@ -367,7 +396,7 @@ compat_mail_user_settings_global(struct mail_storage_service_ctx *ctx, const cha
 	const struct setting_parser_info *user_info;
 	struct mail_storage_service_input input;
 
-	compat_storage_service_input_init(&input, NULL);
+	compat_storage_service_input_init(&input, NULL, FALSE);
 	if (mail_storage_service_read_settings(ctx, &input, pool_datastack_create(),
 					       &user_info, &parser, error_r) < 0)
 		return NULL;

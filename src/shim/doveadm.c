@@ -33,6 +33,7 @@ static void cmd_dovetail_status_row(void *context, const struct dt_status_row *r
 	doveadm_print_num(row->behind_secs);
 	doveadm_print_num(row->dropped);
 	doveadm_print_num(row->process_dropped);
+	doveadm_print_num(row->unacknowledged);
 	doveadm_print_num(row->failed);
 	doveadm_print(row->conflicts);
 	doveadm_print(row->last_error);
@@ -40,8 +41,10 @@ static void cmd_dovetail_status_row(void *context, const struct dt_status_row *r
 
 static void cmd_dovetail_status(struct doveadm_cmd_context *cctx)
 {
+	const char *user = NULL;
 	char error[1024];
 
+	(void)doveadm_cmd_param_str(cctx, "user", &user);
 	if (!doveadm_print_is_initialized())
 		doveadm_print_init(DOVEADM_PRINT_TYPE_TABLE);
 	doveadm_print_header_simple("peer");
@@ -50,10 +53,11 @@ static void cmd_dovetail_status(struct doveadm_cmd_context *cctx)
 	doveadm_print_header("behind_secs", "behind_secs", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
 	doveadm_print_header("dropped", "dropped", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
 	doveadm_print_header("process_dropped", "process_dropped", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
+	doveadm_print_header("unacknowledged", "unacknowledged", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
 	doveadm_print_header("failed", "failed", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
 	doveadm_print_header_simple("conflicts");
 	doveadm_print_header("last_error", "last_error", DOVEADM_PRINT_HEADER_FLAG_EXPAND);
-	if (dt_rs_status(cmd_dovetail_status_row, NULL, error, sizeof(error)) < 0) {
+	if (dt_rs_status(user, cmd_dovetail_status_row, NULL, error, sizeof(error)) < 0) {
 		i_error("%s", error);
 		doveadm_exit_code = EX_TEMPFAIL;
 	}
@@ -278,6 +282,66 @@ static void cmd_dovetail_progress(struct doveadm_cmd_context *cctx)
 	doveadm_print_num(progress.mails_per_sec);
 	doveadm_print_num(progress.secs);
 	doveadm_print_num(progress.secs_left);
+	if (progress.background_users == 0)
+		return;
+	doveadm_print("background");
+	doveadm_print_num(progress.background_users_done);
+	doveadm_print_num(progress.background_users);
+	for (i = 0; i < 4; i++)
+		doveadm_print_num(0);
+	doveadm_print_num(progress.background_secs_left);
+}
+
+static void cmd_dovetail_wait(struct doveadm_cmd_context *cctx)
+{
+	const char *user = NULL, *secs = NULL;
+	char error[1024];
+	int ret;
+
+	(void)doveadm_cmd_param_str(cctx, "user", &user);
+	(void)doveadm_cmd_param_str(cctx, "timeout", &secs);
+	if ((ret = dt_rs_wait(user, secs, error, sizeof(error))) != 0) {
+		i_error("%s", error);
+		doveadm_exit_code = ret == -2 ? EX_USAGE : EX_TEMPFAIL;
+	}
+}
+
+static void cmd_dovetail_peer_remove(struct doveadm_cmd_context *cctx)
+{
+	const char *peer = NULL;
+	char error[1024];
+	uint64_t changes = 0;
+
+	if (!doveadm_cmd_param_str(cctx, "peer", &peer) || *peer == '\0') {
+		i_error("The name of the peer must be given");
+		doveadm_exit_code = EX_USAGE;
+		return;
+	}
+	if (!doveadm_print_is_initialized())
+		doveadm_print_init(DOVEADM_PRINT_TYPE_TABLE);
+	doveadm_print_header("forgotten_changes", "forgotten_changes", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
+	if (dt_rs_peer_remove(peer, &changes, error, sizeof(error)) < 0) {
+		i_error("%s", error);
+		doveadm_exit_code = EX_TEMPFAIL;
+		return;
+	}
+	doveadm_print_num(changes);
+}
+
+static void cmd_dovetail_peer_accept(struct doveadm_cmd_context *cctx)
+{
+	const char *peer = NULL;
+	char error[1024];
+
+	if (!doveadm_cmd_param_str(cctx, "peer", &peer) || *peer == '\0') {
+		i_error("The name of the peer must be given");
+		doveadm_exit_code = EX_USAGE;
+		return;
+	}
+	if (dt_rs_peer_accept(peer, error, sizeof(error)) < 0) {
+		i_error("%s", error);
+		doveadm_exit_code = EX_TEMPFAIL;
+	}
 }
 
 static struct doveadm_cmd_ver2 doveadm_dovetail_cmds[] = {
@@ -326,6 +390,22 @@ DOVEADM_CMD_PARAM('n', "no-change", CMD_PARAM_BOOL, 0)
 DOVEADM_CMD_PARAMS_END
 	},
 	{
+		.name = "dovetail peer accept",
+		.usage = "<peer>",
+		.cmd = cmd_dovetail_peer_accept,
+DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_PARAM('\0', "peer", CMD_PARAM_STR, CMD_PARAM_FLAG_POSITIONAL)
+DOVEADM_CMD_PARAMS_END
+	},
+	{
+		.name = "dovetail peer remove",
+		.usage = "<peer>",
+		.cmd = cmd_dovetail_peer_remove,
+DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_PARAM('\0', "peer", CMD_PARAM_STR, CMD_PARAM_FLAG_POSITIONAL)
+DOVEADM_CMD_PARAMS_END
+	},
+	{
 		.name = "dovetail progress",
 		.usage = "",
 		.cmd = cmd_dovetail_progress,
@@ -334,9 +414,10 @@ DOVEADM_CMD_PARAMS_END
 	},
 	{
 		.name = "dovetail status",
-		.usage = "",
+		.usage = "[-u <user>]",
 		.cmd = cmd_dovetail_status,
 DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_PARAM('u', "user", CMD_PARAM_STR, 0)
 DOVEADM_CMD_PARAMS_END
 	},
 	{
@@ -347,6 +428,16 @@ DOVEADM_CMD_PARAMS_END
 DOVEADM_CMD_PARAMS_START
 DOVEADM_CMD_PARAM('u', "user", CMD_PARAM_STR, 0)
 DOVEADM_CMD_PARAM('A', "all-users", CMD_PARAM_BOOL, 0)
+DOVEADM_CMD_PARAMS_END
+	},
+	{
+		/* doveadm has long options for all of them: --timeout, too. */
+		.name = "dovetail wait",
+		.usage = "[-u <user>] [-t <secs>]",
+		.cmd = cmd_dovetail_wait,
+DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_PARAM('u', "user", CMD_PARAM_STR, 0)
+DOVEADM_CMD_PARAM('t', "timeout", CMD_PARAM_STR, 0)
 DOVEADM_CMD_PARAMS_END
 	},
 	{

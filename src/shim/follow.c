@@ -7,12 +7,15 @@
 #include "mail-storage-private.h"
 #include "mail-index-private.h"
 #include "mail-transaction-log-private.h"
+#include "last_error.h"
 #include "mark.h"
 #include "spans.h"
 #include "follow.h"
 
 struct follow_move {
 	uint32_t from, to;
+	uint32_t log_seq;
+	uint64_t log_offset;
 };
 ARRAY_DEFINE_TYPE(follow_move, struct follow_move);
 
@@ -25,13 +28,15 @@ static struct {
 	bool writing;
 } f;
 
-static void follow_move_add(uint32_t from, uint32_t to, void *context)
+static void follow_move_add(uint32_t from, uint32_t to, uint32_t log_seq, uint64_t log_offset, void *context)
 {
 	ARRAY_TYPE(follow_move) *moves = context;
 	struct follow_move *move = array_append_space(moves);
 
 	move->from = from;
 	move->to = to;
+	move->log_seq = log_seq;
+	move->log_offset = log_offset;
 }
 
 static bool follow_has_moves(struct mailbox *box)
@@ -63,11 +68,11 @@ static bool follow_open(const unsigned char mailbox_guid[16])
 	box = dt_spans_find_open(mailbox_guid);
 	if (box == NULL || !follow_has_moves(box))
 		return FALSE;
-	mail_storage_last_error_push(box->storage);
+	dt_error_keep(box->storage);
 	f.box = mailbox_alloc(box->list, box->vname, MAILBOX_FLAG_IGNORE_ACLS);
 	if (mailbox_open(f.box) < 0 || mailbox_sync(f.box, 0) < 0)
 		mailbox_free(&f.box);
-	mail_storage_last_error_pop(box->storage);
+	dt_error_give_back(box->storage);
 	return f.box != NULL;
 }
 
@@ -76,9 +81,9 @@ void dt_follow_end(void)
 	if (f.box != NULL) {
 		struct mail_storage *storage = f.box->storage;
 
-		mail_storage_last_error_push(storage);
+		dt_error_keep(storage);
 		mailbox_free(&f.box);
-		mail_storage_last_error_pop(storage);
+		dt_error_give_back(storage);
 	}
 	if (array_is_created(&f.moves))
 		array_free(&f.moves);
@@ -110,6 +115,13 @@ static uint32_t follow_to(uint32_t to)
 	return follow_exists(to) ? to : 0;
 }
 
+/* What was done before the copy was made is in the copy, or the worker does it again: it may have been undone since. */
+static bool follow_is_before(const struct dt_stale *stale, const struct follow_move *move)
+{
+	return stale->log_seq < move->log_seq ||
+		(stale->log_seq == move->log_seq && stale->log_offset < move->log_offset);
+}
+
 static void follow_update(struct mail *mail, const struct dt_stale *stale)
 {
 	struct mail_keywords *keywords;
@@ -136,7 +148,7 @@ static const char *follow_do(uint32_t uid, const struct dt_stale *stale)
 	struct mail *mail;
 	const char *guid = NULL;
 
-	mail_storage_last_error_push(f.box->storage);
+	dt_error_keep(f.box->storage);
 	f.writing = TRUE;
 	trans = mailbox_transaction_begin(f.box, MAILBOX_TRANSACTION_FLAG_NO_NOTIFY, "dovetail");
 	mail = mail_alloc(trans, 0, NULL);
@@ -158,7 +170,7 @@ static const char *follow_do(uint32_t uid, const struct dt_stale *stale)
 			uid, mailbox_get_last_internal_error(f.box, NULL));
 	}
 	f.writing = FALSE;
-	mail_storage_last_error_pop(f.box->storage);
+	dt_error_give_back(f.box->storage);
 	return guid;
 }
 
@@ -171,7 +183,7 @@ const char *dt_follow(const unsigned char mailbox_guid[16], const struct dt_stal
 	if (!follow_open(mailbox_guid))
 		return NULL;
 	array_foreach(&f.moves, move) {
-		if (move->from < stale->first_uid || move->from > stale->last_uid)
+		if (move->from < stale->first_uid || move->from > stale->last_uid || follow_is_before(stale, move))
 			continue;
 		/* maildir has no file for the UID any more before the index knows that it is expunged. */
 		if ((stale->unnamed || !follow_exists(move->from)) && (to = follow_to(move->to)) != 0)

@@ -7,6 +7,7 @@
 #include "mail-index-transaction-private.h"
 #include "index-storage.h"
 #include "maildir-storage.h"
+#include "maildir-keywords.h"
 #include "maildir-uidlist.h"
 #include "spans.h"
 #include "full.h"
@@ -82,6 +83,62 @@ bool dt_full_would_lose(struct mail_index_transaction *t, struct mailbox *box)
 	/* Its time is how maildir sees that there is something new. */
 	(void)utimes(cur, NULL);
 	return TRUE;
+}
+
+static bool full_lacks_letters(struct maildir_keywords_sync_ctx *ctx, const struct mail_keywords *keywords)
+{
+	unsigned int i;
+
+	for (i = 0; i < keywords->count; i++) {
+		if (maildir_keywords_idx_char(ctx, keywords->idx[i]) == '\0')
+			return TRUE;
+	}
+	return FALSE;
+}
+
+static bool full_are_kept(struct maildir_mailbox *mbox, struct maildir_keywords_sync_ctx *ctx, const struct mail_keywords *keywords)
+{
+	struct maildir_keywords *kept = maildir_keywords_init(mbox);
+	struct maildir_keywords_sync_ctx *kept_ctx = maildir_keywords_sync_init_readonly(kept, mbox->box.index);
+	bool ret = TRUE;
+	unsigned int i;
+
+	for (i = 0; i < keywords->count; i++) {
+		/* More than there are letters have none. */
+		if (maildir_keywords_idx_char(ctx, keywords->idx[i]) != maildir_keywords_idx_char(kept_ctx, keywords->idx[i]))
+			ret = FALSE;
+	}
+	maildir_keywords_sync_deinit(&kept_ctx);
+	maildir_keywords_deinit(&kept);
+	return ret;
+}
+
+int dt_full_keep_keywords(struct mailbox *box, const struct mail_keywords *keywords)
+{
+	struct maildir_mailbox *mbox;
+	struct maildir_keywords_sync_ctx *ctx;
+	bool lacks, kept;
+
+	if (!dt_spans_is_maildir(box))
+		return 0;
+	mbox = MAILDIR_MAILBOX(box);
+	ctx = maildir_keywords_sync_init_readonly(mbox->keywords, box->index);
+	lacks = full_lacks_letters(ctx, keywords);
+	maildir_keywords_sync_deinit(&ctx);
+	if (!lacks)
+		return 0;
+
+	if (maildir_uidlist_lock(mbox->uidlist) <= 0)
+		return -1;
+	/* Two of them: what the file has is asked for after this one has written it. */
+	ctx = maildir_keywords_sync_init(mbox->keywords, box->index);
+	(void)full_lacks_letters(ctx, keywords);
+	maildir_keywords_sync_deinit(&ctx);
+	ctx = maildir_keywords_sync_init_readonly(mbox->keywords, box->index);
+	kept = full_are_kept(mbox, ctx, keywords);
+	maildir_keywords_sync_deinit(&ctx);
+	maildir_uidlist_unlock(mbox->uidlist);
+	return kept ? 0 : -1;
 }
 
 static void full_mailbox_close(struct mailbox *box)

@@ -76,7 +76,8 @@ static int dt_relay_main(void)
 	master_service_init_log(master_service);
 	dt_rs_service_init();
 	restrict_access_get_env(&access);
-	if (dt_rs_relay_configure(access.uid, access.gid) < 0)
+	if (dt_rs_relay_configure(access.uid, access.gid,
+				  master_service_get_client_limit(master_service)) < 0)
 		return FATAL_DEFAULT;
 	restrict_access_by_env(RESTRICT_ACCESS_FLAG_ALLOW_ROOT, NULL);
 	restrict_access_allow_coredumps(TRUE);
@@ -98,6 +99,11 @@ static int dt_relay_main(void)
 static void dt_worker_connected(struct master_service_connection *conn)
 {
 	master_service_client_connection_accept(conn);
+	if (!dt_rs_worker_is_relay(conn->fd)) {
+		i_close_fd(&conn->fd);
+		master_service_client_connection_destroyed(master_service);
+		return;
+	}
 	if (!dt_worker_connection_init(conn->fd)) {
 		i_error("dovetail-worker must be configured with client_limit=1");
 		i_close_fd(&conn->fd);

@@ -12,7 +12,9 @@
 #include "maildir-storage.h"
 #include "full.h"
 #include "spans.h"
+#include "uidlist.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define DT_SPANS_BOX_CONTEXT(obj) \
@@ -83,6 +85,7 @@ static void dt_spans_learn_guid(struct dt_spans_mailbox *sbox)
 {
 	struct mailbox_metadata metadata;
 
+	dt_uidlist_await(sbox->box);
 	i_zero(&metadata);
 	if (sbox->box->v.get_metadata(sbox->box, MAILBOX_METADATA_GUID,
 				      &metadata) < 0 ||
@@ -139,9 +142,17 @@ dt_spans_mailbox_update(struct mailbox *box,
 		dt_spans_learn_guid(sbox);
 		if (!guid_128_is_empty(span.old_mailbox_guid) &&
 		    memcmp(span.old_mailbox_guid, sbox->guid, GUID_128_SIZE) != 0) {
+			const struct mail_transaction_log_file *log = box->index->log->head;
+			struct stat st;
+
 			span.user = dt_spans_owner(box);
 			span.mailbox = box;
 			span.index_id = box->index->indexid;
+			/* Not how far it was read here: others may have written more. */
+			if (log != NULL && fstat(log->fd, &st) == 0) {
+				span.log_seq = log->hdr.file_seq;
+				span.begin = span.end = st.st_size;
+			}
 			memcpy(span.mailbox_guid, sbox->guid, GUID_128_SIZE);
 			dt_spans_report(&span);
 		}
@@ -246,6 +257,16 @@ void dt_spans_tell_expunge(struct mailbox *box, uint32_t uid)
 	seq_range_array_add(&sbox->told_expunges, uid);
 }
 
+void dt_spans_forget_told(void)
+{
+	struct dt_spans_mailbox *sbox;
+
+	for (sbox = dt_spans_mailboxes; sbox != NULL; sbox = sbox->next) {
+		if (array_is_created(&sbox->told_expunges))
+			array_clear(&sbox->told_expunges);
+	}
+}
+
 static bool dt_spans_is_told_expunge(const struct mail_index *index, uint32_t uid)
 {
 	struct dt_spans_mailbox *sbox;
@@ -253,17 +274,6 @@ static bool dt_spans_is_told_expunge(const struct mail_index *index, uint32_t ui
 	for (sbox = dt_spans_mailboxes; sbox != NULL; sbox = sbox->next) {
 		if (sbox->box->index == index && array_is_created(&sbox->told_expunges) &&
 		    seq_range_exists(&sbox->told_expunges, uid))
-			return TRUE;
-	}
-	return FALSE;
-}
-
-static bool dt_spans_is_deleting(const struct mail_index *index)
-{
-	struct dt_spans_mailbox *sbox;
-
-	for (sbox = dt_spans_mailboxes; sbox != NULL; sbox = sbox->next) {
-		if (sbox->box->index == index && sbox->box->deleting)
 			return TRUE;
 	}
 	return FALSE;
@@ -288,9 +298,9 @@ static unsigned int dt_spans_touched(struct mail_index_transaction *t)
 				touched |= DT_SPAN_FLAGS;
 		}
 	}
-	/* Others are only requests, and told. But not those of a deletion, which may fail before they are carried out. */
-	if (array_is_created(&t->expunges) &&
-	    ((t->flags & MAIL_INDEX_TRANSACTION_FLAG_EXTERNAL) != 0 || dt_spans_is_deleting(t->view->index))) {
+	/* Requests, too: whoever reads the log behind one takes it for told. Those of a deletion, which may fail before they are carried
+	   out, nobody tells. */
+	if (array_is_created(&t->expunges)) {
 		array_foreach(&t->expunges, expunge) {
 			uint32_t uid;
 

@@ -20,8 +20,11 @@ void dt_spans_deinit(struct module *module);
 bool dt_spans_is_watched(struct mailbox *box);
 bool dt_spans_is_maildir(struct mailbox *box);
 
-/* The peers are told of this expunge: when it is executed it is not DT_SPAN_EXPUNGES. */
+/* The peers are told of this expunge: neither the request nor its execution is DT_SPAN_EXPUNGES. */
 void dt_spans_tell_expunge(struct mailbox *box, uint32_t uid);
+
+/* The peers will not be told of any of those that are not executed yet. */
+void dt_spans_forget_told(void);
 
 /* An open mailbox with this GUID, or NULL. */
 struct mailbox *dt_spans_find_open(const unsigned char guid[16]);

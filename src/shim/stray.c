@@ -73,6 +73,23 @@ int dt_worker_stray(const char *guid, uint32_t *uid_r)
 	return ret;
 }
 
+bool dt_worker_may_be_ours(uint32_t uid, const char *guid)
+{
+	struct maildir_mailbox *mbox = MAILDIR_MAILBOX(dt_worker_box());
+	enum maildir_uidlist_rec_flag flags;
+	const char *name;
+	/* If it is gone nobody knows. */
+	bool is_ours = TRUE;
+
+	T_BEGIN {
+		if (maildir_uidlist_lookup(mbox->uidlist, uid, &flags, &name) > 0) {
+			is_ours = strstr(name, stray_sign(guid)) != NULL ||
+				strcmp(t_strcut(name, MAILDIR_INFO_SEP), guid) == 0;
+		}
+	} T_END;
+	return is_ours;
+}
+
 int dt_worker_adopt(uint32_t uid, const char *guid)
 {
 	struct mailbox *box = dt_worker_box();

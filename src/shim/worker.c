@@ -135,8 +135,10 @@ static struct mailbox *dt_worker_alloc(const char *vname, enum mailbox_flags fla
 {
 	struct mail_namespace *ns;
 
-	/* Below our namespace there may be others. */
+	/* Below our namespace there may be others. Mailboxes of other users are none of his, whatever a peer calls his. */
 	ns = mail_namespace_find(w.user->namespaces, vname);
+	if (ns->type != MAIL_NAMESPACE_TYPE_PRIVATE)
+		ns = w.ns;
 	return mailbox_alloc(ns->list, vname, flags | MAILBOX_FLAG_IGNORE_ACLS);
 }
 
@@ -181,7 +183,17 @@ void dt_worker_allow_plugins(const char *plugins)
 
 /* -- User */
 
-int dt_worker_user_open(const char *username)
+/* Who lists the mailboxes while a client makes one takes its folder away, which is no mailbox yet, and the client's CREATE fails
+   (mailbox_list_drop_noselect, the default of Dovecot 2.4). A worker lists them often, so it leaves them alone. */
+static void worker_keep_folders(struct mail_user *user)
+{
+	struct mail_namespace *ns;
+
+	for (ns = user->namespaces; ns != NULL; ns = ns->next)
+		compat_list_drop_noselect(ns->list, FALSE);
+}
+
+int dt_worker_user_open(const char *username, bool brief)
 {
 	struct mail_storage_service_input input;
 	const char *error;
@@ -190,7 +202,7 @@ int dt_worker_user_open(const char *username)
 	i_assert(w.user == NULL && w.service_user == NULL);
 
 	T_BEGIN {
-		compat_storage_service_input_init(&input, w.plugins);
+		compat_storage_service_input_init(&input, w.plugins, brief);
 		input.username = username;
 		ret = mail_storage_service_lookup(w.storage_service, &input,
 						  &w.service_user, &error);
@@ -199,7 +211,7 @@ int dt_worker_user_open(const char *username)
 			if (ret < 0)
 				(void)dt_worker_set_error("%s", error);
 		} else if (compat_storage_service_user_override(w.service_user, w.plugins,
-								&error) < 0 ||
+								brief, &error) < 0 ||
 			   mail_storage_service_next(w.storage_service,
 						     w.service_user, &w.user,
 						     &error) < 0) {
@@ -210,6 +222,7 @@ int dt_worker_user_open(const char *username)
 			/* Applying has no side effects. */
 			w.user->dsyncing = TRUE;
 			w.ns = mail_namespace_find_inbox(w.user->namespaces);
+			worker_keep_folders(w.user);
 		}
 	} T_END;
 	if (ret <= 0)
@@ -249,6 +262,16 @@ char dt_worker_namespace_separator(void)
 char dt_worker_namespace_storage_separator(void)
 {
 	return compat_storage_separator(w.ns);
+}
+
+void dt_worker_foreign_prefixes(void (*each)(const char *prefix, void *context), void *context)
+{
+	struct mail_namespace *ns;
+
+	for (ns = w.user->namespaces; ns != NULL; ns = ns->next) {
+		if (ns->type != MAIL_NAMESPACE_TYPE_PRIVATE)
+			each(ns->prefix, context);
+	}
 }
 
 void dt_worker_inbox_guid(unsigned char guid_r[16])
@@ -459,9 +482,11 @@ dt_worker_convert_update(const struct dt_mailbox_update *src,
 /* A file's name has its limits, and Dovecot takes a mailbox whose path is beyond for one that is not there. */
 static bool worker_is_too_long(struct mailbox *box)
 {
-	const char *path, *const *names;
+	const char *path, *error, *const *names;
 
-	if (mailbox_list_get_path(box->list, box->name, MAILBOX_LIST_PATH_TYPE_DIR, &path) <= 0)
+	/* A name like "../a" must not be asked for its path. */
+	if (!mailbox_list_is_valid_name(box->list, box->name, &error) ||
+	    mailbox_list_get_path(box->list, box->name, MAILBOX_LIST_PATH_TYPE_DIR, &path) <= 0)
 		return FALSE;
 	for (names = t_strsplit(path, "/"); *names != NULL; names++) {
 		if (strlen(*names) > NAME_MAX)
@@ -504,8 +529,7 @@ int dt_worker_create(const char *vname, bool directory,
 
 	dt_worker_convert_update(_update, &update);
 	w.writing = TRUE;
-	/* Who lists the mailboxes meanwhile takes a folder away that is not a mailbox yet: mailbox_list_drop_noselect, the
-	   default of Dovecot 2.4. */
+	/* See worker_keep_folders(): a client may list them meanwhile. */
 	do T_BEGIN {
 		ret = worker_create(vname, directory, &update, &vanished);
 	} T_END; while (vanished && ++tries < DT_CREATE_TRIES);
@@ -525,6 +549,8 @@ int dt_worker_rename(const char *from, const char *to)
 		src = dt_worker_alloc(from, 0);
 		dest = dt_worker_alloc(to, 0);
 		mailbox_skip_create_name_restrictions(dest, TRUE);
+		/* Empty parents go with it, as they did where it was renamed. */
+		compat_list_drop_noselect(src->list, TRUE);
 		if (mailbox_rename(src, dest) < 0) {
 			errstr = mailbox_get_last_internal_error(src, &error);
 			if (error == MAIL_ERROR_NOTFOUND ||
@@ -538,6 +564,7 @@ int dt_worker_rename(const char *from, const char *to)
 							  to, errstr);
 			}
 		}
+		compat_list_drop_noselect(src->list, FALSE);
 		mailbox_free(&dest);
 		mailbox_free(&src);
 	} T_END;
@@ -835,17 +862,37 @@ bool dt_worker_is_saved_alone(const char *guid)
 	return dt_spans_is_maildir(w.box) && strstr(guid, ",S=") == NULL;
 }
 
+/* NULL if there are none. */
+static int dt_worker_keywords(const char *const *names, struct mail_keywords **keywords_r)
+{
+	int ret = 0;
+
+	*keywords_r = NULL;
+	if (names[0] == NULL)
+		return 0;
+	T_BEGIN {
+		*keywords_r = mailbox_keywords_create_valid(w.box, names);
+		if (dt_full_keep_keywords(w.box, *keywords_r) < 0) {
+			mailbox_keywords_unref(keywords_r);
+			ret = dt_worker_set_box_error(w.box, "dovecot-keywords");
+		}
+	} T_END;
+	return ret;
+}
+
+static void dt_worker_keywords_unref(struct mail_keywords **keywords)
+{
+	if (*keywords != NULL)
+		mailbox_keywords_unref(keywords);
+}
+
 static struct mail_save_context *
-dt_worker_save_alloc(const struct dt_worker_save *save, struct mail_keywords **keywords_r)
+dt_worker_save_alloc(const struct dt_worker_save *save, struct mail_keywords *keywords)
 {
 	struct mail_save_context *ctx;
 
-	dt_worker_begin(TRUE);
-	*keywords_r = save->keywords[0] == NULL ? NULL :
-		mailbox_keywords_create_valid(w.box, save->keywords);
 	ctx = mailbox_save_alloc(w.trans);
-	mailbox_save_set_flags(ctx, save->flags & MAIL_FLAGS_NONRECENT,
-			       *keywords_r);
+	mailbox_save_set_flags(ctx, save->flags & MAIL_FLAGS_NONRECENT, keywords);
 	mailbox_save_set_received_date(ctx, save->received_date, 0);
 	if (save->save_date != 0)
 		mailbox_save_set_save_date(ctx, save->save_date);
@@ -899,8 +946,11 @@ int dt_worker_save(const struct dt_worker_save *save, const void *data, size_t s
 	struct istream *input;
 	int ret;
 
+	dt_worker_begin(TRUE);
+	if (dt_worker_keywords(save->keywords, &keywords) < 0)
+		return -1;
 	T_BEGIN {
-		ctx = dt_worker_save_alloc(save, &keywords);
+		ctx = dt_worker_save_alloc(save, keywords);
 		if (fd == -1) {
 			input = i_stream_create_from_data(data, size);
 			i_stream_set_name(input, "(inline body)");
@@ -911,9 +961,8 @@ int dt_worker_save(const struct dt_worker_save *save, const void *data, size_t s
 		}
 		ret = dt_worker_save_input(ctx, save->guid, input);
 		i_stream_unref(&input);
-		if (keywords != NULL)
-			mailbox_keywords_unref(&keywords);
 	} T_END;
+	dt_worker_keywords_unref(&keywords);
 	return ret;
 }
 
@@ -926,7 +975,10 @@ static int dt_worker_copy_mail(const struct dt_worker_save *save, struct mail *m
 	time_t now = ioloop_time;
 	int ret;
 
-	copy_ctx = ctx = dt_worker_save_alloc(save, &keywords);
+	dt_worker_begin(TRUE);
+	if (dt_worker_keywords(save->keywords, &keywords) < 0)
+		return -1;
+	copy_ctx = ctx = dt_worker_save_alloc(save, keywords);
 	/* Copies without reading the body take their save date from here, not from the context. */
 	if (save->save_date != 0)
 		ioloop_time = save->save_date;
@@ -946,8 +998,7 @@ static int dt_worker_copy_mail(const struct dt_worker_save *save, struct mail *m
 		ret = mailbox_get_last_mail_error(w.box) == MAIL_ERROR_EXPUNGED ? 0 :
 			dt_worker_set_box_error(w.box, "mailbox_copy()");
 	}
-	if (keywords != NULL)
-		mailbox_keywords_unref(&keywords);
+	dt_worker_keywords_unref(&keywords);
 	return ret;
 }
 
@@ -1065,13 +1116,13 @@ int dt_worker_copy(const struct dt_worker_save *save, const char *source_vname,
 int dt_worker_update_flags(uint32_t first_uid, uint32_t last_uid,
 			   const struct dt_worker_flags *flags)
 {
-	struct mail_keywords *add = NULL, *remove = NULL;
+	struct mail_keywords *add, *remove = NULL;
 	uint32_t seq, seq2;
 
 	dt_worker_begin(FALSE);
+	if (dt_worker_keywords(flags->add_keywords, &add) < 0)
+		return -1;
 	T_BEGIN {
-		if (flags->add_keywords[0] != NULL)
-			add = mailbox_keywords_create_valid(w.box, flags->add_keywords);
 		if (flags->remove_keywords[0] != NULL)
 			remove = mailbox_keywords_create_valid(w.box, flags->remove_keywords);
 		mailbox_get_seq_range(w.box, first_uid, last_uid, &seq, &seq2);
@@ -1088,11 +1139,9 @@ int dt_worker_update_flags(uint32_t first_uid, uint32_t last_uid,
 			if (remove != NULL)
 				mail_update_keywords(w.mail, MODIFY_REMOVE, remove);
 		}
-		if (add != NULL)
-			mailbox_keywords_unref(&add);
-		if (remove != NULL)
-			mailbox_keywords_unref(&remove);
 	} T_END;
+	dt_worker_keywords_unref(&add);
+	dt_worker_keywords_unref(&remove);
 	return 1;
 }
 

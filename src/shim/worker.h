@@ -58,8 +58,8 @@ const char *dt_worker_error(void);
 /* Stop watching the connection; the fd itself is Rust's. */
 void dt_worker_connection_closed(void);
 
-/* 1 = opened, 0 = no such user */
-int dt_worker_user_open(const char *username);
+/* 1 = opened, 0 = no such user. `brief`: locks are waited for only briefly. */
+int dt_worker_user_open(const char *username, bool brief);
 /* The one that is open. */
 struct mail_user *dt_worker_user(void);
 /* Closes all that is open of the user and takes root's privileges back. */
@@ -69,6 +69,8 @@ const char *dt_worker_namespace_prefix(void);
 char dt_worker_namespace_separator(void);
 /* By what the storage separates, if that cannot be in a name; otherwise 0. */
 char dt_worker_namespace_storage_separator(void);
+/* The prefixes of namespaces that are not the user's own. */
+void dt_worker_foreign_prefixes(void (*each)(const char *prefix, void *context), void *context);
 /* The GUID with which the user's INBOX is born. */
 void dt_worker_inbox_guid(unsigned char guid_r[16]);
 /* All whom the userdb lists; no user is open. 1 = all listed */
@@ -154,6 +156,8 @@ bool dt_worker_is_maildir(void);
 bool dt_worker_is_saved_alone(const char *guid);
 /* The open mailbox's stray (see stray.h) for this GUID. 1 = found, 0 = there is none */
 int dt_worker_stray(const char *guid, uint32_t *uid_r);
+/* Whether the file of a message in the open maildir has a name that a worker would give it. */
+bool dt_worker_may_be_ours(uint32_t uid, const char *guid);
 /* Gives a stray its GUID. */
 int dt_worker_adopt(uint32_t uid, const char *guid);
 /* Keywords with spaces between them, valid until the next call. 1 = found, 0 = no such message (any more) */

@@ -4,7 +4,7 @@
 
 use std::fs::{DirBuilder, OpenOptions};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -27,6 +27,8 @@ const NAME: &str = "Dovetail CA";
 const CA_CERT: &str = "ca.pem";
 const CA_KEY: &str = "ca.key";
 const MODE_FOLDER: u32 = 0o700;
+/// Writing, by others than the owner.
+const MODE_WRITE_OTHERS: u32 = 0o022;
 const MODE_KEY: u32 = 0o600;
 const MODE_CERT: u32 = 0o644;
 const SECS_PER_DAY: u64 = 86_400;
@@ -148,8 +150,17 @@ fn valid_from_now(mut params: CertificateParams) -> CertificateParams {
 
 fn make_folder(folder: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(MODE_FOLDER).create(folder) {
-        Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
-        _ => Ok(()),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => check_folder(folder),
+        made => made,
+    }
+}
+
+/// Who can write to it can put another authority in the place of this one.
+fn check_folder(folder: &Path) -> io::Result<()> {
+    let mode = std::fs::metadata(folder)?.permissions().mode() & 0o7777;
+    match mode & MODE_WRITE_OTHERS {
+        0 => Ok(()),
+        _ => Err(io::Error::other(format!("others than its owner can write to it (mode {mode:04o})"))),
     }
 }
 
@@ -173,4 +184,26 @@ fn write_new(path: &Path, text: &str, mode: u32) -> Result<(), String> {
         let _ = std::fs::remove_file(path);
         wrong(error)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_that_others_can_write_to_is_refused() {
+        let folder = std::env::temp_dir().join(format!("dovetail-authority-{}", std::process::id()));
+        DirBuilder::new().create(&folder).unwrap();
+        let init_with = |mode| {
+            std::fs::set_permissions(&folder, PermissionsExt::from_mode(mode)).unwrap();
+            init(&folder)
+        };
+        for mode in [0o770, 0o702, 0o1777] {
+            let error = init_with(mode).unwrap_err();
+            assert!(error.ends_with(&format!("others than its owner can write to it (mode {mode:04o})")), "{error}");
+        }
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
+        assert_eq!(init_with(0o755).unwrap().len(), 1);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 }

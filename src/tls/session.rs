@@ -14,12 +14,21 @@ const BUFFER_BYTES_MAX: usize = 64 << 10;
 pub struct Session {
     tls: Connection,
     trust: Arc<Trust>,
+    /// The other side has said that nothing more comes.
+    ended: bool,
+    /// Bytes that the socket took.
+    sent: u64,
 }
 
 impl Session {
     pub fn new(mut tls: Connection, trust: Arc<Trust>) -> Session {
         tls.set_buffer_limit(Some(BUFFER_BYTES_MAX));
-        Session { tls, trust }
+        Session { tls, trust, ended: false, sent: 0 }
+    }
+
+    /// Bytes that the socket took so far.
+    pub fn sent(&self) -> u64 {
+        self.sent
     }
 
     /// Whether the other side has proven to be this server. The error: why not.
@@ -40,6 +49,9 @@ impl Session {
         buffer: &mut [u8],
         mut take: impl FnMut(&[u8]),
     ) -> io::Result<bool> {
+        if self.ended {
+            return Ok(false);
+        }
         let length = socket.read(buffer)?;
         if length == 0 {
             return match self.tls.is_handshaking() {
@@ -59,7 +71,9 @@ impl Session {
             })?;
             self.hand_on(&mut take)?;
             if state.peer_has_closed() {
-                return Ok(false);
+                // What came with it is to be looked at before.
+                self.ended = true;
+                return Ok(true);
             }
         }
         self.flush(socket)?;
@@ -97,7 +111,7 @@ impl Session {
         while self.tls.wants_write() {
             match self.tls.write_tls(socket) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
-                Ok(_) => {}
+                Ok(length) => self.sent += length as u64,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),

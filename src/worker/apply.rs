@@ -27,6 +27,7 @@ const SAVES_MAX: usize = 128;
 const CHANGES_MAX: usize = 128;
 /// Messages that a server lost and that are told to it again; it is to be compared where there are more.
 const GONE_MAX: usize = 1_000;
+const UNKNOWN: &str = "a server told of a message that never came here";
 /// UIDs above would leave no room for new messages; Dovecot panics at the end of its numbers.
 const UID_MAX: u32 = u32::MAX - (1 << 20);
 const NO_GUID: Guid = [0; 16];
@@ -191,6 +192,8 @@ pub struct Apply<'a, S, C> {
     pub doubts: Vec<proto::Doubt>,
     /// This server's name.
     pub me: String,
+    /// There is no third server.
+    pub is_pair: bool,
     /// This server decides where UIDs clash.
     resolves: bool,
     /// Numbers of changes that a worker was given before: what it made and did not complete is not ours to keep.
@@ -245,6 +248,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             conflicts: Vec::new(),
             doubts: Vec::new(),
             me: String::new(),
+            is_pair: false,
             resolves,
             again: Vec::new(),
             tell: Vec::new(),
@@ -423,7 +427,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             self.write_marks()?;
             self.storage.commit()?;
         }
-        for (asked, uid) in asked.iter().zip(saved).filter(|(asked, uid)| asked.there != 0 && asked.there != *uid) {
+        for (asked, uid) in asked.iter().zip(saved).filter(|(asked, _)| asked.there != 0) {
+            if asked.there == uid {
+                self.note_if_elsewhere(uid, &asked.guid, uid);
+                continue;
+            }
             self.solved(Rule::UidTaken);
             self.note_elsewhere(asked.there, &asked.guid, uid, false);
             self.tell_uid(
@@ -437,12 +445,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         Ok(())
     }
 
-    /// A worker that was killed had put a message's file into its place, and only the sync in our commit has found it: ours goes
-    /// again. Returns the UIDs of such messages.
+    /// Only the sync in our commit has found the message's file: a worker that was killed had put it into its place, or the index had lost it
+    /// in a power failure. Ours goes again. Returns the UIDs of such messages.
     fn drop_saved_again(&mut self, asked: &[Asked], saved: &[u32]) -> Outcome<Vec<u32>> {
         let mut torn = Vec::new();
         for (asked, uid) in asked.iter().zip(saved).filter(|(asked, uid)| asked.uid != 0 && asked.uid != **uid) {
-            if !self.storage.is_torn_when_killed() || !self.is_at(asked.uid, &asked.guid)? {
+            if saved.contains(&asked.uid) || !self.is_same(asked.uid, &asked.guid)? {
                 continue;
             }
             self.storage.expunge(*uid, *uid)?;
@@ -470,7 +478,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// What is known of the message that the changes' origin has, or had, at this UID. A mailbox may have several with one GUID:
     /// copies that somebody made inside of it.
     fn standing(&mut self, there: u32, guid: &str) -> Result<Standing> {
-        match self.known_at(there).filter(|known| known.guid == guid).and_then(Known::uid) {
+        match self.known_as(there, guid).and_then(Known::uid) {
             Some(here) => self.standing_here(here, guid),
             None => Ok(Standing::Unknown),
         }
@@ -480,14 +488,38 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         self.open.as_ref().and_then(|open| self.elsewhere.at(&open.guid, there))
     }
 
+    fn known_as(&self, there: u32, guid: &str) -> Option<&Known> {
+        self.open.as_ref().and_then(|open| self.elsewhere.named(&open.guid, there, guid))
+    }
+
+    /// Not what it only may have there, because others have.
+    fn known_own(&self, there: u32, guid: &str) -> Option<&Known> {
+        self.open.as_ref().and_then(|open| self.elsewhere.own(&open.guid, there, guid))
+    }
+
     /// Whether the message that the changes' origin has at this UID is gone here.
     fn is_gone(&self, there: u32, guid: &str) -> bool {
-        self.known_at(there).is_some_and(|known| known.guid == guid && known.here == GONE && !known.moved)
+        self.known_own(there, guid).is_some_and(|known| known.here == GONE)
     }
 
     /// Whether the message that has this UID here has another one where the changes come from.
     fn is_of_another(&self, here: u32, guid: &str) -> bool {
         self.open.as_ref().is_some_and(|open| self.elsewhere.is_of_another(&open.guid, here, guid))
+    }
+
+    /// Whether the message that has the first UID here is known to have another than the second one there.
+    fn has_another_there(&self, uids: (u32, u32), guid: &str) -> bool {
+        let origin = &self.current.origin;
+        self.open.as_ref().is_some_and(|open| self.elsewhere.has_another(origin, &open.guid, uids, guid))
+    }
+
+    /// The UID that the message has where the changes come from, as far as that is known here.
+    fn uid_there(&self, logs: &[Vec<u8>], here: u32, guid: &str) -> Option<u32> {
+        let open = self.open.as_ref()?;
+        // In the place of another mailbox, UIDs were given anew.
+        let is_merged = self.aliases.values().any(|is| *is == open.guid);
+        let as_it_came = || (!is_merged && mark::is_saved_by_us(logs, here)).then_some(here);
+        self.elsewhere.uid_there(&open.guid, here, guid).or_else(as_it_came)
     }
 
     /// Of the message that had this UID here.
@@ -696,7 +728,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if was_expunged && !self.has_diverged() {
             return Ok(None);
         }
-        match self.given_another(wanted, guid)? {
+        match self.given_another(wanted, guid, save.copied_from.as_ref())? {
             Standing::At(stands) => {
                 if stands < wanted {
                     // A message that is elsewhere is above.
@@ -713,7 +745,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 self.tell_if_elsewhere(guid, wanted)?;
                 return Ok(None);
             }
-            Standing::Expunged => return Ok(None),
+            Standing::Expunged => {
+                // A worker that was killed had saved it, and nobody there knows the UID by which a client's expunge named it.
+                self.tell_expunge_again(wanted, guid);
+                return Ok(None);
+            }
             Standing::Unknown if was_expunged => return Ok(None),
             Standing::Unknown => {}
         }
@@ -731,7 +767,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
 
     /// What is known of a message that was saved before, where its UID was taken. Another one with the same GUID is none of it:
     /// somebody copied it inside of the mailbox.
-    fn given_another(&mut self, wanted: u32, guid: &str) -> Result<Standing> {
+    fn given_another(&mut self, wanted: u32, guid: &str, twin: Option<&proto::CopiedFrom>) -> Result<Standing> {
         if wanted == 0 {
             return Ok(self.storage.find_messages(guid)?.pop().map_or(Standing::Unknown, Standing::At));
         }
@@ -740,27 +776,45 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             return Ok(Standing::Unknown);
         }
         // One that was moved from this UID is another one.
-        let is_known = self.known_at(wanted).is_some_and(|known| !known.moved);
-        match if is_known { self.standing(wanted, guid)? } else { Standing::Unknown } {
-            Standing::Unknown => self.saved_by_killed_worker(wanted, guid),
+        match if self.known_own(wanted, guid).is_some() { self.standing(wanted, guid)? } else { Standing::Unknown } {
+            Standing::Unknown => {}
+            known => return Ok(known),
+        }
+        // Copies that two servers made with one UID are one.
+        let born = self.open.as_ref().and_then(|open| self.elsewhere.saved_with(&open.guid, wanted, guid));
+        match born.map_or(Ok(Standing::Unknown), |here| self.standing_here(here, guid))? {
+            Standing::Unknown => self.saved_by_killed_worker(wanted, guid, twin),
             known => Ok(known),
         }
     }
 
     /// A worker was killed in the middle of the change: what it had saved is there, or a client has expunged it since.
-    fn saved_by_killed_worker(&mut self, wanted: u32, guid: &str) -> Result<Standing> {
+    fn saved_by_killed_worker(
+        &mut self,
+        wanted: u32,
+        guid: &str,
+        twin: Option<&proto::CopiedFrom>,
+    ) -> Result<Standing> {
         let logs = self.storage.log_files()?;
         // Where files are put into their places first, the next sync of whomever finds them.
         let by_any = self.storage.is_torn_when_killed();
         let Some(open) = &self.open else { return Ok(Standing::Unknown) };
+        let is_here = |from: &&proto::CopiedFrom| from.mailbox.as_ref().is_some_and(|of| of.guid == open.guid);
+        let twin = twin.filter(is_here).map_or(0, |from| from.uid);
         for (uid, is_ours) in open.marks.saved_since(&logs, &self.current.origin, by_any) {
             // Where it was placed, it had to go above.
             let is_below = uid < wanted && is_ours;
             if is_below || self.saved.contains(&uid) || self.is_of_another(uid, guid) {
                 continue;
             }
+            // What a client saved or copied, and what the peer has made a copy of, is none of it.
+            if !is_ours && (uid == twin || !self.storage.may_be_ours(uid, guid)?) {
+                continue;
+            }
             match self.standing_here(uid, guid)? {
                 Standing::Unknown => {}
+                // It was saved there with another UID, and has moved here since.
+                Standing::At(uid) if self.has_another_there((uid, wanted), guid) => {}
                 known => return Ok(known),
             }
         }
@@ -847,7 +901,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 found.extend(uid.filter(|uid| !found.contains(uid)));
                 continue;
             }
-            if self.is_gone(range.first_uid, &range.guid) && !self.is_at(range.first_uid, &range.guid)? {
+            if self.is_gone(range.first_uid, &range.guid) {
                 continue;
             }
             match self.standing(range.first_uid, &range.guid)? {
@@ -864,15 +918,34 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 // It was given another UID here.
                 Standing::Unknown => {
                     let all = self.storage.find_messages(&range.guid)?;
-                    let is_it = |uid: &&u32| all.len() == 1 || !self.is_of_another(**uid, &range.guid);
+                    let logs = self.storage.log_files()?;
+                    let is_it = |uid: &&u32| match self.uid_there(&logs, **uid, &range.guid) {
+                        // A third server may have given it the one that is known.
+                        _ if !self.is_pair => all.len() == 1 || !self.is_of_another(**uid, &range.guid),
+                        // It was given another one there, which is a higher one, and nobody has said so yet.
+                        Some(there) => all.len() == 1 && there < range.first_uid,
+                        None => true,
+                    };
                     match all.iter().rfind(is_it) {
                         Some(uid) => found.push((*uid, *uid)),
-                        None => self.note("messages_unknown"),
+                        None => self.doubt_unknown(),
                     }
                 }
             }
         }
         Ok(found)
+    }
+
+    /// A third server can have told of a message before who passes it on to us has told that it is there: a session of a
+    /// client found its file before our worker there was done. What was told is not done here, and must be found.
+    fn doubt_unknown(&mut self) {
+        self.note("messages_unknown");
+        let Some(open) = self.open.as_ref().filter(|_| !self.is_pair) else { return };
+        let is_known = |doubt: &proto::Doubt| doubt.guid == open.guid && doubt.reason == UNKNOWN;
+        if !self.doubts.iter().any(is_known) {
+            let path = open.path.clone();
+            self.doubts.push(proto::Doubt { guid: open.guid.to_vec(), path, reason: UNKNOWN.into() });
+        }
     }
 
     /// The message with this hashed GUID. The one that has the UID here may have been saved at the same time.
@@ -1019,6 +1092,7 @@ pub fn printable(text: &str) -> String {
 mod tests {
     use super::super::fake::{gone, FakeStorage, Script, HASHED_GUID, INBOX_GUID};
     use super::*;
+    use crate::wire::proto::SeqOf;
 
     const GUID: [u8; 16] = [7; 16];
 
@@ -1061,6 +1135,8 @@ mod tests {
         notes: Vec<String>,
         error: Option<String>,
         told: Vec<What>,
+        causes: Vec<SeqOf>,
+        doubts: usize,
     }
 
     fn apply(storage: &mut FakeStorage, script: Script, changes: &[proto::Change]) -> Outcome {
@@ -1068,6 +1144,21 @@ mod tests {
     }
 
     fn apply_as(resolves: bool, storage: &mut FakeStorage, script: Script, changes: &[proto::Change]) -> Outcome {
+        apply_among(true, resolves, storage, script, changes)
+    }
+
+    /// There are more than two servers.
+    fn apply_in_mesh(resolves: bool, storage: &mut FakeStorage, changes: &[proto::Change]) -> Outcome {
+        apply_among(false, resolves, storage, Script::default(), changes)
+    }
+
+    fn apply_among(
+        is_pair: bool,
+        resolves: bool,
+        storage: &mut FakeStorage,
+        script: Script,
+        changes: &[proto::Change],
+    ) -> Outcome {
         let mut connection = Connection::new(script);
         let (mut next_body, mut told, mut elsewhere) = (0, Vec::new(), Vec::new());
         let mut on_commit = |_: &mut FakeStorage, _: &mut Connection<Script>, committed: Committed| {
@@ -1075,13 +1166,20 @@ mod tests {
             elsewhere.extend(committed.elsewhere);
             Ok(())
         };
-        let known = Elsewhere::of(std::mem::take(&mut storage.elsewhere));
+        let peer = changes.first().and_then(|change| change.stamp.as_ref()).map_or("", |stamp| &stamp.origin);
+        // As the relay gives them back.
+        let mut known = std::mem::take(&mut storage.elsewhere);
+        known.iter_mut().filter(|one| one.server.is_empty()).for_each(|one| one.server = peer.to_owned());
+        let known = Elsewhere::of(known, peer);
         let (again, me) = (std::mem::take(&mut storage.again), storage.me.clone());
+        let aliases = std::mem::take(&mut storage.aliases);
         let mut apply =
             Apply::new(storage, &mut connection, "jane", resolves, known, &mut next_body, &mut on_commit).unwrap();
-        (apply.again, apply.me) = (again, me);
+        (apply.again, apply.me, apply.is_pair) = (again, me, is_pair);
+        apply.know_aliases(&aliases);
         let result = apply.run(changes);
         let (done, mut notes, rest) = (apply.done, apply.notes.clone(), std::mem::take(&mut apply.tell));
+        let doubts = apply.doubts.len();
         notes.extend(apply.conflicts.iter().map(|conflict| conflict.rule.clone()));
         let noted = apply.elsewhere.take_new();
         told.extend(rest);
@@ -1093,8 +1191,9 @@ mod tests {
             Err(Failure::User(reason) | Failure::Never(reason)) => Some(reason),
             Err(Failure::Link(error)) => Some(format!("link: {error}")),
         };
+        let causes = told.iter().flat_map(|change| change.stamp.clone().unwrap().vector).collect();
         let told = told.iter().flat_map(|change| &change.ops).map(|op| op.what.clone().unwrap()).collect();
-        Outcome { done, notes, error, told }
+        Outcome { done, notes, error, told, causes, doubts }
     }
 
     #[test]
@@ -1152,9 +1251,9 @@ mod tests {
             let changes = if creates_first { vec![created, theirs] } else { vec![theirs] };
             let outcome = apply(&mut storage, Script::default(), &changes);
             assert_eq!(outcome.error, None);
-            assert_eq!((storage.guid("Work"), storage.uid_validity("Work")), ([4; 16], 20));
+            assert_eq!((storage.guid("Work"), storage.uid_validity("Work")), ([3; 16], 20));
             assert_eq!(storage.messages("Work"), named(&[(1, "ours"), (2, "theirs")]));
-            let became = create_of(true, &[3]);
+            let became = create_of(true, &[4]);
             assert!(outcome.told.contains(&became), "{:?}", outcome.told);
 
             let mut storage = FakeStorage::default();
@@ -1162,7 +1261,7 @@ mod tests {
             let ours = of((3, "Work"), 20, save(1, 1, "ours"));
             let outcome = apply_as(true, &mut storage, Script::default(), &[ours]);
             assert_eq!(outcome.error, None);
-            assert_eq!((storage.guid("Work"), storage.uid_validity("Work")), ([4; 16], 20));
+            assert_eq!((storage.guid("Work"), storage.uid_validity("Work")), ([3; 16], 20));
             assert_eq!(storage.messages("Work"), named(&[(1, "theirs"), (2, "ours")]));
         }
     }
@@ -1286,6 +1385,37 @@ mod tests {
             let outcome = apply(&mut storage, Script::default(), &changes.map(|change| of((guid, "Work"), 10, change)));
             assert_eq!((outcome.error, storage.guid("Work")), (None, [guid.max(4); 16]));
         }
+    }
+
+    /// Whenever that was.
+    #[test]
+    fn who_deletes_a_mailbox_by_the_guid_that_it_had_has_not_heard_of_the_other() {
+        let mut storage = FakeStorage::default();
+        storage.add("Work", [4; 16], 10, &[]);
+        storage.aliases = vec![proto::Alias { guid: vec![3; 16], is: vec![4; 16], index_id: 0 }];
+        let deleted = What::Delete(proto::MailboxDelete::default());
+        let outcome = apply(&mut storage, Script::default(), &[of((3, "Work"), 10, change(1, deleted))]);
+        assert!(matches!(outcome.told[0], What::Create(_)), "the peer gets it again: {:?}", outcome.told);
+        assert_eq!((outcome.error, storage.guid("Work")), (None, [4; 16]));
+    }
+
+    #[test]
+    fn a_session_that_comes_upon_a_new_mailbox_does_not_give_it_its_guid() {
+        let mut storage = FakeStorage::default();
+        storage.other_guid = Some([9; 16]);
+        let outcome = apply(&mut storage, Script::default(), &[of((3, "Work"), 10, change(1, create(false)))]);
+        assert_eq!((outcome.error, outcome.told.len(), storage.guid("Work")), (None, 0, [3; 16]));
+    }
+
+    /// A maildir's GUID is known without opening it.
+    #[test]
+    fn a_deletion_that_failed_half_way_is_done_when_it_is_sent_again() {
+        let mut storage = FakeStorage::default();
+        storage.add("Work", [5; 16], 10, &[]);
+        storage.half_deleted.insert("Work".into());
+        let deleted = What::Delete(proto::MailboxDelete::default());
+        let outcome = apply(&mut storage, Script::default(), &[of((5, "Work"), 10, change(1, deleted))]);
+        assert_eq!((outcome.error, storage.existence("Work").unwrap()), (None, Existence::None));
     }
 
     #[test]
@@ -1503,6 +1633,15 @@ mod tests {
     }
 
     #[test]
+    fn a_mailbox_with_a_message_of_which_a_third_server_told_too_early_is_to_be_compared() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "one")]);
+        let early = [expunge(1, 2, "to come"), expunge(2, 3, "to come, too")];
+        assert_eq!(apply_in_mesh(false, &mut storage, &early).doubts, 1);
+        assert_eq!(apply(&mut storage, Script::default(), &early).doubts, 0, "there is no third one");
+    }
+
+    #[test]
     fn a_copy_of_a_message_that_was_given_another_uid_is_not_taken_for_it() {
         let mut storage = FakeStorage::default();
         storage.add("INBOX", GUID, 9, &[(1, "ours"), (2, "ours too")]);
@@ -1517,6 +1656,114 @@ mod tests {
         storage.elsewhere.splice(..0, known);
         apply(&mut storage, Script::default(), &[expunge(5, 12, "one")]);
         assert_eq!(storage.messages("INBOX")[2..], named(&[(9, "one")]));
+    }
+
+    /// What c has at this UID.
+    fn of_c(uid: u32, here: u32) -> proto::Elsewhere {
+        let (guid, server) = ("one".into(), "c".into());
+        proto::Elsewhere { mailbox_guid: GUID.to_vec(), uid, guid, here, server, ..Default::default() }
+    }
+
+    #[test]
+    fn of_copies_of_one_message_a_third_servers_is_known_by_its_uid_there() {
+        let ours = [(9, "one"), (10, "one")];
+        let mut refused = proto::Nack { guid: "one".into(), uid: 5, stands: 9, next: 10, ..Default::default() };
+        (refused.of, refused.is_new) = ("c".into(), true);
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &ours);
+        storage.elsewhere = vec![of_c(5, 9)];
+        let outcome = apply_in_mesh(true, &mut storage, &[change(1, What::Nack(refused))]);
+        assert_eq!(outcome.told, [raised("one", 9, &[], 9)], "it was claimed there before");
+
+        let claimed = proto::Claim { guid: "one".into(), uid: 12, of: "c".into(), of_uid: 5, ..Default::default() };
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &ours);
+        storage.elsewhere = vec![of_c(5, 9)];
+        apply_in_mesh(false, &mut storage, &[change(1, What::Claim(claimed.clone()))]);
+        assert_eq!(storage.messages("INBOX"), named(&[(10, "one"), (12, "one")]));
+
+        // It is gone, and the copy is another one.
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &ours);
+        storage.expunge_now("INBOX", 9);
+        storage.elsewhere = vec![of_c(5, 9)];
+        apply_in_mesh(false, &mut storage, &[change(1, What::Claim(claimed)), expunge(2, 12, "one")]);
+        assert_eq!(storage.messages("INBOX"), named(&[(10, "one")]));
+    }
+
+    #[test]
+    fn copies_that_two_servers_made_with_one_uid_are_one_also_where_it_has_another() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(4, "other")]);
+        apply_in_mesh(false, &mut storage, &[save(1, 4, "one")]);
+        storage.elsewhere = vec![of_c(4, 5)];
+        let outcome = apply_in_mesh(false, &mut storage, &[save(2, 4, "one")]);
+        assert_eq!(storage.messages("INBOX"), named(&[(4, "other"), (5, "one")]));
+        assert!(matches!(&outcome.told[..], [What::Nack(nack)] if (nack.uid, nack.stands) == (4, 5)), "{outcome:?}");
+    }
+
+    #[test]
+    fn what_is_told_names_the_change_that_gave_rise_to_it() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "ours")]);
+        storage.me = "b".into();
+        let outcome = apply(&mut storage, Script::default(), &[expunge(1, 4, "other"), save(2, 5, "theirs")]);
+        assert_eq!(outcome.told.len(), 1);
+        assert_eq!(outcome.causes, [SeqOf { origin: "a".into(), epoch: 1, seq: 2 }]);
+    }
+
+    #[test]
+    fn a_message_that_is_gone_is_not_taken_for_its_copy_which_has_that_uid_here() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "one")]);
+        storage.expunge_now("INBOX", 1);
+        storage.me = "b".into();
+        let claimed = proto::Claim { guid: "one".into(), uid: 2, of: "b".into(), of_uid: 1, ..Default::default() };
+        apply(&mut storage, Script::default(), &[change(1, What::Claim(claimed))]);
+        let seen = |uid| {
+            let range = proto::MessageRange { first_uid: uid, last_uid: uid, guid: "one".into(), ..Default::default() };
+            What::Flags(proto::FlagUpdate { messages: vec![range], add: 1, ..Default::default() })
+        };
+        let known = storage.elsewhere.clone();
+        apply(&mut storage, Script::default(), &[change(2, seen(2))]);
+        assert_eq!(storage.flagged, [], "theirs is gone, and the copy is not known there as 2");
+        // Until it is.
+        storage.elsewhere = known;
+        let claimed = proto::Claim { guid: "one".into(), uid: 3, of: "b".into(), of_uid: 2, ..Default::default() };
+        apply(&mut storage, Script::default(), &[change(3, What::Claim(claimed)), change(4, seen(3))]);
+        assert_eq!(storage.messages("INBOX"), named(&[(3, "one")]));
+        assert_eq!(storage.flagged, [(3, 3)]);
+    }
+
+    #[test]
+    fn an_expunge_of_a_message_that_never_came_does_not_take_its_copy() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(7, "ours"), (8, "ours too")]);
+        // What was at 7 there was copied, and expunged before anybody told of it.
+        apply(&mut storage, Script::default(), &[save(1, 8, "one")]);
+        assert_eq!(storage.messages("INBOX")[2..], named(&[(9, "one")]));
+        apply(&mut storage, Script::default(), &[expunge(2, 7, "one")]);
+        assert_eq!(storage.messages("INBOX")[2..], named(&[(9, "one")]));
+    }
+
+    #[test]
+    fn an_expunge_by_a_uid_that_nobody_has_told_of_yet_takes_the_message() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(7, "ours"), (8, "ours too")]);
+        apply(&mut storage, Script::default(), &[save(1, 4, "one")]);
+        assert_eq!(storage.messages("INBOX")[2..], named(&[(9, "one")]));
+        // A worker there gave it another UID, and a client's process was faster to tell than that worker.
+        apply(&mut storage, Script::default(), &[expunge(2, 12, "one")]);
+        assert_eq!(storage.messages("INBOX")[2..], []);
+    }
+
+    #[test]
+    fn who_does_not_answer_a_nack_remembers_how_its_sender_calls_the_message() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(3, "one"), (4, "one")]);
+        apply(&mut storage, Script::default(), &[nack(1, "one", 3, 4, 5), nack(2, "one", 4, 5, 6)]);
+        let noted: Vec<_> = storage.elsewhere.iter().map(|one| (one.uid, one.here, one.alone)).collect();
+        assert_eq!(noted, [(4, 3, true), (5, 4, true)]);
     }
 
     #[test]
@@ -1567,6 +1814,22 @@ mod tests {
     }
 
     #[test]
+    fn neither_a_clients_copy_nor_what_it_is_a_copy_of_is_taken_for_a_file_that_a_killed_worker_left() {
+        let log: &[u8] = include_bytes!("../../tests/golden/indexlog/2.4-sdbox.log");
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "one"), (3, "other")]);
+        storage.set_logs("INBOX", &[log]);
+        storage.of_clients.insert(2);
+        let mut theirs = save(1, 3, "one");
+        let What::Save(copy) = theirs.ops[0].what.as_mut().unwrap() else { panic!("{theirs:?}") };
+        let mailbox = proto::Mailbox { guid: GUID.to_vec(), path: vec!["INBOX".into()], ..Default::default() };
+        copy.copied_from = Some(proto::CopiedFrom { mailbox: Some(mailbox), uid: 1 });
+        let outcome = apply(&mut storage, Script::default(), &[theirs]);
+        assert_eq!(outcome.error, None);
+        assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (2, "one"), (3, "other"), (4, "one")]));
+    }
+
+    #[test]
     fn a_file_that_a_killed_worker_left_and_that_got_a_higher_uid_is_told_to_stand_there() {
         // Dovecot gives it another one if dovecot-uidlist has the file, and the index has not.
         let log: &[u8] = include_bytes!("../../tests/golden/indexlog/2.4-sdbox.log");
@@ -1579,6 +1842,19 @@ mod tests {
         assert_eq!(outcome.told.len(), 1, "{:?}", outcome.told);
         storage.open("INBOX", false).unwrap();
         assert!(Marks::parse(&storage.mark().unwrap()).has_diverged());
+    }
+
+    #[test]
+    fn what_a_client_expunged_that_a_killed_worker_had_saved_is_told_by_the_uid_that_the_peer_knows() {
+        let log: &[u8] = include_bytes!("../../tests/golden/indexlog/2.4-sdbox.log");
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "other"), (2, "one")]);
+        storage.expunge_now("INBOX", 2);
+        storage.set_logs("INBOX", &[log]);
+        let outcome = apply(&mut storage, Script::default(), &[save(1, 1, "one")]);
+        assert_eq!(storage.messages("INBOX"), named(&[(1, "other")]));
+        let [What::Expunge(told)] = &outcome.told[..] else { panic!("{outcome:?}") };
+        assert_eq!((told.messages[0].first_uid, told.messages[0].guid.as_str()), (1, "one"));
     }
 
     #[test]
@@ -1696,6 +1972,21 @@ mod tests {
         save.found = true;
         apply(&mut storage, Script::default(), &[found]);
         assert_eq!(storage.messages("INBOX"), named(&[(2, "two"), (3, "one")]));
+    }
+
+    /// restores::a_log_has_lost_its_end_in_a_power_failure, one of eight times.
+    #[test]
+    fn what_an_index_finds_again_while_it_comes_is_there_once() {
+        let mut storage = FakeStorage::default();
+        storage.is_dbox = true;
+        apply(&mut storage, Script::default(), &[save(1, 1, "one")]);
+        storage.lacking = Some((2, "two".into()));
+        let mut found = save(2, 2, "two");
+        let Some(What::Save(save)) = &mut found.ops[0].what else { unreachable!() };
+        save.found = true;
+        let outcome = apply(&mut storage, Script::default(), &[found]);
+        assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (2, "two")]));
+        assert_eq!(outcome.notes, Vec::<String>::new());
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::connection::Connection;
 use super::job::is_of;
 use super::name;
 use super::storage::{Body, Existence, Result, Storage};
+use crate::change::NO_PEER;
 use crate::wire::proto::{self, frame::Kind};
 
 /// Bytes that we let the other side send before we allow more.
@@ -101,7 +102,7 @@ fn open<S: Storage>(storage: &mut S, request: &proto::BodyRequest) -> Result<boo
         return Err("unknown here".into());
     }
     if !is_of(&storage.user_peers()?, &request.asker) {
-        return Err(format!("server {} is not among the user's peers here", request.asker));
+        return Err(format!("server {} {NO_PEER}", request.asker));
     }
     let Some(mailbox) = &request.mailbox else {
         return Err("malformed request: no mailbox".into());

@@ -103,7 +103,8 @@ fn answer_list<S: Storage, C: Read + Write>(storage: &mut S, answers: &mut Answe
             uid_next: status.uid_next,
             highest_modseq: 0,
         };
-        let found = MailboxDigest { mailbox: Some(mailbox), messages: digest.messages(), digest: digest.value() };
+        let (messages, digest) = (digest.messages(), digest.value());
+        let found = MailboxDigest { mailbox: Some(mailbox), messages, digest, ..Default::default() };
         answers.room_for(found.encoded_len())?.mailboxes.push(found);
     }
     for subscribed in storage.subscribed(i64::MAX)? {

@@ -18,6 +18,11 @@ pub struct Connection<S> {
     buffer: Vec<u8>,
 }
 
+/// Whether the relay has ended, as at each reload of Dovecot.
+pub fn is_end(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof)
+}
+
 impl<S: Read + Write> Connection<S> {
     pub fn new(stream: S) -> Self {
         Connection { stream, decoder: Decoder::new(), waiting: VecDeque::new(), buffer: vec![0; READ_BYTES] }

@@ -6,11 +6,21 @@ use std::collections::BTreeMap;
 
 use crate::wire::proto;
 
-/// Of the peer whose changes are applied.
+/// Of all servers, for changes of one of them: the peer.
 #[derive(Default)]
 pub struct Elsewhere {
-    known: BTreeMap<(Vec<u8>, u32), Known>,
+    peer: String,
+    /// By mailbox and UID there.
+    known: BTreeMap<(Vec<u8>, u32), Vec<OfServer>>,
     new: Vec<proto::Elsewhere>,
+}
+
+struct OfServer {
+    /// Empty: all.
+    server: String,
+    /// Only that server calls it so.
+    alone: bool,
+    known: Known,
 }
 
 /// In the place of a UID here: the message is gone, and a copy of it is not meant.
@@ -22,7 +32,7 @@ pub struct Known {
     pub guid: String,
     /// Its UID here; 0: it was not here yet; or [`GONE`].
     pub here: u32,
-    /// It had the peer's here, too, or has it on a third server: the peer may have given that to another one.
+    /// It had the peer's here, too: the peer may have given that to another one.
     pub moved: bool,
 }
 
@@ -44,44 +54,53 @@ pub struct Resolved<'a> {
 
 impl Elsewhere {
     /// What the relay knows.
-    pub fn of(known: Vec<proto::Elsewhere>) -> Elsewhere {
-        let of = |one: proto::Elsewhere| {
-            ((one.mailbox_guid, one.uid), Known { guid: one.guid, here: one.here, moved: one.moved })
+    pub fn of(all: Vec<proto::Elsewhere>, peer: &str) -> Elsewhere {
+        let mut known = Elsewhere { peer: peer.to_owned(), ..Elsewhere::default() };
+        for one in all {
+            let proto::Elsewhere { mailbox_guid, uid, guid, moved, here, alone, server } = one;
+            known.put(mailbox_guid, uid, OfServer { server, alone, known: Known { guid, here, moved } });
+        }
+        known
+    }
+
+    /// In the place of what was known before.
+    fn put(&mut self, mailbox_guid: Vec<u8>, uid: u32, new: OfServer) {
+        let all = self.known.entry((mailbox_guid, uid)).or_default();
+        let is_other = |one: &OfServer| {
+            (&one.server, one.known.moved) != (&new.server, new.known.moved)
+                || new.known.moved && one.known.guid != new.known.guid
         };
-        // What the peer itself has there is meant first.
-        let (weak, own): (Vec<_>, Vec<_>) = known.into_iter().partition(|one| one.moved);
-        let known = weak.into_iter().chain(own).map(of).collect();
-        Elsewhere { known, new: Vec::new() }
+        all.retain(is_other);
+        all.push(new);
     }
 
     /// The peer's message `uid` of the mailbox is the one with this GUID, which has the UID `here`. `moved`: it had the peer's
     /// here, too.
     pub fn note(&mut self, mailbox_guid: &[u8], uid: u32, guid: &str, here: u32, moved: bool) {
-        let key = (mailbox_guid.to_vec(), uid);
         // Where it was says more than that it is gone.
-        let is_known = |known: &Known| known.guid == guid && known.uid().is_some();
-        if [0, GONE].contains(&here) && self.known.get(&key).is_some_and(is_known) {
+        let is_known = |known: &Known| known.uid().is_some();
+        if [0, GONE].contains(&here) && self.own(mailbox_guid, uid, guid).is_some_and(is_known) {
             return;
         }
-        let is_it = |known: &Known| known.guid == guid && known.here == uid;
         if moved {
-            let of_mailbox =
-                self.known.iter_mut().filter(|((mailbox, _), known)| mailbox == mailbox_guid && is_it(known));
-            of_mailbox.for_each(|(_, known)| known.here = here);
+            let of_mailbox = self.known.iter_mut().filter(|((mailbox, _), _)| mailbox == mailbox_guid);
+            let is_it = |one: &&mut OfServer| one.known.guid == guid && one.known.here == uid;
+            of_mailbox.flat_map(|(_, all)| all).filter(is_it).for_each(|one| one.known.here = here);
         }
-        // Where the peer's own message has this UID, that is meant.
-        if !moved || !self.known.contains_key(&key) {
-            self.known.insert(key, Known { guid: guid.to_owned(), here, moved });
-        }
+        let server = if moved { String::new() } else { self.peer.clone() };
+        let known = Known { guid: guid.to_owned(), here, moved };
+        self.put(mailbox_guid.to_vec(), uid, OfServer { server, alone: false, known });
         let (mailbox_guid, guid) = (mailbox_guid.to_vec(), guid.to_owned());
-        self.new.push(proto::Elsewhere { mailbox_guid, uid, guid, moved, here });
+        self.new.push(proto::Elsewhere { mailbox_guid, uid, guid, moved, here, ..Default::default() });
     }
 
     /// The mailbox has another GUID from now on.
     pub fn rename(&mut self, old: &[u8], new: &[u8]) {
-        let known = std::mem::take(&mut self.known).into_iter();
-        let renamed = |mailbox: Vec<u8>| if mailbox == old { new.to_vec() } else { mailbox };
-        self.known = known.map(|((mailbox, uid), known)| ((renamed(mailbox), uid), known)).collect();
+        let of_old: Vec<u32> = self.known.keys().filter(|(mailbox, _)| mailbox == old).map(|(_, uid)| *uid).collect();
+        for uid in of_old {
+            let all = self.known.remove(&(old.to_vec(), uid)).unwrap_or_default();
+            self.known.entry((new.to_vec(), uid)).or_default().extend(all);
+        }
     }
 
     /// What was noted since the last call.
@@ -89,15 +108,100 @@ impl Elsewhere {
         std::mem::take(&mut self.new)
     }
 
-    /// What the peer means by the UID, if that is known to be elsewhere here.
+    fn all(&self, mailbox_guid: &[u8], uid: u32) -> &[OfServer] {
+        self.known.get(&(mailbox_guid.to_vec(), uid)).map_or(&[], Vec::as_slice)
+    }
+
+    /// What the server itself has said, or given rise to.
+    fn is_own(server: &str, one: &OfServer) -> bool {
+        one.server == server && !one.known.moved
+    }
+
+    /// A message that a server did not have to give another UID has the one there that it has at its own origin.
+    fn may_be_of(server: &str, one: &OfServer) -> bool {
+        one.server == server || !one.alone
+    }
+
+    /// What the peer means by the UID, if that is known to be elsewhere here. First what it has there itself.
     pub fn at(&self, mailbox_guid: &[u8], uid: u32) -> Option<&Known> {
-        self.known.get(&(mailbox_guid.to_vec(), uid))
+        self.meant(mailbox_guid, uid, |_| true)
+    }
+
+    /// The same, where it says which GUID it means.
+    pub fn named(&self, mailbox_guid: &[u8], uid: u32, guid: &str) -> Option<&Known> {
+        self.meant(mailbox_guid, uid, |known| known.guid == guid).filter(|known| known.guid == guid)
+    }
+
+    fn meant(&self, mailbox_guid: &[u8], uid: u32, is_it: impl Fn(&Known) -> bool) -> Option<&Known> {
+        let all = self.all(mailbox_guid, uid);
+        let own = all.iter().find(|one| Self::is_own(&self.peer, one));
+        let others = || all.iter().rev().filter(|one| Self::may_be_of(&self.peer, one));
+        own.or_else(|| others().find(|one| is_it(&one.known))).map(|one| &one.known)
+    }
+
+    /// The same, of what it has there itself only.
+    pub fn own(&self, mailbox_guid: &[u8], uid: u32, guid: &str) -> Option<&Known> {
+        let mut all = self.all(mailbox_guid, uid).iter().filter(|one| one.known.guid == guid);
+        all.find(|one| Self::is_own(&self.peer, one)).map(|one| &one.known)
+    }
+
+    /// What any server means by it, as far as that is known for sure.
+    pub fn of_server(&self, server: &str, mailbox_guid: &[u8], uid: u32, guid: &str) -> Option<&Known> {
+        let all = || self.all(mailbox_guid, uid).iter().filter(|one| one.known.guid == guid);
+        let own = all().find(|one| Self::is_own(server, one));
+        let moved = || all().find(|one| one.known.moved && (one.server == server || one.server.is_empty()));
+        own.or_else(moved).map(|one| &one.known)
+    }
+
+    /// Where the message is here that some server saved with this UID: of all that it had anywhere, that is the lowest one.
+    pub fn saved_with(&self, mailbox_guid: &[u8], uid: u32, guid: &str) -> Option<u32> {
+        let known = self.all(mailbox_guid, uid).iter().filter(|one| one.known.guid == guid);
+        let here = known.filter_map(|one| one.known.uid());
+        let is_lowest = |here: &u32| self.standing_at(mailbox_guid, *here, guid).all(|(other, _)| other >= uid);
+        here.into_iter().find(|here| *here >= uid && is_lowest(here))
+    }
+
+    /// Whether the message that has the first UID here has, for sure, another than the second one on that server.
+    pub fn has_another(&self, server: &str, mailbox_guid: &[u8], (here, there): (u32, u32), guid: &str) -> bool {
+        self.standing_at(mailbox_guid, here, guid).any(|(uid, one)| uid != there && Self::is_own(server, one))
     }
 
     /// Whether the message that has this UID here has another one on the peer.
     pub fn is_of_another(&self, mailbox_guid: &[u8], here: u32, guid: &str) -> bool {
-        let mut known = self.known.iter().filter(|((mailbox, uid), _)| mailbox == mailbox_guid && *uid != here);
-        known.any(|(_, known)| known.guid == guid && known.here == here)
+        let all = || self.standing_at(mailbox_guid, here, guid);
+        match all().find(|(_, one)| Self::is_own(&self.peer, one)) {
+            Some(_) => self.has_another(&self.peer, mailbox_guid, (here, here), guid),
+            None => all().any(|(uid, one)| uid != here && Self::may_be_of(&self.peer, one)),
+        }
+    }
+
+    /// The last UID that the message which has this one here is known to have on the peer.
+    pub fn uid_there(&self, mailbox_guid: &[u8], here: u32, guid: &str) -> Option<u32> {
+        let all = self.standing_at(mailbox_guid, here, guid);
+        all.filter(|(_, one)| Self::may_be_of(&self.peer, one)).map(|(uid, _)| uid).max()
+    }
+
+    /// What is known of the message that has this UID here, by UIDs there.
+    fn standing_at<'a>(
+        &'a self,
+        mailbox_guid: &'a [u8],
+        here: u32,
+        guid: &'a str,
+    ) -> impl Iterator<Item = (u32, &'a OfServer)> {
+        let of_mailbox = self.known.iter().filter(move |((mailbox, _), _)| mailbox == mailbox_guid);
+        let all = of_mailbox.flat_map(|((_, uid), all)| all.iter().map(|one| (*uid, one)));
+        all.filter(move |(_, one)| one.known.guid == guid && one.known.here == here)
+    }
+
+    /// Notes it, for this peer alone: others never call the message so, if they did not before.
+    pub fn note_alone(&mut self, mailbox_guid: &[u8], uid: u32, guid: &str, here: u32) {
+        let is_shared = |one: &OfServer| Self::is_own(&self.peer, one) && one.known.guid == guid && !one.alone;
+        let alone = !self.all(mailbox_guid, uid).iter().any(is_shared);
+        let noted = self.new.len();
+        self.note(mailbox_guid, uid, guid, here, false);
+        self.new[noted..].iter_mut().for_each(|one| one.alone = alone);
+        let noted = self.known.get_mut(&(mailbox_guid.to_vec(), uid)).into_iter().flatten();
+        noted.filter(|one| Self::is_own(&self.peer, one)).for_each(|one| one.alone = alone);
     }
 
     /// What the peer means by the UIDs from `first` to `last`.
@@ -106,7 +210,8 @@ impl Elsewhere {
         let mut next = Some(first);
         let key = |uid| (mailbox_guid.to_vec(), uid);
         let inside = (first <= last).then(|| self.known.range(key(first)..=key(last)));
-        for ((_, uid), known) in inside.into_iter().flatten() {
+        for (_, uid) in inside.into_iter().flatten().map(|(key, _)| key) {
+            let Some(known) = self.at(mailbox_guid, *uid) else { continue };
             resolved.uids.extend(next.filter(|next| next < uid).map(|next| (next, uid - 1)));
             resolved.elsewhere.push(known);
             next = uid.checked_add(1);
@@ -127,7 +232,7 @@ mod tests {
             guid: guid.to_string(),
             ..Default::default()
         };
-        Elsewhere::of(all.iter().map(one).collect())
+        Elsewhere::of(all.iter().map(one).collect(), "")
     }
 
     #[test]
@@ -142,6 +247,57 @@ mod tests {
         assert_eq!(resolve(1, 9), (vec![(1, 2), (4, 4), (6, 9)], vec!["three", "five"]));
         assert_eq!(resolve(7, u32::MAX), (vec![(7, u32::MAX - 1)], vec!["last"]));
         assert_eq!(resolve(9, 7), (vec![], vec![]));
+    }
+
+    #[test]
+    fn each_server_means_its_own_message_by_a_uid() {
+        let of = |server: &str, uid, guid: &str, here, alone| proto::Elsewhere {
+            mailbox_guid: vec![1; 16],
+            uid,
+            guid: guid.into(),
+            here,
+            server: server.into(),
+            alone,
+            ..Default::default()
+        };
+        let mut elsewhere = Elsewhere::of(
+            vec![of("b", 1, "one", 4, false), of("c", 1, "other", 2, false), of("c", 3, "one", 9, true)],
+            "b",
+        );
+        let here = |known: Option<&Known>| known.map(|known| known.here);
+        assert_eq!(here(elsewhere.of_server("c", &[1; 16], 3, "one")), Some(9));
+        assert_eq!(here(elsewhere.of_server("b", &[1; 16], 3, "one")), None);
+        assert_eq!(here(elsewhere.named(&[1; 16], 3, "one")), None, "only c calls it so");
+        assert!(elsewhere.is_of_another(&[1; 16], 4, "one"), "also where c has another one at that UID");
+        elsewhere.note(&[1; 16], 4, "one", 7, true);
+        assert_eq!(here(elsewhere.own(&[1; 16], 1, "one")), Some(7));
+        for server in ["b", "c"] {
+            assert_eq!(here(elsewhere.of_server(server, &[1; 16], 4, "one")), Some(7), "all may call it so");
+        }
+        assert!(elsewhere.has_another("b", &[1; 16], (7, 4), "one"));
+        assert!(!elsewhere.has_another("b", &[1; 16], (7, 1), "one"));
+    }
+
+    #[test]
+    fn a_message_was_saved_with_the_lowest_uid_that_it_had_anywhere() {
+        let mut elsewhere = Elsewhere::of(Vec::new(), "b");
+        elsewhere.note(&[1; 16], 4, "one", 6, true);
+        assert_eq!(elsewhere.saved_with(&[1; 16], 4, "one"), Some(6));
+        assert_eq!(elsewhere.saved_with(&[1; 16], 6, "one"), None, "it is there");
+        elsewhere.note(&[1; 16], 2, "one", 6, false);
+        assert_eq!(elsewhere.saved_with(&[1; 16], 4, "one"), None, "it was moved to 4");
+        elsewhere.note(&[1; 16], 9, "two", 5, false);
+        assert_eq!(elsewhere.saved_with(&[1; 16], 9, "two"), None, "it was claimed there");
+    }
+
+    #[test]
+    fn what_others_call_so_too_is_not_of_one_peer_alone() {
+        let mut elsewhere = Elsewhere::of(Vec::new(), "b");
+        elsewhere.note(&[1; 16], 2, "one", 3, false);
+        elsewhere.note_alone(&[1; 16], 2, "one", 7);
+        elsewhere.note_alone(&[1; 16], 5, "one", 7);
+        let noted: Vec<_> = elsewhere.take_new().into_iter().map(|one| (one.uid, one.here, one.alone)).collect();
+        assert_eq!(noted, [(2, 3, false), (2, 7, false), (5, 7, true)]);
     }
 
     #[test]

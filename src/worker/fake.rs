@@ -1,12 +1,14 @@
 //! A storage in memory, and a relay that says what it is told to: for tests of the logic.
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::rc::Rc;
 
 use super::storage::{
     Body, Existence, Guid, Listed, MessageInfo, Namespace, NewMessage, Result, Status, Storage, Update, MARK_BYTES,
 };
-use crate::wire::frame;
+use crate::wire::frame::{self, Decoder};
 use crate::wire::proto::{self, frame::Kind, UserPeers};
 
 /// With which the INBOX of the only user is born.
@@ -37,8 +39,11 @@ pub struct FakeStorage {
     mailboxes: BTreeMap<String, FakeMailbox>,
     open: Option<String>,
     steps: Vec<Step>,
+    reading: Vec<u8>,
     /// Otherwise it is a maildir.
     pub is_dbox: bool,
+    /// UIDs of messages whose files have names that clients gave them.
+    pub of_clients: HashSet<u32>,
     /// Another worker applies changes of the user.
     pub is_locked: bool,
     pub deleted: HashSet<Guid>,
@@ -48,6 +53,10 @@ pub struct FakeStorage {
     pub half_deleted: HashSet<String>,
     /// Changes that a worker was given before.
     pub again: Vec<u64>,
+    /// What the relay knows of mailboxes that became one.
+    pub aliases: Vec<proto::Alias>,
+    /// What a session that comes upon the next mailbox gives it.
+    pub other_guid: Option<Guid>,
     /// Whom the userdb lists; None: it lists nobody.
     pub users: Option<Vec<String>>,
     /// When something was last written to his mail.
@@ -58,11 +67,20 @@ pub struct FakeStorage {
     pub elsewhere: Vec<proto::Elsewhere>,
     /// Flags and keywords of messages that have some, in all mailboxes.
     pub flags: BTreeMap<u32, (u32, Vec<String>)>,
+    /// Ranges whose flags were changed.
+    pub flagged: Vec<(u32, u32)>,
     /// Another process saves it to the open mailbox just before that is synced.
     pub arriving: Option<(u32, String)>,
+    /// The index lacks it, and the next commit finds its file.
+    pub lacking: Option<(u32, String)>,
     /// Why nothing can be committed; and the commits that failed.
     pub commit_error: Option<String>,
     pub commits_failed: u32,
+    /// A message whose file cannot be read.
+    pub unreadable: Option<u32>,
+    /// How often a mailbox was opened, and the GUID of a message read.
+    pub opened: usize,
+    pub guids_read: usize,
 }
 
 fn is_stray(guid: &str) -> bool {
@@ -94,6 +112,13 @@ impl FakeStorage {
         self.mailboxes[vname].uid_validity
     }
 
+    /// By a client.
+    pub fn expunge_now(&mut self, vname: &str, uid: u32) {
+        let Some(mailbox) = self.mailboxes.get_mut(vname) else { return };
+        let gone = mailbox.messages.remove(&uid);
+        mailbox.expunged.extend(gone.map(|guid| (uid, guid)));
+    }
+
     pub fn forget_expunges(&mut self) {
         self.mailboxes.values_mut().for_each(|mailbox| mailbox.expunged.clear());
     }
@@ -120,7 +145,7 @@ impl Storage for FakeStorage {
         Ok(self.written_at >= since)
     }
     fn user_peers(&self) -> Result<UserPeers> {
-        Ok(UserPeers { all: true, servers: vec![] })
+        Ok(UserPeers { all: true, ..Default::default() })
     }
 
     fn open_user(&mut self, _user: &str) -> Result<bool> {
@@ -130,7 +155,7 @@ impl Storage for FakeStorage {
         self.close();
     }
     fn namespace(&self) -> Result<Namespace> {
-        Ok(Namespace { prefix: String::new(), separator: '/', storage_separator: None })
+        Ok(Namespace { separator: '/', ..Default::default() })
     }
     fn inbox_guid(&self) -> Result<Guid> {
         Ok(INBOX_GUID)
@@ -149,7 +174,8 @@ impl Storage for FakeStorage {
         if self.mailboxes.contains_key(vname) {
             return Ok(false);
         }
-        self.add(vname, update.guid, update.uid_validity, &[]);
+        let guid = self.other_guid.take().unwrap_or(update.guid);
+        self.add(vname, guid, update.uid_validity, &[]);
         Ok(true)
     }
     fn rename(&mut self, from: &str, to: &str) -> Result<bool> {
@@ -159,6 +185,7 @@ impl Storage for FakeStorage {
         Ok(self.mailboxes.remove(from).map(|mailbox| self.mailboxes.insert(to.into(), mailbox)).is_some())
     }
     fn delete(&mut self, vname: &str) -> Result<bool> {
+        self.half_deleted.remove(vname);
         Ok(self.mailboxes.remove(vname).is_some())
     }
     fn delete_empty(&mut self, vname: &str) -> Result<bool> {
@@ -170,7 +197,9 @@ impl Storage for FakeStorage {
     }
     fn open(&mut self, vname: &str, _readonly: bool) -> Result<bool> {
         self.close();
-        self.open = self.mailboxes.contains_key(vname).then(|| vname.into());
+        let is_whole = self.mailboxes.contains_key(vname) && !self.half_deleted.contains(vname);
+        self.open = is_whole.then(|| vname.into());
+        self.opened += 1;
         Ok(self.open.is_some())
     }
     fn close(&mut self) {
@@ -203,6 +232,7 @@ impl Storage for FakeStorage {
         Ok(self.mailbox().messages.keys().copied().collect())
     }
     fn message_guid(&mut self, uid: u32) -> Result<Option<String>> {
+        self.guids_read += 1;
         Ok(self.mailbox().messages.get(&uid).cloned())
     }
     fn find_messages(&mut self, guid: &str) -> Result<Vec<u32>> {
@@ -227,7 +257,8 @@ impl Storage for FakeStorage {
         let guid = self.mailbox().messages.get(&uid).cloned();
         Ok(guid.map(|guid| self.steps.push(Step::Save(new_uid, guid))).is_some())
     }
-    fn update_flags(&mut self, _first_uid: u32, _last_uid: u32, _update: &proto::FlagUpdate) -> Result<()> {
+    fn update_flags(&mut self, first_uid: u32, last_uid: u32, _update: &proto::FlagUpdate) -> Result<()> {
+        self.flagged.push((first_uid, last_uid));
         Ok(())
     }
     fn expunge(&mut self, first_uid: u32, last_uid: u32) -> Result<()> {
@@ -240,6 +271,10 @@ impl Storage for FakeStorage {
         if let Some(error) = &self.commit_error {
             self.commits_failed += 1;
             return Err(error.clone());
+        }
+        if let Some((uid, guid)) = self.lacking.take() {
+            self.mailbox().messages.insert(uid, guid);
+            self.mailbox().uid_next = uid + 1;
         }
         for step in steps {
             let mailbox = self.mailbox();
@@ -287,6 +322,9 @@ impl Storage for FakeStorage {
         Ok(self.mailbox().logs.clone())
     }
     fn message_info(&mut self, uid: u32) -> Result<Option<MessageInfo>> {
+        if self.unreadable == Some(uid) {
+            return Err("its file cannot be read".into());
+        }
         let info = |guid: &String| MessageInfo {
             guid: guid.clone(),
             guid_128: HASHED_GUID,
@@ -306,6 +344,9 @@ impl Storage for FakeStorage {
     fn is_saved_alone(&mut self, _guid: &str) -> Result<bool> {
         Ok(false)
     }
+    fn may_be_ours(&mut self, uid: u32, _guid: &str) -> Result<bool> {
+        Ok(!self.of_clients.contains(&uid))
+    }
     fn stray(&mut self, guid: &str) -> Result<Option<u32>> {
         let name = format!("stray {guid}");
         Ok(self.mailbox().messages.iter().find(|(_, guid)| **guid == name).map(|(uid, _)| *uid))
@@ -321,13 +362,21 @@ impl Storage for FakeStorage {
         self.steps.push(Step::Mark(offset, bytes.to_vec()));
         Ok(())
     }
-    fn body_open(&mut self, _uid: u32, _guid: &str) -> Result<bool> {
-        Ok(false)
+    /// A body is the message's GUID.
+    fn body_open(&mut self, uid: u32, guid: &str) -> Result<bool> {
+        let is_there = self.mailbox().messages.get(&uid).is_some_and(|there| there == guid);
+        self.reading = if is_there { guid.into() } else { Vec::new() };
+        Ok(is_there)
     }
-    fn body_read(&mut self, _buffer: &mut [u8]) -> Result<usize> {
-        Ok(0)
+    fn body_read(&mut self, buffer: &mut [u8]) -> Result<usize> {
+        let length = buffer.len().min(self.reading.len());
+        buffer[..length].copy_from_slice(&self.reading[..length]);
+        self.reading.drain(..length);
+        Ok(length)
     }
-    fn body_close(&mut self) {}
+    fn body_close(&mut self) {
+        self.reading.clear();
+    }
     fn applying(&mut self, _changes: &[proto::SeqOf]) {}
     fn take_spans(&mut self) -> Vec<proto::Span> {
         Vec::new()
@@ -338,6 +387,15 @@ impl Storage for FakeStorage {
 #[derive(Default)]
 pub struct Script {
     lines: io::Cursor<Vec<u8>>,
+    heard: Rc<RefCell<Decoder>>,
+}
+
+impl Script {
+    /// What is said to it, as often as one looks.
+    pub fn ear(&self) -> impl FnMut() -> Option<Kind> {
+        let heard = self.heard.clone();
+        move || heard.borrow_mut().next().expect("a frame").map(|frame| frame.kind.expect("a kind that is known"))
+    }
 }
 
 impl Read for Script {
@@ -348,6 +406,7 @@ impl Read for Script {
 
 impl Write for Script {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.heard.borrow_mut().push(bytes);
         Ok(bytes.len())
     }
     fn flush(&mut self) -> io::Result<()> {
@@ -359,5 +418,5 @@ impl Write for Script {
 pub fn gone(id: u64) -> Script {
     let chunk = proto::BodyChunk { id, last: true, gone: true, ..Default::default() };
     let frame = frame::encode(&proto::Frame { kind: Some(Kind::BodyChunk(chunk)) }).expect("a small frame");
-    Script { lines: io::Cursor::new(frame) }
+    Script { lines: io::Cursor::new(frame), ..Default::default() }
 }

@@ -9,7 +9,7 @@ use super::elsewhere::Elsewhere;
 use super::look::{self, Wanted};
 use super::storage::{self, Storage};
 use super::{compare, tell};
-use crate::change::ELSEWHERE_MAX;
+use crate::change::{ELSEWHERE_MAX, NO_PEER};
 use crate::time::{Clocks, Time};
 use crate::wire::proto::{self, frame::Kind};
 
@@ -49,10 +49,12 @@ struct Collecting {
     bytes: usize,
     resolves: bool,
     me: String,
+    is_pair: bool,
     again: Vec<u64>,
     elsewhere: Vec<proto::Elsewhere>,
     aliases: Vec<proto::Alias>,
     error: Option<String>,
+    is_brief: bool,
 }
 
 impl Default for Jobs {
@@ -79,6 +81,7 @@ impl Jobs {
         connection: &mut Connection<C>,
         kind: Kind,
     ) -> Link<()> {
+        storage.wait_briefly(false);
         match kind {
             Kind::Apply(apply) => {
                 if let Some(whole) = self.collect(apply) {
@@ -91,6 +94,7 @@ impl Jobs {
             }
             Kind::Look(look) => match self.collect_look(look) {
                 Some(wanted) => {
+                    storage.wait_briefly(wanted.is_brief);
                     let now_secs = (self.time.now_us() / 1_000_000) as i64;
                     self.has_failed |= !look::look(storage, connection, &wanted, now_secs)?;
                     Ok(())
@@ -108,7 +112,7 @@ impl Jobs {
             }
             Kind::Tell(tell) => match self.collect_tell(tell) {
                 Some(whole) => {
-                    self.has_failed |= !tell::tell(storage, connection, &whole)?;
+                    self.has_failed |= !tell::tell(storage, connection, whole)?;
                     Ok(())
                 }
                 None => Ok(()),
@@ -133,6 +137,9 @@ impl Jobs {
             list_only: look.list_only,
             written_since: look.written_since,
             users: look.users,
+            owner: look.owner,
+            is_brief: look.brief,
+            inline_bytes: look.inline_bytes,
             ..wanted
         };
         if look.more {
@@ -169,10 +176,12 @@ impl Jobs {
                 bytes: 0,
                 resolves: apply.resolves,
                 me: apply.me,
+                is_pair: apply.pair,
                 again: apply.again,
                 elsewhere: vec![],
                 aliases: vec![],
                 error: None,
+                is_brief: apply.brief,
             },
         };
         whole.bytes += bytes;
@@ -203,6 +212,7 @@ impl Jobs {
     ) -> Link<proto::Applied> {
         let mut answer = proto::Applied { job: whole.job, ..Default::default() };
         storage.applying(&[]);
+        storage.wait_briefly(whole.is_brief);
         let result = match whole.error.take() {
             Some(error) => Err(Failure::User(error)),
             None => self.apply_changes(storage, connection, whole, &mut answer),
@@ -235,7 +245,7 @@ impl Jobs {
         whole: Collecting,
         answer: &mut proto::Applied,
     ) -> Result<(), Failure> {
-        let Collecting { user, from, me, changes, resolves, again, elsewhere, aliases, .. } = whole;
+        let Collecting { user, from, me, is_pair, changes, resolves, again, elsewhere, aliases, .. } = whole;
         if !storage.lock_user(&user)? {
             // Left behind by a relay that was killed: both would save the same mail.
             return Err("another worker still applies changes of this user".to_string().into());
@@ -258,9 +268,7 @@ impl Jobs {
             }))?;
         }
         if !is_allowed {
-            return Err(
-                format!("server {from} is not among the user's peers here (dovetail_peers of the userdb)").into()
-            );
+            return Err(format!("server {from} {NO_PEER} (dovetail_peers of the userdb)").into());
         }
         let time = self.time.as_ref();
         let mut reported = time.elapsed();
@@ -277,11 +285,13 @@ impl Jobs {
             let spans = std::mem::take(&mut unreported);
             send_spans(connection, proto::Applied { job, done, more: true, spans, ..Default::default() }).map(drop)
         };
-        let elsewhere = Elsewhere::of(elsewhere);
+        let origin = changes.first().and_then(|change| change.stamp.as_ref()).map_or("", |stamp| &stamp.origin);
+        let elsewhere = Elsewhere::of(elsewhere, origin);
         let mut apply =
             Apply::new(storage, connection, &user, resolves, elsewhere, &mut self.next_body, &mut on_commit)?;
         apply.again = again;
         apply.me = me;
+        apply.is_pair = is_pair;
         apply.know_aliases(&aliases);
         let result = apply.run(&changes);
         answer.done = apply.done;
@@ -323,7 +333,7 @@ pub fn check_asker<S: Storage>(storage: &mut S, user: &str, asker: &str) -> stor
     let peers = storage.user_peers()?;
     match is_of(&peers, asker) {
         true => Ok(peers),
-        false => Err(format!("server {asker} is not among the user's peers here (dovetail_peers of the userdb)")),
+        false => Err(format!("server {asker} {NO_PEER} (dovetail_peers of the userdb)")),
     }
 }
 
@@ -400,9 +410,11 @@ mod tests {
             bytes: 0,
             resolves: false,
             me: String::new(),
+            is_pair: false,
             again: vec![],
             elsewhere: vec![],
             aliases: vec![],
+            is_brief: false,
             error: None,
         };
         let answer = Jobs::default().apply(&mut storage, &mut connection, whole).unwrap();

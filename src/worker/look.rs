@@ -4,15 +4,16 @@
 //! What it finds are deltas, as if they had been told. Guarantees that saves of all mailboxes are told before expunges of
 //! any (a MOVE is one of each, and the expunge alone would drop the only copy), that a log counts as known only after
 //! everything in it was told, and that a log which does not go on where it should is a doubt, never a guess.
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io::{Read, Write};
 
 use super::apply::locate;
 use super::body::Link;
 use super::connection::Connection;
-use super::mark::{is_ours, moves, Marks};
+use super::mark::{is_ours, moves, stale_in, Marks, Place, Stale};
 use super::name;
 use super::storage::{Existence, Guid, Listed, Namespace, Result, Storage, Update};
+use super::tell::let_body_ride;
 use crate::change;
 use crate::indexlog::{fold, Commit, Commits, Delta, Header, UidRange, What as Written};
 use crate::wire::proto::{self, frame::Kind, op::What, Doubt, LookAt, Looked, Mailbox, MessageRange};
@@ -45,6 +46,18 @@ pub struct Wanted {
     pub written_since: i64,
     /// Nothing else: who the users are.
     pub users: bool,
+    /// Whose mail it is; perhaps nothing else.
+    pub owner: bool,
+    /// Locks are waited for only briefly.
+    pub is_brief: bool,
+    /// Bytes of small bodies that may ride along with messages of mailboxes whose logs were not known.
+    pub inline_bytes: u64,
+}
+
+impl Wanted {
+    fn is_for_owner_only(&self) -> bool {
+        self.owner && !self.whole && self.mailboxes.is_empty()
+    }
 }
 
 /// Looks, and answers. False if that failed; fails only if the connection cannot be used any more.
@@ -58,9 +71,9 @@ pub fn look<S: Storage, C: Read + Write>(
     if wanted.users {
         return list_users(storage, connection, wanted.job);
     }
-    let mut found = Found::default();
+    let mut found = Found { room: wanted.inline_bytes, ..Found::default() };
     let outcome = find(storage, wanted, now_secs, &mut found);
-    let peers = storage.user_peers().ok().filter(|_| !found.is_idle);
+    let peers = storage.user_peers().ok().filter(|_| !found.is_idle || wanted.owner);
     storage.close_user();
     let job = wanted.job;
     if peers.is_some() {
@@ -115,7 +128,11 @@ fn find<S: Storage>(storage: &mut S, wanted: &Wanted, now_secs: i64, found: &mut
         found.is_idle = true;
         return Ok(());
     }
-    if !storage.open_user(&wanted.user)? {
+    let is_there = storage.open_user(&wanted.user)?;
+    if wanted.is_for_owner_only() {
+        return Ok(());
+    }
+    if !is_there {
         found.doubt(&LookAt::default(), "the user has mailboxes in the journal, but does not exist here (any more)");
         return Ok(());
     }
@@ -148,6 +165,8 @@ struct Found {
     later: Option<String>,
     /// Nothing was written, and nothing is looked at.
     is_idle: bool,
+    /// Bytes of bodies that may yet ride along.
+    room: u64,
 }
 
 impl Found {
@@ -269,7 +288,8 @@ fn give_guid<S: Storage>(storage: &mut S, vname: &str, guid: Guid, known: &LookA
         return Ok(None);
     }
     let files = storage.log_files()?;
-    let goes_on = known.log_seq != 0 && read_log(&files, known).is_ok_and(|read| !read.rebuilt);
+    // Of a log that nothing was heard of, nothing is lost: two processes came to a new mailbox at the same time.
+    let goes_on = known.log_seq == 0 || read_log(&files, known).is_ok_and(|read| !read.rebuilt);
     storage.update(&Update { guid, ..Update::default() })?;
     storage.close();
     Ok(Some(goes_on))
@@ -386,6 +406,12 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
     let files = storage.log_files()?;
     // All that they tell must be seen in the mailbox.
     storage.sync()?;
+    let target = &LookAt { expunged_in_memory: gone(storage, target)?, ..target.clone() };
+    if !target.expunged_in_memory.is_empty() {
+        let expunge = proto::Expunge { messages: target.expunged_in_memory.clone() };
+        let mailbox = Mailbox { uid_validity: status.uid_validity, ..named.clone() };
+        found.expunges.push((mailbox, vec![What::Expunge(expunge)]));
+    }
     let read = match read_log(&files, target) {
         Ok(read) => read,
         Err(reason) => {
@@ -401,6 +427,7 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
         false if renumbered => Some(all_present(storage, status.uid_next)?),
         false => None,
     };
+    let as_named = Mailbox { uid_validity: status.uid_validity, ..named.clone() };
     let mailbox = match target.until_seq {
         0 => Mailbox {
             uid_next: status.uid_next.max(uid_next(&read.deltas)),
@@ -418,6 +445,14 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
         found.of_list.push((made, What::Create(proto::MailboxCreate { again: true, ..Default::default() })));
     }
     let diverged = Marks::parse(&storage.mark()?).has_diverged();
+    if diverged {
+        let begin = (read.known.prev_log_seq, read.known.prev_log_end);
+        let expunged = do_stale(storage, &files, begin, (read.known.log_seq, read.known.end))?;
+        if !expunged.is_empty() {
+            let expunge = What::Expunge(proto::Expunge { messages: expunged });
+            found.expunges.push((as_named, vec![expunge]));
+        }
+    }
     let moves: Option<Vec<(u32, u32)>> = diverged.then(|| files.iter().flat_map(|file| moves(file)).collect());
     let mut deltas = read.deltas;
     deltas.retain(|delta| !is_end_of_move(delta, moves.as_deref().unwrap_or_default()));
@@ -432,12 +467,20 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
         _ => None,
     });
     match (rebuilt.is_some(), read.anew_at) {
-        (true, _) => saves.for_each(|save| save.found = true),
+        (true, _) => mark_unless_copied(storage, saves.collect())?,
         // A rebuild of an mdbox makes the indexes anew, and then puts in what no mailbox has: a look may come between.
         (_, Some(at)) if !storage.is_torn_when_killed() => {
             mark_found(storage, target, saves.filter(|save| save.received_date <= i64::from(at)).collect())?;
         }
         _ => {}
+    }
+    if target.log_seq == 0 {
+        // As with a comparison: it may be a whole server's mail that nobody has.
+        for what in &mut of_messages {
+            let What::Save(save) = what else { continue };
+            let uid = save.birth.as_ref().map_or(0, |birth| birth.uid);
+            let_body_ride(storage, uid, save, &mut found.room);
+        }
     }
     match rebuilt {
         Some(rebuilt) if rebuilt.present.len() > RANGES_MAX => {
@@ -465,6 +508,54 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
     Ok(())
 }
 
+/// What clients did by UIDs from which messages had been moved. Their processes do it where these are now when the clients have
+/// their answers (see follow.h), but may be killed; and what this look has read of it they do not tell any more. What was expunged.
+fn do_stale<S: Storage>(storage: &mut S, files: &[Vec<u8>], begin: Place, end: Place) -> Result<Vec<MessageRange>> {
+    let mut expunged = Vec::new();
+    for (uid, stale) in stale_in(files, begin, end) {
+        let Some(info) = storage.message_info(uid)? else { continue };
+        let none = proto::FlagUpdate::default();
+        match stale {
+            Stale::Flags { add, remove } => {
+                storage.update_flags(
+                    uid,
+                    uid,
+                    &proto::FlagUpdate { add: add.into(), remove: remove.into(), ..none },
+                )?;
+            }
+            Stale::Keyword { add: true, name } => {
+                storage.update_flags(uid, uid, &proto::FlagUpdate { add_keywords: vec![name], ..none })?;
+            }
+            Stale::Keyword { name, .. } => {
+                storage.update_flags(uid, uid, &proto::FlagUpdate { remove_keywords: vec![name], ..none })?;
+            }
+            Stale::Expunge { guid_128 } if [[0; 16], info.guid_128].contains(&guid_128) => {
+                storage.expunge(uid, uid)?;
+                expunged.push(MessageRange { guid: info.guid, ..one(uid) });
+            }
+            Stale::Expunge { .. } => continue,
+        }
+        let (offset, bytes) = Marks::parse(&storage.mark()?).ours();
+        storage.write_mark(offset, &bytes)?;
+        storage.commit()?;
+    }
+    Ok(expunged)
+}
+
+/// Of the messages that clients expunged in memory those that are gone, by their UIDs and hashed GUIDs. It is in no log that somebody
+/// asked for it, where they might be lost as well. Who has the GUID and was not there then may be the message itself, under another UID.
+fn gone<S: Storage>(storage: &mut S, target: &LookAt) -> Result<Vec<MessageRange>> {
+    let mut gone = Vec::new();
+    let is_named = |message: &&MessageRange| !message.guid.is_empty() && !message.guid_128.is_empty();
+    for message in target.expunged_in_memory.iter().filter(is_named) {
+        let is_copy = |uid: &u32| *uid != message.first_uid && *uid < target.in_memory_uid_next;
+        if storage.find_messages(&message.guid)?.iter().all(is_copy) {
+            gone.push(MessageRange { guid: String::new(), ..message.clone() });
+        }
+    }
+    Ok(gone)
+}
+
 /// A peer that has one of these messages has the same one, unless there are, or just were, copies of it in this mailbox.
 fn mark_found<S: Storage>(storage: &mut S, target: &LookAt, saves: Vec<&mut proto::Save>) -> Result<()> {
     if saves.is_empty() {
@@ -481,6 +572,17 @@ fn mark_found<S: Storage>(storage: &mut S, target: &LookAt, saves: Vec<&mut prot
     if read.is_ok_and(|read| !read.deltas.iter().any(|delta| matches!(delta, Delta::Expunge { .. }))) {
         saves.into_iter().for_each(|save| save.found = times.get(&save.guid) == Some(&1));
     }
+    Ok(())
+}
+
+/// The same, where all that came may have been there before. What was there all the time is another message.
+fn mark_unless_copied<S: Storage>(storage: &mut S, saves: Vec<&mut proto::Save>) -> Result<()> {
+    let came: BTreeSet<u32> = saves.iter().filter_map(|save| save.birth.as_ref()).map(|birth| birth.uid).collect();
+    let mut stayed = HashSet::new();
+    for uid in storage.uids()?.into_iter().filter(|uid| !came.contains(uid)) {
+        stayed.extend(storage.message_guid(uid)?);
+    }
+    saves.into_iter().for_each(|save| save.found = !stayed.contains(&save.guid));
     Ok(())
 }
 
@@ -546,7 +648,8 @@ fn read_log(files: &[Vec<u8>], target: &LookAt) -> std::result::Result<LogRead, 
         end = end.max((header.file_seq, from));
     }
     let mut deltas = fold(&commits, is_ours);
-    let asked_for = expunges_asked_for(&logs[first], offset);
+    let mut asked_for = expunges_asked_for(&logs[first], offset);
+    asked_for.extend(target.expunged_in_memory.iter().map(|message| message.first_uid));
     deltas.retain(|delta| match delta {
         Delta::Expunge { first_uid, last_uid, .. } => first_uid != last_uid || !asked_for.contains(first_uid),
         _ => true,
@@ -605,12 +708,24 @@ fn begin(logs: &[(Header, &[u8])], target: &LookAt) -> std::result::Result<(usiz
         }
     }
     let anew = logs.iter().rposition(|(header, _)| header.begins_anew());
+    if anew.is_some_and(|at| is_earlier(&logs[at].0, target)) {
+        return Err(
+            "its log is an earlier one: the mailbox was restored from a copy, or a power failure took the log's end"
+                .into(),
+        );
+    }
     match (anew, target.log_seq) {
         (Some(at), 0) => Ok((at, u64::from(logs[at].0.hdr_size), false)),
         (Some(at), _) => Ok((at, u64::from(logs[at].0.hdr_size), true)),
         (None, 0) => Err("its log does not reach back to its beginning".into()),
         (None, _) => Err("its log does not go on where it was known".into()),
     }
+}
+
+/// It is of the index that was known, or of one before, and was there when its end was known.
+fn is_earlier(header: &Header, target: &LookAt) -> bool {
+    let is_known = target.log_seq != 0 && !matches!(target.index_id, 0 | u32::MAX);
+    is_known && header.indexid <= target.index_id && header.file_seq <= target.log_seq
 }
 
 fn known(logs: &[(Header, &[u8])], target: &LookAt, begin: (u32, u64), end: (u32, u64)) -> proto::Span {
@@ -892,12 +1007,19 @@ mod tests {
         LookAt { index_id: header.indexid, log_seq: header.file_seq, end, tail, ..inbox() }
     }
 
-    /// Up to the first commit that does this.
-    fn known_before(log: &[u8], is_it: impl Fn(&Delta) -> bool) -> LookAt {
+    fn commits_of(log: &[u8]) -> impl Iterator<Item = Commit> + '_ {
         let header = Header::parse(log).unwrap();
         let first = u64::from(header.hdr_size);
-        let mut commits = Commits::new(&header, &log[first as usize..], first).map(|commit| commit.unwrap());
-        let commit = commits.find(|commit| fold([commit], |_| false).iter().any(&is_it)).expect("somebody does it");
+        Commits::new(&header, &log[first as usize..], first)
+            .map(|commit| commit.unwrap())
+            .collect::<Vec<_>>()
+            .into_iter()
+    }
+
+    /// Up to the first commit that does this.
+    fn known_before(log: &[u8], is_it: impl Fn(&Delta) -> bool) -> LookAt {
+        let commit =
+            commits_of(log).find(|commit| fold([commit], |_| false).iter().any(&is_it)).expect("somebody does it");
         known_up_to(log, commit.begin)
     }
 
@@ -997,6 +1119,55 @@ mod tests {
         assert_eq!(storage.guid(vname), [9; 16]);
         assert!(words.contains(&"save 1".to_string()) && words.last().unwrap().starts_with("rebuilt 1"), "{words:?}");
         assert_eq!(doubts(&answers), ["its index was made anew, perhaps without all messages and flags"]);
+    }
+
+    #[test]
+    fn bodies_ride_along_with_the_messages_of_a_mailbox_that_nobody_knew() {
+        for (is_known, inline_bytes, rides) in [(false, 1 << 20, true), (false, 0, false), (true, 1 << 20, false)] {
+            let mut storage = storage(&[SDBOX]);
+            let begin = known_up_to(SDBOX, u64::from(Header::parse(SDBOX).unwrap().hdr_size));
+            let target = if is_known { begin } else { inbox() };
+            let wanted = Wanted { mailboxes: vec![target], user: "jane".into(), inline_bytes, ..Wanted::default() };
+            let mut found = Found { room: inline_bytes, ..Found::default() };
+            find(&mut storage, &wanted, 0, &mut found).unwrap();
+            let saves: Vec<bool> = found
+                .of_messages
+                .iter()
+                .flat_map(|(_, ops)| ops)
+                .filter_map(|what| match what {
+                    What::Save(save) => Some(save.body_inline && save.body == save.guid.as_bytes()),
+                    _ => None,
+                })
+                .collect();
+            assert_eq!(saves, [rides; 2]);
+        }
+    }
+
+    #[test]
+    fn a_new_mailbox_that_another_session_gave_a_guid_gets_its_own_back() {
+        let mut storage = storage(&[SDBOX]);
+        let answers = look_at(&mut storage, vec![LookAt { guid: vec![9; 16], ..inbox() }], true);
+        assert_eq!((storage.guid("INBOX"), doubts(&answers)), ([9; 16], vec![]));
+    }
+
+    #[test]
+    fn a_log_that_is_an_earlier_one_is_doubted_and_known_from_its_end_on() {
+        let Commit { begin, .. } = commits_of(SDBOX).last().unwrap();
+        let earlier = &SDBOX[..begin as usize];
+        let answers = look_at(&mut storage(&[earlier]), vec![known_up_to(SDBOX, SDBOX.len() as u64)], false);
+        assert_eq!(told(&answers), Vec::<String>::new());
+        assert!(doubts(&answers)[0].starts_with("its log is an earlier one"), "{answers:?}");
+        let known = answers.iter().find_map(|answer| answer.known.clone()).unwrap();
+        assert_eq!((known.end, known.prev_log_end), (begin, begin));
+
+        // It has grown since.
+        let mut other = SDBOX.to_vec();
+        other[begin as usize..].iter_mut().for_each(|byte| *byte ^= 1);
+        let known =
+            LookAt { tail: other.split_off(SDBOX.len() - TAIL_BYTES), ..known_up_to(SDBOX, SDBOX.len() as u64) };
+        assert!(
+            doubts(&look_at(&mut storage(&[SDBOX]), vec![known], false))[0].starts_with("its log is an earlier one")
+        );
     }
 
     #[test]
@@ -1152,6 +1323,24 @@ mod tests {
         let change = answers.iter().find_map(|answer| answer.change.as_ref()).unwrap();
         assert_eq!(change.mailbox.as_ref().unwrap().uid_next, 4, "others may still come");
         assert_eq!(answers.iter().find_map(|answer| answer.known.as_ref()).unwrap().end, save_of_3.end);
+    }
+
+    #[test]
+    fn what_a_client_expunged_in_memory_is_told_if_it_is_gone() {
+        let named = |uid, guid: &str| MessageRange { guid: guid.into(), guid_128: vec![uid as u8; 16], ..one(uid) };
+        let expunged_in_memory = vec![named(1, "one"), named(2, "two"), named(4, "one"), named(7, "late"), one(8)];
+        let mut storage = storage(&[SDBOX]);
+        storage.add("INBOX", GUID, 9, &[(1, "one"), (3, "three"), (9, "late")]);
+        storage.set_logs("INBOX", &[SDBOX]);
+        let known = LookAt { expunged_in_memory, in_memory_uid_next: 9, ..known_up_to(SDBOX, SDBOX.len() as u64) };
+        let answers = look_at(&mut storage, vec![known], false);
+        let ops = answers.iter().filter_map(|answer| answer.change.as_ref()).flat_map(|change| &change.ops);
+        let messages = ops.filter_map(|op| match &op.what {
+            Some(What::Expunge(expunge)) => Some(&expunge.messages),
+            _ => None,
+        });
+        let told: Vec<_> = messages.flatten().map(|m| (m.first_uid, &m.guid[..], m.guid_128[0])).collect();
+        assert_eq!(told, [(2, "", 2), (4, "", 4)]);
     }
 
     #[test]

@@ -7,8 +7,10 @@
 //! Pure: bytes in, bytes out. An entry is written whole, and alone.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeSet;
+
 use super::storage::MARK_BYTES;
-use crate::indexlog::{fold, Append, Commit, Commits, Delta, Header, HeaderUpdate, What};
+use crate::indexlog::{fold, Append, Commit, Commits, Delta, Header, HeaderUpdate, Modify, UidRange, What};
 use crate::wire::proto::SeqOf;
 
 /// Begins the header and each entry.
@@ -118,7 +120,9 @@ impl Marks {
                 saved.clear();
                 is_behind = true;
             }
-            if is_behind {
+            // What was moved, its own commit had saved; what is marked as another server's is of none of this one.
+            let is_of_another = updates_of(&commit).any(|update| names_other(update, origin));
+            if is_behind && !is_of_another && wanted_moves_of(&commit).next().is_none() {
                 saved.extend(appends_of(&commit).map(|append| (append.uid, is_ours(&commit))));
             }
         }
@@ -144,6 +148,14 @@ pub fn moves(log: &[u8]) -> Vec<(u32, u32)> {
     commits(log).iter().flat_map(moves_of).collect()
 }
 
+/// The same, with where the commits of the copies begin.
+pub fn moves_at(log: &[u8]) -> Vec<(Place, u32, u32)> {
+    let file_seq = Header::parse(log).map_or(0, |header| header.file_seq);
+    let of_commit =
+        |commit: &Commit| moves_of(commit).map(|(from, to)| ((file_seq, commit.begin), from, to)).collect::<Vec<_>>();
+    commits(log).iter().flat_map(of_commit).collect()
+}
+
 /// The UID to which the logs say that a message was moved from this one; the same if it was not.
 pub fn follow(logs: &[Vec<u8>], uid: u32) -> u32 {
     logs.iter().flat_map(|log| moves(log)).fold(uid, |at, (from, to)| if from == at { to } else { at })
@@ -155,6 +167,19 @@ pub fn is_saved_by_others(logs: &[Vec<u8>], uid: u32) -> bool {
     all.into_iter().any(|commit| appends_of(&commit).any(|append| append.uid == uid))
 }
 
+/// The UIDs of all messages that the logs say we saved, or moved there.
+pub fn saved_by_us(logs: &[Vec<u8>]) -> Vec<u32> {
+    let ours = logs.iter().flat_map(|log| commits(log)).filter(is_ours);
+    ours.flat_map(|commit| appends_of(&commit).map(|append| append.uid).collect::<Vec<_>>()).collect()
+}
+
+/// Whether the logs say that we saved the message with this UID, for a peer. (Not that we moved it there.)
+pub fn is_saved_by_us(logs: &[Vec<u8>], uid: u32) -> bool {
+    let all = logs.iter().flat_map(|log| commits(log)).filter(is_ours);
+    let is_it = |commit: &Commit| appends_of(commit).any(|append| append.uid == uid);
+    all.into_iter().any(|commit| is_it(&commit) && moves_of(&commit).all(|(_, to)| to != uid))
+}
+
 /// A place in a log: the file's number, and the offset in it.
 pub type Place = (u32, u64);
 
@@ -162,6 +187,11 @@ pub type Place = (u32, u64);
 pub fn end(logs: &[Vec<u8>]) -> Place {
     let log = logs.last().map_or(&[][..], Vec::as_slice);
     (Header::parse(log).map_or(0, |header| header.file_seq), log.len() as u64)
+}
+
+/// Of the index to which the logs belong; 0: it has none.
+pub fn index_id(logs: &[Vec<u8>]) -> u32 {
+    logs.last().and_then(|log| Header::parse(log).ok()).map_or(0, |header| header.indexid)
 }
 
 /// Where the log says that the message was moved, the last time, and the UID that its copy got.
@@ -191,6 +221,91 @@ pub fn done_since(logs: &[Vec<u8>], place: Place, uid: u32) -> Vec<Delta> {
         _ => false,
     });
     deltas
+}
+
+/// What a client did to a message by a UID from which that had gone before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stale {
+    Flags { add: u8, remove: u8 },
+    Keyword { add: bool, name: String },
+    Expunge { guid_128: [u8; 16] },
+}
+
+impl Stale {
+    fn touches(&self, other: &Stale) -> bool {
+        match (self, other) {
+            (Stale::Flags { add, remove }, Stale::Flags { add: other_add, remove: other_remove }) => {
+                (add | remove) & (other_add | other_remove) != 0
+            }
+            (Stale::Keyword { name, .. }, Stale::Keyword { name: other, .. }) => name.eq_ignore_ascii_case(other),
+            _ => false,
+        }
+    }
+}
+
+/// What clients did by UIDs from which messages had been moved before: their sessions had not heard of it. With where these messages
+/// are now. What somebody has touched there since is left out. Only what stands from `begin` to `end`; what was done before a
+/// message was gone from its old UID, the worker that moved it has done where it is.
+pub fn stale_in(logs: &[Vec<u8>], begin: Place, end: Place) -> Vec<(u32, Stale)> {
+    let all = logs.iter().flat_map(|log| {
+        let file_seq = Header::parse(log).map_or(0, |header| header.file_seq);
+        commits(log).into_iter().map(move |commit| ((file_seq, commit.begin), commit))
+    });
+    stale_of(all, begin, end)
+}
+
+fn stale_of(commits: impl Iterator<Item = (Place, Commit)>, begin: Place, end: Place) -> Vec<(u32, Stale)> {
+    let follow =
+        |moved: &[(u32, u32)], uid| moved.iter().fold(uid, |at, (from, to)| if *from == at { *to } else { at });
+    let (mut moved, mut gone) = (Vec::new(), BTreeSet::new());
+    let mut found: Vec<(u32, Stale)> = Vec::new();
+    for (place, commit) in commits {
+        if is_ours(&commit) {
+            moved.extend(moves_of(&commit));
+        } else if begin <= place && place < end {
+            for (UidRange { first, last }, done) in done_by(&commit) {
+                let is_there = |uid: u32| (first..=last).contains(&follow(&moved, uid));
+                found.retain(|(uid, earlier)| !is_there(*uid) || !done.touches(earlier));
+                found.extend(gone.range(first..=last).map(|uid| (*uid, done.clone())));
+            }
+        }
+        let is_moved = |uid: &u32| moved.iter().any(|(from, _)| from == uid);
+        gone.extend(gone_by(&commit).filter(is_moved));
+    }
+    found.into_iter().map(|(uid, done)| (follow(&moved, uid), done)).collect()
+}
+
+/// What a commit does to messages, or asks for.
+fn done_by(commit: &Commit) -> Vec<(UidRange, Stale)> {
+    let one = |uid| UidRange { first: uid, last: uid };
+    let mut done = Vec::new();
+    for record in &commit.records {
+        match &record.what {
+            What::FlagUpdate(updates) => done.extend(updates.iter().map(|update| {
+                let range = UidRange { first: update.first_uid, last: update.last_uid };
+                (range, Stale::Flags { add: update.add, remove: update.remove })
+            })),
+            What::KeywordUpdate { modify, name, ranges } => {
+                let keyword = Stale::Keyword { add: *modify != Modify::Remove, name: name.clone() };
+                done.extend(ranges.iter().map(|range| (*range, keyword.clone())));
+            }
+            What::ExpungeGuid(expunges) if !record.external => {
+                done.extend(expunges.iter().map(|gone| (one(gone.uid), Stale::Expunge { guid_128: gone.guid_128 })))
+            }
+            _ => {}
+        }
+    }
+    done.retain(|(range, _)| range.first <= range.last);
+    done
+}
+
+/// UIDs of messages that a commit took.
+fn gone_by(commit: &Commit) -> impl Iterator<Item = u32> + '_ {
+    let taken = commit.records.iter().filter(|record| record.external).filter_map(|record| match &record.what {
+        What::ExpungeGuid(expunges) => Some(expunges),
+        _ => None,
+    });
+    taken.flatten().map(|expunge| expunge.uid)
 }
 
 /// Whether a commit is ours: those name what they applied.
@@ -236,12 +351,20 @@ fn updates_of(commit: &Commit) -> impl Iterator<Item = &HeaderUpdate> {
     updates.flatten()
 }
 
-/// Whether it writes an entry of this origin. Entries that are beside each other may be written together.
+/// Whether it writes an entry of this origin.
 fn names(update: &HeaderUpdate, origin: u32) -> bool {
+    origins_in(update).any(|of| of == origin.to_le_bytes())
+}
+
+fn names_other(update: &HeaderUpdate, origin: u32) -> bool {
+    origins_in(update).any(|of| of != origin.to_le_bytes())
+}
+
+/// Of the entries that it writes. Those that are beside each other may be written together.
+fn origins_in(update: &HeaderUpdate) -> impl Iterator<Item = &[u8]> {
     let entries = (0..ENTRIES)
         .filter_map(|n| update.data.get((HEADER_BYTES + n * ENTRY_BYTES).checked_sub(update.offset as usize)?..));
-    let mut entries = entries.filter(|entry| entry.starts_with(&MAGIC));
-    entries.any(|entry| entry.get(4..8) == Some(&origin.to_le_bytes()))
+    entries.filter(|entry| entry.starts_with(&MAGIC)).filter_map(|entry| entry.get(4..8))
 }
 
 fn move_in(update: &HeaderUpdate) -> Option<(u32, u32)> {
@@ -308,6 +431,38 @@ mod tests {
     }
 
     #[test]
+    fn what_a_client_does_by_an_old_uid_is_done_where_the_message_is() {
+        use crate::indexlog::{ExpungeGuid, FlagUpdate, Record};
+        let commit = |external: bool, all: Vec<What>| {
+            let record = |what| Record { offset: 40, external, sync: true, what };
+            Commit { begin: 40, end: 60, records: all.into_iter().map(record).collect() }
+        };
+        let flags = |uid, add, remove| {
+            let update = FlagUpdate { first_uid: uid, last_uid: uid, add, remove, modseq_inc_flag: 0 };
+            commit(false, vec![What::FlagUpdate(vec![update])])
+        };
+        let expunge =
+            |external, uid| commit(external, vec![What::ExpungeGuid(vec![ExpungeGuid { uid, guid_128: [7; 16] }])]);
+        let moved = |from, to| {
+            let (offset, data) = Marks::default().set_moving(Some((from, to)));
+            let mark = What::ExtHeaderUpdate(vec![HeaderUpdate { offset: offset as u32, data }]);
+            commit(true, vec![What::Append(vec![Append { uid: to, flags: 0 }]), mark])
+        };
+        let stale = |commits: Vec<Commit>| {
+            let places = commits.into_iter().enumerate().map(|(at, commit)| ((2, at as u64), commit));
+            stale_of(places, (2, 0), (2, 99))
+        };
+        let set = Stale::Flags { add: 8, remove: 0 };
+        assert_eq!(stale(vec![moved(5, 9), expunge(true, 5), flags(5, 8, 0)]), [(9, set.clone())]);
+        assert_eq!(stale(vec![moved(5, 9), expunge(true, 5), flags(5, 8, 0), moved(9, 12)]), [(12, set)]);
+        assert_eq!(stale(vec![flags(5, 8, 0), moved(5, 9), flags(5, 1, 0), expunge(true, 5)]), [], "the worker did it");
+        assert_eq!(stale(vec![moved(5, 9), expunge(true, 5), flags(5, 8, 0), flags(9, 0, 8)]), [], "undone since");
+        assert_eq!(stale(vec![expunge(true, 5), flags(5, 8, 0)]), [], "it was not moved");
+        let gone = Stale::Expunge { guid_128: [7; 16] };
+        assert_eq!(stale(vec![moved(5, 9), expunge(true, 5), expunge(false, 5)]), [(9, gone)]);
+    }
+
+    #[test]
     fn what_a_killed_worker_saved_of_a_change_comes_behind_the_change_before_it() {
         use crate::indexlog::Record;
         let commit = |uid: u32, mark: Option<Write>| {
@@ -336,6 +491,22 @@ mod tests {
             marks.saved_in(behind.into_iter().filter(is_ours), hash("a")),
             [],
             "the log does not reach back to it"
+        );
+
+        let mut moved = commit(11, ours());
+        let (offset, data) = Marks::default().set_moving(Some((5, 11)));
+        let move_of = What::ExtHeaderUpdate(vec![HeaderUpdate { offset: offset as u32, data }]);
+        moved.records.push(Record { offset: 40, external: true, sync: true, what: move_of });
+        let since = [
+            commit(5, Some(marks.set(&change("a", 1, 2)))),
+            commit(10, Some(marks.set(&change("c", 1, 1)))),
+            moved,
+            commit(12, ours()),
+        ];
+        assert_eq!(
+            marks.saved_in(since.into_iter(), hash("a")),
+            [(5, true), (12, true)],
+            "another server's is none of it, nor what was moved"
         );
 
         let (at, entry) = marks.set(&change("b", 1, 2));

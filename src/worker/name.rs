@@ -35,7 +35,18 @@ pub fn vname(path: &[String], namespace: &Namespace) -> Result<String> {
     if vname.len() > NAME_BYTES_MAX {
         return Err(format!("malformed mailbox path: {} bytes", vname.len()));
     }
+    if let Some(prefix) = namespace.foreign.iter().find(|prefix| is_below(&vname, prefix, namespace)) {
+        return Err(format!(
+            "impossible here: its name is one of the namespace '{prefix}', which is not the user's own"
+        ));
+    }
     Ok(vname)
+}
+
+/// Whether Dovecot looks for a mailbox of this name in the namespace with this prefix: mail_namespace_find().
+fn is_below(vname: &str, prefix: &str, own: &Namespace) -> bool {
+    let name = prefix.strip_suffix(own.separator).unwrap_or(prefix);
+    prefix.len() > own.prefix.len() && (vname == name || vname.starts_with(prefix))
 }
 
 /// The path of the mailbox with this virtual name, the other way round. None: it is not below the namespace.
@@ -120,7 +131,7 @@ mod tests {
 
     fn name(path: &[&str], prefix: &str, separator: char) -> Result<String> {
         let path: Vec<String> = path.iter().map(|p| p.to_string()).collect();
-        vname(&path, &Namespace { prefix: prefix.into(), separator, storage_separator: None })
+        vname(&path, &Namespace { prefix: prefix.into(), separator, ..Default::default() })
     }
 
     #[test]
@@ -134,7 +145,7 @@ mod tests {
     #[test]
     fn a_virtual_name_has_its_path() {
         let path = |vname: &str, prefix: &str, separator| {
-            let namespace = Namespace { prefix: prefix.into(), separator, storage_separator: None };
+            let namespace = Namespace { prefix: prefix.into(), separator, ..Default::default() };
             path(vname, &namespace).map(|path| path.join(" "))
         };
         assert_eq!(path("a/b c", "", '/').unwrap(), "a b c");
@@ -149,7 +160,25 @@ mod tests {
     }
 
     fn maildir() -> Namespace {
-        Namespace { prefix: String::new(), separator: '/', storage_separator: Some('.') }
+        Namespace { separator: '/', storage_separator: Some('.'), ..Default::default() }
+    }
+
+    #[test]
+    fn no_name_is_one_of_another_users_namespace() {
+        let foreign = vec!["user/".to_owned(), "INBOX/public/".to_owned()];
+        let in_own = |path: &[&str], prefix: &str, foreign: &[String]| {
+            let namespace =
+                Namespace { prefix: prefix.into(), separator: '/', foreign: foreign.to_vec(), ..Default::default() };
+            let path: Vec<String> = path.iter().map(|part| (*part).to_owned()).collect();
+            vname(&path, &namespace)
+        };
+        for path in [&["user", "jane", "INBOX"][..], &["user", "jane"], &["user"]] {
+            assert!(in_own(path, "", &foreign).unwrap_err().contains("the namespace 'user/'"), "{path:?}");
+            assert!(in_own(path, "INBOX/", &foreign).is_ok(), "{path:?}");
+        }
+        assert!(in_own(&["public", "news"], "INBOX/", &foreign).is_err());
+        assert!(in_own(&["users"], "", &foreign).is_ok() && in_own(&["a", "user", "b"], "", &foreign).is_ok());
+        assert!(in_own(&["a"], "INBOX/", &[String::new()]).is_ok());
     }
 
     #[test]

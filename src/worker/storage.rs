@@ -67,12 +67,14 @@ pub struct MessageInfo {
 pub const MARK_BYTES: usize = 200;
 
 /// How the private namespace with the INBOX names its mailboxes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Namespace {
     pub prefix: String,
     pub separator: char,
     /// By what the storage separates, where that is another one and cannot be in a name: the dot of a maildir, mostly.
     pub storage_separator: Option<char>,
+    /// Prefixes of namespaces whose mailboxes are others': shared and public ones.
+    pub foreign: Vec<String>,
 }
 
 /// A message to be saved.
@@ -104,6 +106,8 @@ pub trait Storage {
     /// From now on no other worker applies changes of this user. False if one does.
     fn lock_user(&mut self, user: &str) -> Result<bool>;
     fn unlock_user(&mut self);
+    /// Whether locks of users who are opened from now on are waited for only briefly.
+    fn wait_briefly(&mut self, _is_brief: bool) {}
     /// False if there is no such user.
     fn open_user(&mut self, user: &str) -> Result<bool>;
     /// All whom the userdb lists.
@@ -180,6 +184,8 @@ pub trait Storage {
     fn is_saved_alone(&mut self, guid: &str) -> Result<bool>;
     /// The message that has not got this GUID yet because a worker was killed.
     fn stray(&mut self, guid: &str) -> Result<Option<u32>>;
+    /// Whether a worker may have saved this message: in a maildir, its file's name says.
+    fn may_be_ours(&mut self, uid: u32, guid: &str) -> Result<bool>;
     /// Gives a stray its GUID.
     fn adopt(&mut self, uid: u32, guid: &str) -> Result<()>;
     /// What the open mailbox's index keeps for us; all zero: nothing.

@@ -1,5 +1,6 @@
 //! Mailboxes that two servers made, named or took away while they were cut off from each other.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use crate::cluster::imap::Imap;
@@ -280,6 +281,48 @@ clashes! {
         assert_eq!((snapshot.messages("One").len(), snapshot.messages("Two").len()), (1, 4));
     }
 
+    fn a_mailbox_that_is_renamed_to_and_fro_on_both_is_there_once(t) {
+        t.given(&["One"]);
+        let snapshot = t.apart(
+            |a| ["One Two", "Two One", "One Two"].iter().for_each(|names| drop(a.ok(&format!("RENAME {names}")))),
+            |b| ["One Two", "Two One"].iter().for_each(|names| drop(b.ok(&format!("RENAME {names}")))),
+        );
+        assert_eq!(snapshot.mailboxes.keys().collect::<Vec<_>>(), ["INBOX", "One"]);
+        assert_eq!(snapshot.messages("One").len(), 1);
+    }
+
+    fn two_mailboxes_that_take_each_others_names_are_there_once(t) {
+        t.given(&["One", "Two"]);
+        t.at_a().append("Two", &mail("second of Two"));
+        t.settled();
+        let snapshot = t.apart(
+            |a| {
+                a.ok("RENAME Two Second");
+                a.ok("RENAME One Two");
+            },
+            |b| {
+                b.ok("RENAME One First");
+                b.ok("RENAME Two One");
+            },
+        );
+        assert_eq!(snapshot.mailboxes.keys().collect::<Vec<_>>(), ["First", "INBOX", "One"]);
+        assert_eq!((snapshot.messages("First").len(), snapshot.messages("One").len()), (1, 2));
+    }
+
+    fn two_mailboxes_that_swap_names_on_both_are_there_once(t) {
+        t.given(&["One", "Two"]);
+        t.at_a().append("Two", &mail("second of Two"));
+        t.settled();
+        let swap = |imap: &mut Imap| {
+            imap.ok("RENAME One Third");
+            imap.ok("RENAME Two One");
+            imap.ok("RENAME Third Two");
+        };
+        let snapshot = t.apart(swap, swap);
+        assert_eq!(snapshot.mailboxes.keys().collect::<Vec<_>>(), ["INBOX", "One", "Two"]);
+        assert_eq!((snapshot.messages("One").len(), snapshot.messages("Two").len()), (2, 1));
+    }
+
     fn of_two_subscriptions_the_later_holds(t) {
         t.given(&["Work", "Play"]);
         t.at_a().ok("SUBSCRIBE Play");
@@ -298,4 +341,68 @@ clashes! {
         );
         assert_eq!(snapshot.subscriptions, ["Play"]);
     }
+}
+
+/// Not on a maildir: there Dovecot 2.3's `doveadm mailbox status *` fails on a parent that does not exist.
+fn a_child_made_below_a_parent_that_is_deleted_stays(t: &Clash) {
+    t.given(&["Family"]);
+    let snapshot = t.apart(
+        |a| drop(a.ok("DELETE Family")),
+        |b| {
+            b.ok("CREATE Family/Child");
+            b.append("Family/Child", &mail("child"));
+        },
+    );
+    assert_eq!(snapshot.messages("Family/Child").len(), 1);
+    assert!(!snapshot.mailboxes.contains_key("Family"), "who deleted it knew what was in it");
+}
+
+#[test]
+fn a_child_made_below_a_parent_that_is_deleted_stays_sdbox() {
+    play(Format::Sdbox, Format::Sdbox, "child-sdbox", a_child_made_below_a_parent_that_is_deleted_stays);
+}
+
+#[test]
+fn a_child_made_below_a_parent_that_is_deleted_stays_mdbox() {
+    play(Format::Mdbox, Format::Mdbox, "child-mdbox", a_child_made_below_a_parent_that_is_deleted_stays);
+}
+
+fn a_mail_that_both_copy_into_its_own_mailbox_is_lost_nowhere(t: &Clash) {
+    t.given(&["Work"]);
+    let copy = |imap: &mut Imap| {
+        imap.ok("SELECT Work");
+        imap.ok("COPY 1 Work");
+    };
+    let snapshot = t.apart(
+        |a| {
+            a.append("Work", &mail("a"));
+            copy(a);
+            copy(a);
+        },
+        |b| {
+            copy(b);
+            b.append("Work", &mail("b"));
+        },
+    );
+    let of_work = snapshot.messages("Work");
+    let guids: BTreeSet<&str> = of_work.iter().map(|message| message.guid.as_str()).collect();
+    assert_eq!((guids.len(), of_work.len()), (3, 6));
+}
+
+#[test]
+fn a_mail_that_both_copy_into_its_own_mailbox_is_lost_nowhere_sdbox() {
+    let story = a_mail_that_both_copy_into_its_own_mailbox_is_lost_nowhere;
+    play(Format::Sdbox, Format::Sdbox, "copied-sdbox", story);
+}
+
+#[test]
+fn a_mail_that_both_copy_into_its_own_mailbox_is_lost_nowhere_mdbox() {
+    let story = a_mail_that_both_copy_into_its_own_mailbox_is_lost_nowhere;
+    play(Format::Mdbox, Format::Mdbox, "copied-mdbox", story);
+}
+
+#[test]
+fn a_mail_that_both_copy_into_its_own_mailbox_is_lost_nowhere_maildir() {
+    let story = a_mail_that_both_copy_into_its_own_mailbox_is_lost_nowhere;
+    play(Format::Maildir, Format::Maildir, "copied-maildir", story);
 }

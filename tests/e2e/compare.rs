@@ -184,9 +184,10 @@ fn differences_are_found_nothing_else_is_and_resync_removes_them() {
 #[test]
 fn differences_of_maildirs_are_found_or_healed_by_their_logs_and_resync_removes_them() {
     in_pairs(MAILDIRS, "planted", |t| {
-        let planted = plant(t);
+        plant(t);
         let found = words(t.a(), &["resync", "-u", &t.user]);
-        assert!(found.is_subset(&planted) && found.contains("News subscription_missing_here 0"), "{found:?}");
+        // No log of a mailbox tells of those.
+        assert_eq!(found, ["News subscription_missing_here 0".to_owned()].into());
         planted_are_gone(t);
     });
 }
@@ -338,6 +339,211 @@ fn a_seeding_that_is_interrupted_goes_on_and_doubles_nothing() {
     are_equal(&t, &["compare", "-A"]);
 }
 
+/// Many at once: a's relay must not have heard of them, so it forgets all.
+fn fill_quickly(t: &Scene, users: &[String], mails: usize) {
+    t.b().stop();
+    for user in users {
+        let mut imap = t.a().imap(user);
+        for n in 0..mails {
+            let mut mail = mail(&format!("mail {n}"));
+            if n % 10 == 0 {
+                // One that is fetched.
+                mail.extend(mail_of_size(40_000));
+            }
+            imap.append("INBOX", &mail);
+        }
+    }
+    forget_journal(t.a());
+    t.b().start();
+    wait_for_connection(t);
+}
+
+fn subjects(server: &Server, user: &str) -> Vec<String> {
+    let fetched = server.doveadm(&["-f", "tab", "fetch", "-u", user, "hdr.subject", "mailbox", "INBOX", "all"]);
+    let mut subjects: Vec<String> = fetched.lines().skip(1).map(str::to_owned).collect();
+    subjects.sort();
+    subjects
+}
+
+/// What is interrupted, and when, is decided by a seed (`DOVETAIL_TEST_SEED`).
+#[test]
+fn a_seeding_that_is_interrupted_again_and_again_while_all_is_written_to_doubles_nothing() {
+    const MAILS: usize = 100;
+    let given = std::env::var("DOVETAIL_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = given.unwrap_or_else(|| u64::from(std::process::id()));
+    println!("again: DOVETAIL_TEST_SEED={seed}");
+    let mut state = seed;
+    let mut below = |end: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % end
+    };
+    let setups = ["a", "b"].map(|name| Setup::new(name, Format::Sdbox).over_a_line());
+    let t = Scene::on(Cluster::start(setups.into()), "story-torn");
+    for text in ["killed with signal 9", "Peer ", "dovetail"] {
+        t.expects_in_log(text);
+    }
+    let users: Vec<String> = (1..=2).map(|n| format!("{}-{n}", t.user)).collect();
+    t.servers().iter().for_each(|server| users.iter().for_each(|user| server.add_user(user)));
+    fill_quickly(&t, &users, MAILS);
+    let mut expected: Vec<String> = (0..MAILS).map(|n| format!("mail {n}")).collect();
+    let applied = |server: &Server| server.try_status().map_or(0, |status| status.counters.unwrap_or_default().applied);
+    for round in 0..5 {
+        let (threshold, victim, side) = (below(13), below(4), below(2) as usize);
+        println!(
+            "round {round}: {threshold} changes, then {}",
+            ["relay a", "relay b", "a worker", "the line"][victim as usize]
+        );
+        std::thread::scope(|scope| {
+            scope.spawn(|| t.a().try_doveadm(&["dovetail", "resync", "-A"]));
+            for server in t.servers() {
+                let users = &users;
+                scope.spawn(move || {
+                    for n in 0..6 {
+                        let subject = format!("round {round}, {n} on {}", server.name());
+                        users.iter().for_each(|user| server.deliver(user, &mail(&subject)));
+                    }
+                });
+            }
+            let before = applied(t.b());
+            // What is written comes in any case.
+            wait_until(BY_ITSELF, "so much was applied", || applied(t.b()) >= before + threshold);
+            match victim {
+                0 => drop(t.a().kill("dovetail")),
+                1 => drop(t.b().kill("dovetail")),
+                2 => drop(t.servers()[side].kill("dovetail-worker")),
+                _ => t.lines.iter().for_each(crate::cluster::Line::cut),
+            }
+        });
+        for n in 0..6 {
+            expected.extend(["a", "b"].map(|name| format!("round {round}, {n} on {name}")));
+        }
+        wait_until(BY_ITSELF, "the relays are connected", || t.servers().iter().all(is_connected));
+    }
+    differences(t.a(), &["resync", "-A"]);
+    expected.sort();
+    for user in &users {
+        t.converged_within(BY_ITSELF, user);
+        assert_eq!(subjects(t.a(), user), expected, "{user}");
+    }
+    are_equal(&t, &["compare", "-A"]);
+}
+
+/// Both were kept by dsync, and have got a mail each that it has not brought to the other one.
+fn a_pair_that_dsync_has_kept_is_joined(t: &Scene) {
+    let user = t.user.as_str();
+    let [a, b] = t.servers() else { panic!("a pair") };
+    fill(a, user, 9);
+    let (driver, folder) = match a.format() {
+        Format::Sdbox => ("sdbox", "sdbox"),
+        Format::Mdbox => ("mdbox", "mdbox"),
+        Format::Maildir => ("maildir", "Maildir"),
+    };
+    let home = |server: &Server| server.outside(&format!("/home/{user}"));
+    untold(a, &["backup", "-u", user, &format!("{driver}:{}/home/{user}/copy", a.dir())]);
+    fs::create_dir_all(home(b)).expect("the user's home");
+    let status = std::process::Command::new("chown").arg("--reference").arg(home(a)).arg(home(b)).status();
+    assert!(status.is_ok_and(|status| status.success()), "chown");
+    let moved = std::process::Command::new("mv").arg(home(a).join("copy")).arg(home(b).join(folder)).status();
+    assert!(moved.is_ok_and(|status| status.success()), "mv");
+    for server in t.servers() {
+        untold_mail(server, user, "INBOX", &format!("only on {}", server.name()));
+    }
+    let before = Snapshot::take(a, user, false);
+    // From now on they are Dovetail's.
+    t.servers().iter().for_each(forget_journal);
+    t.expects_in_log("Peer ");
+    wait_for_connection(t);
+    a.deliver(user, &mail("new on a"));
+    b.deliver(user, &mail("new on b"));
+    differences(a, &["resync", "-u", user]);
+    let after = t.settled();
+    let counts = ["INBOX", "Work", "Work/Old"].map(|mailbox| after.messages(mailbox).len());
+    assert_eq!(counts, [3 + 2 + 2, 2, 3]);
+    for mailbox in ["Work", "Work/Old"] {
+        assert_eq!(before.mailboxes[mailbox].messages, after.mailboxes[mailbox].messages, "{mailbox}");
+        assert_eq!(before.mailboxes[mailbox].guid, after.mailboxes[mailbox].guid, "{mailbox}");
+    }
+    are_equal(t, &["compare", "-u", user]);
+}
+
+fn of_dsync(format: Format) {
+    let user = format!("story-dsync-{format:?}").to_lowercase();
+    // dsync does not keep them.
+    let cluster = Cluster::pair(format, format).without_save_dates();
+    a_pair_that_dsync_has_kept_is_joined(&Scene::on(cluster, &user));
+}
+
+#[test]
+fn a_pair_that_dsync_has_kept_is_joined_and_nothing_is_doubled_sdbox() {
+    of_dsync(Format::Sdbox);
+}
+
+#[test]
+fn a_pair_that_dsync_has_kept_is_joined_and_nothing_is_doubled_mdbox() {
+    of_dsync(Format::Mdbox);
+}
+
+#[test]
+fn a_pair_that_dsync_has_kept_is_joined_and_nothing_is_doubled_maildir() {
+    of_dsync(Format::Maildir);
+}
+
+/// The first row of `doveadm dovetail progress`.
+fn progress(server: &Server) -> Option<(String, BTreeMap<String, u64>)> {
+    let output = server.try_doveadm(&["-f", "tab", "dovetail", "progress"]);
+    let mut row = table(&String::from_utf8_lossy(&output.stdout)).next()?;
+    let state = row.remove("state")?;
+    Some((state, row.into_iter().filter_map(|(name, value)| Some((name, value.parse().ok()?))).collect()))
+}
+
+#[test]
+fn progress_says_how_far_a_seeding_is_also_after_its_relay_was_killed() {
+    const MAILS: u64 = 40;
+    let setups = ["a", "b"].map(|name| Setup::new(name, Format::Sdbox).over_a_line());
+    let t = Scene::on(Cluster::start(setups.into()), "story-progress");
+    for text in ["killed with signal 9", "Peer ", "dovetail"] {
+        t.expects_in_log(text);
+    }
+    let users: Vec<String> = (1..=3).map(|n| format!("{}-{n}", t.user)).collect();
+    t.servers().iter().for_each(|server| users.iter().for_each(|user| server.add_user(user)));
+    fill_quickly(&t, &users, MAILS as usize);
+    let when = |what: &str, is_so: &dyn Fn(&str, &BTreeMap<String, u64>) -> bool| {
+        let mut last = None;
+        wait_until(BY_ITSELF, what, || {
+            last = progress(t.a());
+            last.as_ref().is_some_and(|(state, row)| is_so(state, row))
+        });
+        last.expect("it was waited for").1
+    };
+    t.lines.iter().for_each(|line| line.delay(Duration::from_millis(20)));
+    std::thread::scope(|scope| {
+        scope.spawn(|| t.a().try_doveadm(&["dovetail", "resync", "-A"]));
+        // All is known by then, and nothing of it can be there.
+        let row = when("all differences are known", &|state, row| {
+            let is_known = state == "running" && row["mails"] == 3 * MAILS;
+            if is_known {
+                t.lines.iter().for_each(|line| line.hang(true));
+            }
+            is_known
+        });
+        assert_eq!(row["users"], 3);
+        assert!(row["users_done"] < 3 && row["mails_done"] == row["users_done"] * MAILS, "{row:?}");
+        t.a().kill("dovetail");
+        for line in &t.lines {
+            line.delay(Duration::ZERO);
+            line.hang(false);
+        }
+    });
+    wait_until(BY_ITSELF, "the relays are connected", || t.servers().iter().all(is_connected));
+    differences(t.a(), &["resync", "-A"]);
+    let row = when("it is over", &|state, row| state == "idle" && row["users"] > 0);
+    // The next relay counts anew; what had come by then is not missing any more.
+    assert!(row["users"] >= 3 && row["users_done"] == row["users"], "{row:?}");
+    assert!(row["mails_done"] == row["mails"] && row["mails"] <= 3 * MAILS, "{row:?}");
+    users.iter().for_each(|user| assert_eq!(t.converged(user).messages("INBOX").len(), MAILS as usize));
+    are_equal(&t, &["compare", "-A"]);
+}
+
 #[test]
 fn both_are_written_to_while_they_are_compared_dbox() {
     in_pairs(DBOXES, "live", both_are_written_to_while_they_are_compared);
@@ -384,4 +590,33 @@ fn both_are_written_to_while_they_are_compared(t: &Scene) {
     assert_eq!(snapshot.messages("INBOX").len(), 10 + 20 + 40 - 2);
     assert_eq!(snapshot.messages("Drafts").len(), 20);
     are_equal(t, &["compare", "-u", user]);
+}
+
+/// All users, again and again, while they are written to.
+#[test]
+fn what_differs_and_nobody_knows_is_found_in_the_background() {
+    let often = "dovetail_compare_interval = 5s\n";
+    let setup = |name| Setup::new(name, Format::Sdbox).extra(&format!("plugin {{\n  {often}}}\n"), often);
+    let t = Scene::on(Cluster::start(vec![setup("a"), setup("b")]), "story-background");
+    let user = t.user.as_str();
+    (1..=3).for_each(|n| t.a().deliver(user, &mail(&format!("mail {n}"))));
+    t.settled();
+    untold_mail(t.b(), user, "INBOX", "untold");
+    untold(t.b(), &["flags", "add", "-u", user, "\\Flagged planted", "mailbox", "INBOX", "uid", "1"]);
+    let flags = |snapshot: &Snapshot| snapshot.messages("INBOX").first().map_or(0, |message| message.flags.len());
+    wait_until(BY_ITSELF, "a has what differed", || {
+        let snapshot = Snapshot::take(t.a(), user, false);
+        snapshot.messages("INBOX").len() == 4 && flags(&snapshot) == 2
+    });
+    let progress = table(&t.a().doveadm(&["-f", "tab", "dovetail", "progress"])).collect::<Vec<_>>();
+    assert_eq!((progress[1]["state"].as_str(), progress[1]["users"].as_str()), ("background", "1"));
+    std::thread::scope(|scope| {
+        for server in t.servers() {
+            scope.spawn(move || {
+                (1..=20).for_each(|n| server.deliver(user, &mail(&format!("{n} on {}", server.name()))))
+            });
+        }
+    });
+    assert_eq!(t.settled().messages("INBOX").len(), 44);
+    are_equal(&t, &["compare", "-u", user]);
 }

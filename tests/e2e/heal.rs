@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::chown;
 use std::path::PathBuf;
+use std::time::UNIX_EPOCH;
 
 use crate::cluster::server::signal;
 use crate::cluster::{wait_until, Cluster, Format, Server, Snapshot, CONVERGE_DEADLINE};
@@ -158,6 +159,11 @@ fn an_index_that_was_deleted_is_made_anew() {
             Format::Maildir => "Maildir",
         };
         let folder = t.a().outside(&format!("/home/{}/{folder}", t.user));
+        // An index is known by the second in which it was made (mail_transaction_log_header.indexid).
+        let log = fs::read(folder.join("dovecot.index.log")).expect("its log");
+        let made_at = u32::from_le_bytes(log[4..8].try_into().expect("four bytes"));
+        let is_later = || UNIX_EPOCH.elapsed().is_ok_and(|now| now.as_secs() > u64::from(made_at));
+        wait_until(SOON, "another index has another number", is_later);
         for entry in fs::read_dir(&folder).expect("its folder").flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.starts_with("dovecot.index") {

@@ -1,8 +1,9 @@
 //! Two servers that are written to at the same time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use crate::cluster::imap::Imap;
 use crate::cluster::pop3::Pop3;
 use crate::cluster::server::signal;
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
@@ -172,6 +173,51 @@ fn of_one_flag_the_later_change_holds_maildir_and_mdbox() {
     of_one_flag_the_later_change_holds(Format::Maildir, Format::Mdbox, "story-flag-maildir");
 }
 
+/// A change holds over those that its maker had seen, whatever the clocks say.
+#[test]
+fn clocks_hours_apart_lose_no_change() {
+    let setup = |name| Setup::new(name, Format::Sdbox).over_a_line();
+    let setups = vec![setup("a").with_a_clock_off_by(-7), setup("b").with_a_clock_off_by(5)];
+    let t = Scene::on(Cluster::start(setups), "story-clocks");
+    t.expects_in_log("dovetail");
+    let user = &t.user;
+    (0..2).for_each(|n| t.a().deliver(user, &mail(&format!("mail {n}"))));
+    t.a().imap(user).ok("CREATE Name");
+    t.settled();
+    wait_until(SOON, "it is reported", || {
+        t.a().status()[0]["last_error"].contains("seconds ahead") && t.b().status()[0]["last_error"].contains("behind")
+    });
+    let hang = |is_hung| t.lines.iter().for_each(|line| line.hang(is_hung));
+    let is_told = |server: &Server| server.status().iter().all(|peer| peer["pending"] != "0");
+    for is_cut in [false, true] {
+        for (first, second) in [(t.a(), t.b()), (t.b(), t.a())] {
+            let mut imap = first.imap(user).select("INBOX");
+            for command in ["STORE 1 +FLAGS (\\Flagged $Work)", "RENAME Name First", "SUBSCRIBE INBOX"] {
+                imap.ok(command);
+            }
+            assert_eq!(t.settled().messages("INBOX")[0].flags, ["$Work", "\\Flagged"]);
+            // Which the first hears of at once, or after it has done something else.
+            hang(is_cut);
+            let mut theirs = second.imap(user).select("INBOX");
+            for command in ["STORE 1 -FLAGS (\\Flagged $Work)", "RENAME First Name", "UNSUBSCRIBE INBOX"] {
+                theirs.ok(command);
+            }
+            imap.ok("STORE 1:2 +FLAGS (\\Answered)");
+            theirs.ok("STORE 1:2 +FLAGS (\\Seen)");
+            wait_until(SOON, "what both did is told", || !is_cut || t.servers().iter().all(is_told));
+            hang(false);
+            wait_until(SOON, "all is heard", || t.servers().iter().all(Server::has_nothing_pending));
+            let snapshot = t.settled();
+            let flags: Vec<&[String]> = snapshot.messages("INBOX").iter().map(|message| &message.flags[..]).collect();
+            assert_eq!(flags, [["\\Answered", "\\Seen"]; 2]);
+            assert_eq!(snapshot.mailboxes.keys().collect::<Vec<_>>(), ["INBOX", "Name"]);
+            assert!(snapshot.subscriptions.is_empty());
+            first.imap(user).select("INBOX").ok("STORE 1:2 FLAGS ()");
+            t.settled();
+        }
+    }
+}
+
 /// What a look finds in a log names messages by their UIDs, while the other server has its own at these.
 fn what_is_found_in_the_log_follows_mails_that_are_given_other_uids(writer: usize, user: &str) {
     let t = pair_over_lines(Format::Sdbox, Format::Sdbox, user);
@@ -237,4 +283,54 @@ fn what_a_pop3_session_deletes_follows_mails_that_are_given_other_uids_sdbox() {
 #[test]
 fn what_a_pop3_session_deletes_follows_mails_that_are_given_other_uids_maildir() {
     what_a_pop3_session_deletes_follows_mails_that_are_given_other_uids(Format::Maildir, "story-pop3-maildir");
+}
+
+/// Nor does an IMAP session that gives no command which may tell it of expunges (RFC 3501, 7.4.1).
+fn what_a_stale_imap_session_does_follows_mails_that_are_given_other_uids(format: Format, user: &str) {
+    let t = pair_over_lines(format, format, user);
+    t.expects_in_log("dovetail");
+    t.expects_in_log("Recent flags state corrupted");
+    t.a().deliver(user, &mail("before"));
+    t.settled();
+    t.lines.iter().for_each(|line| line.hang(true));
+    t.servers().iter().for_each(|server| deliver(server, user, 0..3));
+    let guid = |snapshot: &Snapshot, uid: u32| snapshot.mailboxes["INBOX"].messages[&uid].guid.clone();
+    let apart: Vec<Snapshot> = t.servers().iter().map(|server| Snapshot::take(server, user, false)).collect();
+    let mut sessions: Vec<Imap> = t.servers().iter().map(|server| server.imap(user).select("INBOX")).collect();
+    for session in &mut sessions {
+        assert_eq!(session.uids(), [1, 2, 3, 4]);
+        session.ok("STORE 2 +FLAGS.SILENT (\\Deleted)");
+    }
+    t.lines.iter().for_each(|line| line.hang(false));
+    wait_until(KILLED_DEADLINE, "all is heard", || t.servers().iter().all(Server::has_nothing_pending));
+    let moved = t.settled();
+    assert_each_once(&t, &moved, 7);
+    assert!((2..=4).all(|uid| !moved.mailboxes["INBOX"].messages.contains_key(&uid)), "{moved:?}");
+    for session in &mut sessions {
+        session.ok("STORE 3 +FLAGS (\\Flagged $Important)");
+        session.ok("STORE 4 +FLAGS.SILENT (\\Deleted)");
+        session.ok("UID EXPUNGE 2:4");
+    }
+    wait_until(KILLED_DEADLINE, "all four are gone", || t.settled().messages("INBOX").len() == 3);
+    wait_until(KILLED_DEADLINE, "all is heard", || t.servers().iter().all(Server::has_nothing_pending));
+    let flags: BTreeMap<String, Vec<String>> =
+        t.settled().messages("INBOX").iter().map(|m| (m.guid.clone(), m.flags.clone())).collect();
+    let flagged = vec!["$Important".to_owned(), "\\Flagged".to_owned()];
+    let expected = apart.iter().map(|one| (guid(one, 3), flagged.clone())).chain([(guid(&apart[0], 1), vec![])]);
+    assert_eq!(flags, expected.collect());
+}
+
+#[test]
+fn what_a_stale_imap_session_does_follows_mails_that_are_given_other_uids_sdbox() {
+    what_a_stale_imap_session_does_follows_mails_that_are_given_other_uids(Format::Sdbox, "story-stale-sdbox");
+}
+
+#[test]
+fn what_a_stale_imap_session_does_follows_mails_that_are_given_other_uids_mdbox() {
+    what_a_stale_imap_session_does_follows_mails_that_are_given_other_uids(Format::Mdbox, "story-stale-mdbox");
+}
+
+#[test]
+fn what_a_stale_imap_session_does_follows_mails_that_are_given_other_uids_maildir() {
+    what_a_stale_imap_session_does_follows_mails_that_are_given_other_uids(Format::Maildir, "story-stale-maildir");
 }

@@ -20,10 +20,12 @@ enum Pair {
     Prefixed,
     /// The first by dots; the second by slashes in a storage that separates by dots.
     Dots,
+    /// The second by dots, too, both in storages that take long names.
+    Long,
 }
 
 fn cluster(pair: Pair) -> Arc<Cluster> {
-    static CLUSTERS: [OnceLock<Arc<Cluster>>; 3] = [const { OnceLock::new() }; 3];
+    static CLUSTERS: [OnceLock<Arc<Cluster>>; 4] = [const { OnceLock::new() }; 4];
     CLUSTERS[pair as usize].get_or_init(|| Arc::new(start(pair))).clone()
 }
 
@@ -32,12 +34,13 @@ fn start(pair: Pair) -> Cluster {
         Pair::Slashes => [Setup::new("a", Format::Sdbox), Setup::new("b", Format::Mdbox)],
         Pair::Prefixed => [Setup::new("a", Format::Sdbox), Setup::new("b", Format::Maildir).names("INBOX.", '.')],
         Pair::Dots => [Setup::new("a", Format::Mdbox).names("", '.'), Setup::new("b", Format::Maildir)],
+        Pair::Long => [Setup::new("a", Format::Sdbox), Setup::new("b", Format::Mdbox).names("INBOX.", '.')],
     };
     let cluster = Cluster::start(vec![a, b]);
     match pair {
         Pair::Slashes => cluster,
         // A maildir has no folders for what is only above a mailbox, and none that stay when that is gone.
-        Pair::Prefixed | Pair::Dots => cluster.ignoring_empty_folders(),
+        Pair::Prefixed | Pair::Dots | Pair::Long => cluster.ignoring_empty_folders(),
     }
 }
 
@@ -243,12 +246,21 @@ stories! {
 }
 
 /// A file's name has up to 255 bytes. A maildir has the whole name in one.
-#[test]
-fn a_name_of_490_bytes() {
+fn a_mailbox_lives_whose_name_has_490_bytes(pair: Pair) {
     let [first, second, third] = ["ü".repeat(45), "y".repeat(250), "z".repeat(148)];
     let parts = [&first[..], &second, &third];
     assert_eq!(common(&parts).len(), 490);
-    a_mailbox_lives(Pair::Slashes, "long", &parts);
+    a_mailbox_lives(pair, "long", &parts);
+}
+
+#[test]
+fn a_name_of_490_bytes() {
+    a_mailbox_lives_whose_name_has_490_bytes(Pair::Slashes);
+}
+
+#[test]
+fn a_name_of_490_bytes_with_slashes_and_with_dots() {
+    a_mailbox_lives_whose_name_has_490_bytes(Pair::Long);
 }
 
 #[test]

@@ -27,6 +27,27 @@ struct Client {
 impl Client {
     /// Selects with what is known, then asks for what is new.
     fn select(server: &Server, user: &str, view: View) -> Client {
+        let mut client = Client::select_as_known(server, user, view);
+        client.fetch_new();
+        client
+    }
+
+    /// The same where it may not have been told all. If the number of messages does not fit then, it looks which there are.
+    fn select_and_count(server: &Server, user: &str, view: View) -> Client {
+        let mut client = Client::select_as_known(server, user, view);
+        if !client.has_fetched_new() {
+            let uids = client.imap.uids();
+            client.view.messages.retain(|uid, _| uids.contains(uid));
+            for uid in uids.iter().filter(|uid| !client.view.messages.contains_key(uid)).copied().collect::<Vec<_>>() {
+                let answer = client.imap.ok(&format!("UID FETCH {uid} (FLAGS)"));
+                client.take(&answer);
+            }
+            assert_eq!(client.view.messages.len(), client.view.exists);
+        }
+        client
+    }
+
+    fn select_as_known(server: &Server, user: &str, view: View) -> Client {
         let mut imap = server.imap(user);
         imap.ok("ENABLE QRESYNC");
         let known = match view.uid_validity {
@@ -36,7 +57,6 @@ impl Client {
         let answer = imap.ok(&known);
         let mut client = Client { imap, view, modseq_here: 0 };
         client.take(&answer);
-        client.fetch_new();
         client
     }
 
@@ -46,17 +66,22 @@ impl Client {
         self.fetch_new();
     }
 
-    /// Of messages of which it only knows that they are there. More may come with the answer.
     fn fetch_new(&mut self) {
+        let is_all = self.has_fetched_new();
+        assert!(is_all, "{} messages are there, and known are {:?}", self.view.exists, self.view.messages.keys());
+    }
+
+    /// Of messages of which it only knows that they are there. More may come with the answer. False: the number does not fit.
+    fn has_fetched_new(&mut self) -> bool {
         for _ in 0..5 {
             let last = self.view.messages.keys().next_back().copied().unwrap_or(0);
             let answer = self.imap.ok(&format!("UID FETCH {}:* (FLAGS)", last + 1));
             self.take(&answer);
             if self.view.messages.len() == self.view.exists {
-                return;
+                return true;
             }
         }
-        panic!("{} messages are there, and known are {:?}", self.view.exists, self.view.messages.keys());
+        false
     }
 
     fn take(&mut self, answer: &Answer) {
@@ -218,8 +243,7 @@ fn a_client_that_moves_to_and_fro_misses_nothing_maildir_and_mdbox() {
     a_client_that_moves_to_and_fro_misses_nothing([Format::Maildir, Format::Mdbox], "story-moves-maildir");
 }
 
-/// Who read on one of them meanwhile, or was away, and comes back there. (Who changes the server while they are cut can miss
-/// changes of flags: docs/PROTOCOL.md, "Clients that keep a view".)
+/// Who read on one of them meanwhile, or was away, and comes back there.
 fn a_client_that_comes_back_after_a_cut_has_the_right_view(formats: [Format; 2], user: &str) {
     let t = over_lines(formats, user);
     let before = Client::select(t.a(), user, View::default()).view;
@@ -258,4 +282,52 @@ fn a_client_that_comes_back_after_a_cut_has_the_right_view_sdbox() {
 #[test]
 fn a_client_that_comes_back_after_a_cut_has_the_right_view_maildir_and_mdbox() {
     a_client_that_comes_back_after_a_cut_has_the_right_view([Format::Maildir, Format::Mdbox], "story-back-maildir");
+}
+
+/// Who changes the server while they are cut finds messages by their number and UIDs, and can miss changes of flags until they are
+/// changed again: docs/PROTOCOL.md, "Clients that keep a view".
+fn a_client_that_moves_during_a_cut_finds_what_is_there(formats: [Format; 2], user: &str) {
+    let t = over_lines(formats, user);
+    let here = Client::select(t.a(), user, View::default()).view;
+    apart(&t, 5);
+    // So that the numbers differ: with the same one, and other mails at the same UIDs, a client takes them for those.
+    t.b().deliver(user, &mail("one more"));
+    let here = Client::select(t.a(), user, here).view;
+    let mut client = Client::select_and_count(t.b(), user, here.clone());
+    let uids = |view: &View| view.messages.keys().copied().collect::<Vec<u32>>();
+    let at_b = Snapshot::take(t.b(), user, false);
+    assert_eq!(uids(&client.view), flags_of(&at_b).into_keys().collect::<Vec<_>>());
+    assert_ne!(uids(&client.view), uids(&here));
+    client.ok("STORE 2 +FLAGS.SILENT (\\Deleted)");
+    client.ok("EXPUNGE");
+    client.ok("UID STORE * +FLAGS ($Mine)");
+    let there = client.view.clone();
+    drop(client);
+    t.lines.iter().for_each(|line| line.hang(false));
+    let all: Vec<u32> = flags_of(&settled(&t)).into_keys().collect();
+    assert_eq!(all.len(), 3 + 2 * 4);
+    // Back, to where it was before, and on the way that others go only now.
+    let mut view = there;
+    for server in [t.a(), t.b(), t.a()] {
+        view = Client::select_and_count(server, user, view).view;
+        assert_eq!(uids(&view), all, "on {}", server.name());
+    }
+    assert_eq!(uids(&Client::select_and_count(t.b(), user, here).view), all);
+    // Flags that are changed again.
+    t.b().imap(user).select("INBOX").ok("STORE 1:* FLAGS (\\Draft)");
+    let flags = flags_of(&settled(&t));
+    for server in t.servers() {
+        let seen = Client::select(server, user, view.clone()).view.messages;
+        assert_eq!(seen, flags, "on {}", server.name());
+    }
+}
+
+#[test]
+fn a_client_that_moves_during_a_cut_finds_what_is_there_sdbox() {
+    a_client_that_moves_during_a_cut_finds_what_is_there([Format::Sdbox; 2], "story-changes-sdbox");
+}
+
+#[test]
+fn a_client_that_moves_during_a_cut_finds_what_is_there_maildir_and_mdbox() {
+    a_client_that_moves_during_a_cut_finds_what_is_there([Format::Maildir, Format::Mdbox], "story-changes-maildir");
 }

@@ -1,6 +1,7 @@
 //! `doveadm dovetail status`, the events of conflicts, and that applied changes are not sent back.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::UNIX_EPOCH;
 
 use crate::cluster::server::signal;
 use crate::cluster::snapshot::table;
@@ -26,9 +27,8 @@ fn status_has_a_row_for_each_peer_in_every_output_format() {
 
     let status = |format| t.here().doveadm(&["-f", format, "dovetail", "status"]);
     let (flow, table, json) = (status("flow"), status("table"), status("json"));
-    for column in
-        ["peer", "state", "pending", "behind_secs", "dropped", "process_dropped", "failed", "conflicts", "last_error"]
-    {
+    let columns = ["peer", "state", "pending", "behind_secs", "dropped", "process_dropped", "unacknowledged", "failed"];
+    for column in columns.into_iter().chain(["conflicts", "last_error"]) {
         assert!(rows[0].contains_key(column), "{rows:?}");
         assert!(flow.contains(&format!("{column}=")) && table.contains(column), "{flow}{table}");
         assert!(json.contains(&format!("\"{column}\":")), "{json}");
@@ -52,6 +52,13 @@ fn status_says_how_far_a_peer_is_behind() {
     wait_until(SOON, "B is behind", || {
         t.a().status()[0]["behind_secs"].parse::<u64>().is_ok_and(|secs| (1..60).contains(&secs))
     });
+    let of_user = |user: &str| {
+        let rows = t.a().doveadm(&["-f", "tab", "dovetail", "status", "-u", user]);
+        let row = table(&rows).next().expect("a row");
+        (row["pending"].parse::<u64>().expect("a number"), row["behind_secs"] != "0")
+    };
+    assert_eq!((of_user(&t.user).1, of_user("story-behind-other")), (true, (0, false)));
+    assert!(of_user(&t.user).0 > 0);
     t.b().start();
     t.settled();
     wait_until(SOON, "B is not behind", || t.a().status()[0]["behind_secs"] == "0");
@@ -205,6 +212,12 @@ fn conflicts_are_counted_by_kind_and_each_is_an_event_with_its_rule() {
     a.append("Twice", &mail("a"));
     t.a().deliver(user, &mail("a"));
     wait_until(SOON, "what a did is told", || t.a().status()[0]["pending"].parse::<u64>().is_ok_and(|n| n >= 8));
+    // A UIDVALIDITY is the time of its CREATE, or one more than the last: b's is another one than a's from now on.
+    let status = a.ok("STATUS Twice (UIDVALIDITY)").lines().join("");
+    let digits = |c: char| !c.is_ascii_digit();
+    let uid_validity: u64 = status.rsplit(digits).find_map(|number| number.parse().ok()).expect("a UIDVALIDITY");
+    let now = || UNIX_EPOCH.elapsed().expect("after 1970").as_secs();
+    wait_until(SOON, "the clock is beyond it", || now() > uid_validity);
     let mut b = t.b().imap(user).select("INBOX");
     b.ok("STORE 1 +FLAGS (\\Flagged)");
     b.ok("STORE 1 -FLAGS (\\Flagged)");

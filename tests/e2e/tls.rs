@@ -1,20 +1,22 @@
 //! Servers that prove to each other who they are: as README sets them up, over a network.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dovetail::settings::Tls;
 use dovetail::tls::{Credentials, Session};
 use dovetail::wire::frame::{self, Decoder};
 use dovetail::wire::proto::frame::Kind;
 use dovetail::wire::proto::op::What;
-use dovetail::wire::proto::{BodyRequest, Change, Hello, Mailbox, MailboxCreate, Op, Stamp};
+use dovetail::wire::proto::*;
 
 use crate::cluster::snapshot::table;
-use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Version};
+use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot, Version};
 use crate::scene::{mail, Scene, SOON};
 
 /// Where the settings of this chapter come from, once they are written.
@@ -207,6 +209,7 @@ struct Thief {
     socket: TcpStream,
     tls: Session,
     decoder: Decoder,
+    epoch: u64,
 }
 
 impl Thief {
@@ -217,8 +220,10 @@ impl Thief {
         let tls = Credentials::load(&files, "a", &["b"]).and_then(|credentials| credentials.connect("b"));
         let socket = to.connect(to.ports.relay).expect("the relay listens");
         socket.set_read_timeout(Some(SOON)).expect("setsockopt");
-        let mut thief = Thief { socket, tls: tls.expect("a's files"), decoder: Decoder::new() };
-        let hello = Hello { server: "a".into(), instance: b"thief".to_vec(), epoch: 1, ..Default::default() };
+        // Later than the server's own: an earlier one is not let in.
+        let epoch = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_micros() as u64;
+        let mut thief = Thief { socket, tls: tls.expect("a's files"), decoder: Decoder::new(), epoch };
+        let hello = Hello { server: "a".into(), instance: b"thief".to_vec(), epoch, ..Default::default() };
         thief.say(Kind::Hello(hello));
         thief
     }
@@ -230,15 +235,38 @@ impl Thief {
 
     /// A mailbox that somebody has made.
     fn say_change(&mut self, user: &str, seq: u64, origin: &str) {
-        let op = Op { what: Some(What::Create(MailboxCreate::default())) };
-        let mailbox = Mailbox { guid: vec![7; 16], path: vec!["Evil".into()], ..Default::default() };
-        self.say(Kind::Change(Change {
-            stamp: Some(Stamp { origin: origin.into(), epoch: 1, seq, clock: seq, ..Default::default() }),
-            user: user.into(),
-            mailbox: Some(mailbox),
-            ops: vec![op],
-            ..Default::default()
-        }));
+        self.say(change(user, (self.epoch, seq), origin, &["Evil"], What::Create(MailboxCreate::default())));
+    }
+
+    /// The reason for which it is refused, if it ever was. In the end it is acknowledged: done, or set aside.
+    fn try_change(&mut self, user: &str, seq: u64, path: &[&str], what: What) -> String {
+        let mut reason = String::new();
+        for _ in 0..10 {
+            self.say(change(user, (self.epoch, seq), "a", path, what.clone()));
+            let answer = self.hear(|kind| match kind {
+                Kind::Refused(refused) if refused.seq == seq => Some(Some(refused.error)),
+                Kind::Ack(ack) if ack.seqs.contains(&seq) => Some(None),
+                _ => None,
+            });
+            match answer.unwrap_or_else(|| panic!("{path:?}: the connection was closed")) {
+                Some(error) => reason = error,
+                None => return reason,
+            }
+        }
+        panic!("{path:?}: it is refused again and again: {reason}")
+    }
+
+    /// So many bytes of frames, as fast as they are taken.
+    fn flood(&mut self, frame: &[u8], count: usize) {
+        let many = frame.repeat(1_000);
+        (0..count.div_ceil(1_000)).for_each(|_| self.write(&many));
+    }
+
+    fn write(&mut self, mut rest: &[u8]) {
+        while !rest.is_empty() {
+            let taken = self.tls.write(&mut self.socket, rest).expect("write");
+            rest = &rest[taken..];
+        }
     }
 
     /// The next frame of these; none at the connection's end.
@@ -253,10 +281,28 @@ impl Thief {
             match self.tls.read(&mut self.socket, &mut [0; 65_536], |bytes| decoder.push(bytes)) {
                 Ok(true) => {}
                 Ok(false) => return None,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => panic!("waited in vain for the relay: {error}"),
             }
         }
     }
+}
+
+fn change(user: &str, (epoch, seq): (u64, u64), origin: &str, path: &[&str], what: What) -> Kind {
+    let path = path.iter().map(|part| (*part).to_owned()).collect();
+    Kind::Change(Change {
+        stamp: Some(Stamp { origin: origin.into(), epoch, seq, clock: seq, ..Default::default() }),
+        user: user.into(),
+        mailbox: Some(Mailbox { guid: vec![seq as u8; 16], path, ..Default::default() }),
+        ops: vec![Op { what: Some(what) }],
+        ..Default::default()
+    })
+}
+
+fn guid_of_inbox(server: &Server, user: &str) -> Vec<u8> {
+    let guid = server.doveadm(&["mailbox", "status", "-u", user, "guid", "INBOX"]);
+    let guid = guid.trim().rsplit('=').next().expect("a GUID");
+    (0..16).map(|at| u8::from_str_radix(&guid[2 * at..2 * at + 2], 16).expect("hex")).collect()
 }
 
 #[test]
@@ -266,9 +312,7 @@ fn a_stolen_key_reaches_no_user_who_is_not_replicated_with_that_server() {
     let t = Scene::on(Cluster::start_apart(vec![Setup::new("a", Format::Sdbox), b]), hers);
     t.expects_in_log("dovetail");
     t.b().deliver(his, &mail("his own"));
-    let guid = t.b().doveadm(&["mailbox", "status", "-u", his, "guid", "INBOX"]);
-    let guid = guid.trim().rsplit('=').next().expect("a GUID").to_owned();
-    let guid: Vec<u8> = (0..16).map(|at| u8::from_str_radix(&guid[2 * at..2 * at + 2], 16).expect("hex")).collect();
+    let guid = guid_of_inbox(t.b(), his);
     t.a().stop();
     wait_until(SOON, "A's connection has ended", || t.b().status()[0]["state"] != "connected");
 
@@ -306,4 +350,297 @@ fn a_stolen_key_reaches_no_user_who_is_not_replicated_with_that_server() {
     t.a().start();
     t.a().deliver(hers, &mail("hers"));
     assert_eq!(t.settled().messages("INBOX").len(), 1);
+}
+
+/// Another user's mailboxes, as clients see those that are shared with them.
+const SHARED: [&str; 2] = [
+    "namespace {\n  type = shared\n  separator = /\n  prefix = user/%%u/\n  location = sdbox:%%h/sdbox\n  subscriptions = no\n  list = children\n}\n",
+    "namespace shared {\n  type = shared\n  separator = /\n  prefix = user/$user/\n  mail_driver = sdbox\n  \
+     mail_path = %{owner_home}/sdbox\n  subscriptions = no\n  list = children\n}\n",
+];
+
+/// All that is there but for one user's, with its size; that of an index may change when somebody looks at the mailbox.
+fn files_of_others(server: &Server, user: &str) -> Vec<(PathBuf, u64)> {
+    fn walk(folder: &Path, but: &Path, found: &mut Vec<(PathBuf, u64)>) {
+        for entry in fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry")) {
+            let metadata = entry.metadata().expect("its metadata");
+            let is_index = entry.file_name().to_string_lossy().starts_with("dovecot.index");
+            found.push((entry.path(), if metadata.is_file() && !is_index { metadata.len() } else { 0 }));
+            if metadata.is_dir() && entry.path() != but {
+                walk(&entry.path(), but, found);
+            }
+        }
+    }
+    let (mut found, home) = (Vec::new(), server.outside(&format!("/home/{user}")));
+    walk(&server.outside("/home"), &home, &mut found);
+    found.sort();
+    found
+}
+
+fn what_a_peer_calls_a_mailbox_cannot_leave_the_users_mail(format: Format) {
+    let (user, other) = ("story-tricks-joe", "story-tricks-jane");
+    let b = Setup::new("b", format).extra(SHARED[0], SHARED[1]);
+    let t = Scene::on(Cluster::start_apart(vec![Setup::new("a", format), b]), user);
+    t.expects_in_log("dovetail");
+    for of in [user, other] {
+        t.a().deliver(of, &mail("first"));
+        t.converged(of);
+    }
+    t.a().stop();
+    wait_until(SOON, "A's connection has ended", || t.b().status()[0]["state"] != "connected");
+    let mailboxes = Snapshot::take(t.b(), other, false).mailboxes;
+    let before = files_of_others(t.b(), user);
+
+    let mut thief = Thief::connect(t.a(), t.b());
+    let long = "x".repeat(1_000);
+    let paths: [&[&str]; 14] = [
+        &[".."],
+        &["..", "..", other, "sdbox"],
+        &["a", "..", "..", "..", "b"],
+        &["../../story-tricks-jane/sdbox/mailboxes/Evil"],
+        &["/tmp/evil"],
+        &["~", "evil"],
+        &["a\0b"],
+        &["a\r\nb"],
+        &["", "a"],
+        &["a", ""],
+        &["dbox-Mails"],
+        &[&long, &long, &long, &long, &long],
+        &["user", other, "INBOX"],
+        &["user", other, "Evil"],
+    ];
+    let mut seq = 0;
+    for path in paths {
+        let own = |path: &[&str]| path.iter().map(|part| (*part).to_owned()).collect::<Vec<_>>();
+        let body = b"Subject: evil\n\nevil\n".to_vec();
+        let save = |guid: &str| Save {
+            guid: guid.into(),
+            size: 20,
+            body: body.clone(),
+            body_inline: true,
+            ..Default::default()
+        };
+        for (path, what) in [
+            (path, What::Create(MailboxCreate::default())),
+            (path, What::Save(save("evil"))),
+            (path, What::Subscription(Subscription { subscribed: true })),
+            (
+                path,
+                What::Expunge(Expunge {
+                    messages: vec![MessageRange { first_uid: 1, last_uid: 1, ..Default::default() }],
+                }),
+            ),
+            (path, What::Delete(MailboxDelete::default())),
+            (&["INBOX"], What::Save(save("../../evil"))),
+            (&["INBOX"], What::Rename(MailboxRename { new_path: own(path), ..Default::default() })),
+        ] {
+            seq += 1;
+            thief.try_change(user, seq, path, what);
+        }
+    }
+    // Nor does it make a user.
+    for nobody in ["../evil", "/tmp/evil", "story-tricks-jane/../evil", ".."] {
+        seq += 1;
+        thief.say(change(nobody, (thief.epoch, seq), "a", &["INBOX"], What::Create(MailboxCreate::default())));
+        let refused = thief.hear(|kind| match kind {
+            Kind::Refused(refused) => Some((refused.seq, refused.error)),
+            _ => None,
+        });
+        let reasons = ["unknown here", "the user's name has a part that is '.' or '..'"];
+        assert!(refused.is_some_and(|(of, why)| of == seq && reasons.contains(&why.as_str())), "{nobody}");
+    }
+    assert_eq!(files_of_others(t.b(), user), before);
+    assert_eq!(t.b().imap(other).select("INBOX").uids(), [1]);
+    assert_eq!(Snapshot::take(t.b(), other, false).mailboxes, mailboxes, "what the indexes say");
+    let reason = thief.try_change(user, seq + 1, &["user", other, "INBOX"], What::Create(MailboxCreate::default()));
+    assert!(reason.contains("its name is one of the namespace 'user/', which is not the user's own"), "{reason}");
+    drop(thief);
+    t.a().start();
+    t.a().deliver(other, &mail("hers"));
+    assert_eq!(t.converged(other).messages("INBOX").len(), 2);
+}
+
+#[test]
+fn what_a_peer_calls_a_mailbox_cannot_leave_the_users_mail_sdbox() {
+    what_a_peer_calls_a_mailbox_cannot_leave_the_users_mail(Format::Sdbox);
+}
+
+#[test]
+fn what_a_peer_calls_a_mailbox_cannot_leave_the_users_mail_maildir() {
+    what_a_peer_calls_a_mailbox_cannot_leave_the_users_mail(Format::Maildir);
+}
+
+/// Half of the mails take less.
+fn median_lag(from: &Server, to: &Server, user: &str) -> Duration {
+    let mut imap = to.imap(user);
+    let mut is_there = |count: usize| {
+        let text = format!("(MESSAGES {count})");
+        imap.ok("STATUS INBOX (MESSAGES)").lines().iter().any(|line| line.contains(&text))
+    };
+    let mut before = 0;
+    while !is_there(before) {
+        before += 1;
+    }
+    let mut lags: Vec<Duration> = (1..=15)
+        .map(|n| {
+            from.deliver(user, &mail(&format!("mail {n}")));
+            let began = Instant::now();
+            wait_until(SOON, "the mail is there", || is_there(before + n));
+            began.elapsed()
+        })
+        .collect();
+    lags.sort();
+    lags[lags.len() / 2]
+}
+
+/// The most that it ever had.
+fn memory_bytes(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the relay runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("VmHWM");
+    line.split_whitespace().next().and_then(|kilobytes| kilobytes.parse::<u64>().ok()).expect("a number") * 1024
+}
+
+#[test]
+fn a_peer_that_floods_costs_no_memory_and_holds_up_nobody() {
+    let setups = ["a", "b", "c"].map(|name| Setup::new(name, Format::Sdbox));
+    let t = Scene::on(Cluster::start_apart(setups.into()), "story-flood");
+    t.expects_in_log("dovetail");
+    let [a, b, c] = t.servers() else { panic!("three servers") };
+    c.deliver(&t.user, &mail("first"));
+    t.settled();
+    a.stop();
+    wait_until(SOON, "A's connection has ended", || {
+        b.status().iter().any(|peer| peer["peer"] == "a" && peer["state"] != "connected")
+    });
+    let quiet = median_lag(c, b, &t.user);
+    let relay = b.pids("dovetail")[0];
+    let before = memory_bytes(relay);
+    let inbox = guid_of_inbox(b, &t.user);
+
+    let encoded = |kind: Kind| frame::encode(&kind.into()).expect("a frame");
+    let is_over = AtomicBool::new(false);
+    let (flooded, lag) = std::thread::scope(|scope| {
+        let flood = scope.spawn(|| {
+            let mut thief = Thief::connect(a, b);
+            // What it says waits until the handshake is over.
+            thief.hear(|kind| matches!(kind, Kind::Hello(_)).then_some(()));
+            // It reads no answers.
+            let tiny = encoded(Kind::Ping(Ping::default()));
+            let reach =
+                |name: &str| Linked { servers: vec!["b".into()], reach: vec![Reach { server: name.into(), hops: 1 }] };
+            let linked = [reach("far"), reach("further")].map(|linked| encoded(Kind::Linked(linked))).concat();
+            let numbers = encoded(Kind::Known(Known {
+                origin: "c".into(),
+                epoch: 1,
+                seqs: (1..=1_000).collect(),
+                user: t.user.clone(),
+            }));
+            let bonds = |first: u64| {
+                let bond = |at_us| encoded(Kind::Bond(Bond { at_us, nonce: vec![1; 16] }));
+                (first..first + 1_000).flat_map(bond).collect::<Vec<u8>>()
+            };
+            // It takes nothing of these either.
+            for id in 1..=64 {
+                thief.write(&encoded(Kind::BodyRequest(BodyRequest {
+                    id,
+                    origin: "b".into(),
+                    user: t.user.clone(),
+                    mailbox: Some(Mailbox { guid: inbox.clone(), path: vec!["INBOX".into()], ..Default::default() }),
+                    uid: 1,
+                    window: 1,
+                    ..Default::default()
+                })));
+            }
+            let strange = [
+                linked,
+                encoded(Kind::Ack(Ack { epoch: 1, seqs: (1..100).collect(), ..Default::default() })),
+                encoded(Kind::Known(Known {
+                    origin: "c".into(),
+                    epoch: 1,
+                    seqs: (1..100).collect(),
+                    user: t.user.clone(),
+                })),
+                encoded(Kind::Linked(Linked::default())),
+                encoded(Kind::BodyMore(BodyMore::default())),
+                encoded(Kind::Refused(Refused {
+                    epoch: 1,
+                    seq: 1,
+                    user: "nobody".into(),
+                    error: "x".repeat(1_000),
+                    ..Default::default()
+                })),
+            ];
+            let mut count = 0;
+            while !is_over.load(Ordering::Relaxed) || count < 1_000_000 {
+                thief.flood(&tiny, 50_000);
+                strange.iter().for_each(|frame| thief.flood(frame, 1_000));
+                thief.write(&numbers.repeat(10));
+                thief.write(&bonds(count));
+                count += 50_000;
+            }
+            count
+        });
+        let lag = median_lag(c, b, &t.user);
+        is_over.store(true, Ordering::Relaxed);
+        (flood.join().expect("no panic"), lag)
+    });
+    let after = memory_bytes(relay);
+    assert_eq!(b.pids("dovetail"), [relay], "it runs still");
+    let story = format!("{flooded} frames: lag {quiet:?}, then {lag:?}; memory {before}, then {after}");
+    eprintln!("{story}");
+    // That each of the good peer's mails came while the flood went on was seen; how fast is for people to read.
+    assert!(after < before + (16 << 20), "{story}");
+    a.start();
+    t.settled();
+}
+
+/// Lines that are in no log, whatever is said of the mails and keys that they are from.
+#[test]
+fn neither_mail_nor_keys_are_in_the_logs() {
+    let debug = "log_debug = category=mail OR category=dovetail\n";
+    let setup = |name| Setup::new(name, Format::Sdbox).extra(debug, debug);
+    let t = Scene::on(Cluster::start_apart(vec![setup("a"), setup("b")]), "story-secrets");
+    t.expects_in_log("dovetail");
+    t.expects_in_log("Permission denied");
+    let secret = |mark: &str| {
+        format!(
+            "From: xyzzy-from <xyzzy-sender@client.test>\r\nMessage-ID: <{mark}@client.test>\r\nSubject: xyzzy-subject {mark}\r\n\
+             Content-Type: text/plain\r\n\r\nxyzzy-body {mark}\r\n"
+        )
+        .into_bytes()
+    };
+    t.a().deliver(&t.user, &secret("lmtp"));
+    t.a().lda(&t.user, &secret("lda"));
+    let mut imap = t.a().imap(&t.user);
+    imap.append("INBOX", &secret("append"));
+    imap.append("INBOX", &[secret("large"), vec![b'x'; 200_000]].concat());
+    imap.ok("CREATE Work");
+    let mut imap = imap.select("INBOX");
+    imap.ok("COPY 1 Work");
+    imap.ok("MOVE 2 Work");
+    imap.ok("STORE 1 +FLAGS (\\Deleted $Mine)");
+    imap.ok("EXPUNGE");
+    t.settled();
+    // Also where something fails.
+    let home = t.b().outside(&format!("/home/{}", t.user));
+    let away = home.with_extension("away");
+    fs::rename(&home, &away).expect("rename");
+    fs::write(&home, "no folder").expect("write");
+    t.a().deliver(&t.user, &secret("fails"));
+    wait_until(SOON, "it is refused", || t.a().log().contains("could not be applied there"));
+    fs::remove_file(&home).expect("rm");
+    fs::rename(&away, &home).expect("rename");
+    t.converged_within(Duration::from_secs(60), &t.user);
+
+    for server in t.servers() {
+        let log = server.log();
+        assert!(log.contains("Debug:"), "{log}");
+        let shown = ["status", "waiting", "failed"].map(|what| server.doveadm(&["dovetail", what])).concat();
+        let key = fs::read_to_string(server.outside(&format!("/tls/{}.key", server.name()))).expect("a key");
+        let secrets = key.lines().filter(|line| !line.starts_with("---")).chain(["xyzzy"]);
+        for secret in secrets {
+            let told: Vec<&str> = log.lines().chain(shown.lines()).filter(|line| line.contains(secret)).collect();
+            assert!(told.is_empty(), "{}: {told:#?}", server.name());
+        }
+    }
 }

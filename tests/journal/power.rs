@@ -60,3 +60,21 @@ fn a_power_failure_at_any_write_leaves_a_prefix_and_no_number_is_given_twice() {
     }
     assert!(checked.len() > 400, "{}", checked.len());
 }
+
+/// It is all that the disk has since.
+#[test]
+fn a_power_failure_behind_the_first_commit_since_the_journal_was_closed_is_noticed() {
+    let folder = Folder::new("power-closed");
+    let events = record(workload::closed, &folder);
+    let last_said = events.iter().rposition(|event| matches!(event, Event::Said(_))).unwrap();
+    let mut disk = Disk::new();
+    for event in &events[..last_said] {
+        if let Event::Call(call) = event {
+            disk.apply(call);
+        }
+    }
+    folder.put(&disk.after(Loss::All, &mut Chance::new(1, Loss::All as u64)));
+    let (journal, _) = workload::open(&folder.journal(), workload::NEXT_BOOT).unwrap();
+    let listed = journal.failed(9).unwrap();
+    assert_eq!(listed.iter().map(|entry| entry.user.as_str()).collect::<Vec<_>>(), ["jane"; 3], "with each peer");
+}

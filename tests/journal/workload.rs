@@ -29,7 +29,7 @@ pub struct How {
 
 const FIRST: How = How { peers: &["b", "c", "d"], boot: "first" };
 const WITHOUT_D: How = How { peers: &["e", "c", "b"], boot: "first" };
-const NEXT_BOOT: How = How { boot: "second", ..WITHOUT_D };
+pub const NEXT_BOOT: How = How { boot: "second", ..WITHOUT_D };
 
 pub fn open(folder: &Path, how: How) -> Result<(Journal, Start), JournalError> {
     let peers: Vec<String> = how.peers.iter().map(|name| name.to_string()).collect();
@@ -76,10 +76,11 @@ fn rows(folder: &Path) -> Vec<String> {
     let names: Vec<String> = names.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
     let mut found = Vec::new();
     for name in names {
-        let rest = if name == "meta" {
-            "WHERE key NOT IN ('boot', 'clean', 'reserved', 'seq', 'unheard_since', 'unlooked')"
-        } else {
-            ""
+        let rest = match name.as_str() {
+            "meta" => "WHERE key NOT IN ('boot', 'clean', 'reserved', 'seq', 'unheard_since', 'unlooked')",
+            // What a power failure adds.
+            "failed" => "WHERE error NOT LIKE '%power%'",
+            _ => "",
         };
         let mut query = db.prepare(&format!("SELECT * FROM {name} {rest}")).unwrap();
         let columns = query.column_count();
@@ -221,6 +222,14 @@ pub fn everything(folder: &Path, committed: &mut dyn FnMut(&Journal, How)) {
     relay.close_and_reopen(NEXT_BOOT);
 }
 
+/// Somebody is known, and the journal is closed and opened once more.
+pub fn closed(folder: &Path, committed: &mut dyn FnMut(&Journal, How)) {
+    let mut relay = Relay::open(folder, FIRST, committed);
+    relay.ship("jane", 200);
+    relay.commit();
+    relay.close_and_reopen(FIRST);
+}
+
 fn mailboxes_of_others(relay: &mut Relay) {
     let journal = &mut relay.journal;
     journal.begin_epoch("b", 5).unwrap();
@@ -242,10 +251,11 @@ fn mailboxes_of_others(relay: &mut Relay) {
     journal.set_subscription("jane", &["Work".to_owned()], true, &named(31)).unwrap();
     journal.note_alias("jane", &[2; 16], &[3; 16], 40).unwrap();
     journal.rename_mailbox("jane", &[2; 16], &[3; 16]).unwrap();
-    let elsewhere = Elsewhere { mailbox: vec![3; 16], uid: 3, guid: "three".into(), here: 7, moved: false };
+    let elsewhere =
+        Elsewhere { mailbox: vec![3; 16], uid: 3, guid: "three".into(), here: 7, moved: false, alone: false };
     journal.note_elsewhere("jane", "b", &elsewhere, 10).unwrap();
     journal.note_redo("jane", b"flags").unwrap();
-    journal.fail(&Failed { user: "joe".into(), error: "why".into(), ..Default::default() }).unwrap();
+    journal.fail(&Failed { user: "joe".into(), error: "why".into(), ..Default::default() }, None).unwrap();
     relay.commit();
     let journal = &mut relay.journal;
     journal.forget_redos("jane", i64::MAX).unwrap();

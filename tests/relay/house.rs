@@ -155,7 +155,9 @@ impl Server {
             journal: house.path(&format!("{name}-journal")),
             journal_bytes_max: 1 << 30,
             compare_listed_after_us: None,
+            compare_interval_ms: None,
             journal_age_us_max: 1 << 40,
+            client_limit: 10_000,
             boot: "boot".into(),
         };
         std::fs::create_dir_all(&config.journal).unwrap();
@@ -177,7 +179,7 @@ impl Server {
                 }
             }
         };
-        let (take_local, take_peer) = (accept(Connection::Local { may_ask: true }), accept(Connection::Peer));
+        let (take_local, take_peer) = (accept(Connection::Local { uid: None }), accept(Connection::Peer));
         let (ends, ending) = (is_ending.clone(), is_ending.clone());
         let listeners = vec![
             listen(ending.clone(), move || for_local.accept().unwrap().0, move |s| take_local(s.into())),
@@ -197,7 +199,7 @@ impl Server {
     }
 
     pub fn status(&self) -> Status {
-        client::status(&self.local, PATIENCE).unwrap()
+        client::status(&self.local, None, PATIENCE).unwrap()
     }
 
     pub fn peer(&self, name: &str) -> PeerStatus {
@@ -224,6 +226,25 @@ impl Server {
         client::clear_failed(&self.local, user, PATIENCE).unwrap()
     }
 
+    /// The user is compared with all peers until nothing differs.
+    pub fn resync(&self, user: &str) -> Result<(), String> {
+        client::compare(&self.local, Some(user), true, PATIENCE, |_| {})
+    }
+
+    pub fn progress(&self) -> Progress {
+        client::progress(&self.local, PATIENCE).unwrap()
+    }
+
+    /// What peers lack of what the user did until now, without patience if that is known at once.
+    pub fn wait_for_peers(&self, user: &str) -> Vec<Lack> {
+        client::wait(&self.local, Some(user), Duration::from_millis(1), PATIENCE).unwrap()
+    }
+
+    /// A person says that this peer is to be let in again.
+    pub fn accept_peer(&self, name: &str) {
+        client::accept_peer(&self.local, name, PATIENCE).unwrap();
+    }
+
     /// Accepted connections that were closed, those of status requests included.
     pub fn closed(&self) -> usize {
         self.closed.load(Ordering::SeqCst)
@@ -233,6 +254,16 @@ impl Server {
     pub fn process(&self, name: &str) -> Wire {
         let mut wire = Wire::new(UnixStream::connect(&self.local).unwrap());
         wire.send(Kind::Attach(Attach { process: name.into(), pid: 4711 }));
+        wire
+    }
+
+    /// A process that the relay trusts with nothing, and that has said this before it is looked at: so the kernel tells nobody's uid.
+    pub fn untrusted(&self, uid: u32, said: &[Kind]) -> Wire {
+        let (its, relays) = UnixStream::pair().unwrap();
+        let mut wire = Wire::new(its);
+        said.iter().for_each(|kind| wire.send(kind.clone()));
+        let handle = self.handle.as_ref().unwrap();
+        assert!(handle.accept(relays.into(), Connection::Local { uid: Some(uid) }));
         wire
     }
 
@@ -279,10 +310,39 @@ impl Server {
         }
     }
 
+    /// The next request to tell, the first of its frames.
+    pub fn next_tell(&self) -> (Wire, Tell) {
+        match self.jobs.lock().unwrap().recv_timeout(PATIENCE).expect("a request to tell") {
+            (wire, Kind::Tell(tell)) => (wire, tell),
+            (_, other) => panic!("{other:?}"),
+        }
+    }
+
+    /// The next question what there is of a user.
+    pub fn next_survey(&self) -> (Wire, Survey) {
+        self.try_next_survey(PATIENCE).expect("a question")
+    }
+
+    /// The same, if one comes in time. Looks at mailboxes find nothing meanwhile.
+    pub fn try_next_survey(&self, patience: Duration) -> Option<(Wire, Survey)> {
+        loop {
+            match self.jobs.lock().unwrap().recv_timeout(patience).ok()? {
+                (wire, Kind::Survey(survey)) => return Some((wire, survey)),
+                (wire, Kind::Look(look)) => wire.finish(Kind::Looked(Looked { job: look.job, ..Default::default() })),
+                (_, other) => panic!("{other:?}"),
+            }
+        }
+    }
+
     /// The next request to read a body.
     pub fn next_read(&self) -> (Wire, BodyRequest) {
-        match self.jobs.lock().unwrap().recv_timeout(PATIENCE).expect("a request to read") {
-            (wire, Kind::BodyRequest(request)) => (wire, request),
+        self.try_next_read(PATIENCE).expect("a request to read")
+    }
+
+    /// The same, if one comes in time.
+    pub fn try_next_read(&self, patience: Duration) -> Option<(Wire, BodyRequest)> {
+        match self.jobs.lock().unwrap().recv_timeout(patience).ok()? {
+            (wire, Kind::BodyRequest(request)) => Some((wire, request)),
             (_, other) => panic!("{other:?}"),
         }
     }
@@ -381,6 +441,14 @@ impl Wire {
         Wire::new(listener.accept().unwrap().0)
     }
 
+    /// If somebody connects just now.
+    pub fn try_accept(listener: &TcpListener) -> Option<Wire> {
+        listener.set_nonblocking(true).unwrap();
+        let accepted = listener.accept().ok();
+        listener.set_nonblocking(false).unwrap();
+        accepted.map(|(stream, _)| Wire::new(stream))
+    }
+
     pub fn send(&mut self, kind: Kind) {
         self.send_bytes(&frame::encode(&kind.into()).unwrap());
     }
@@ -393,13 +461,30 @@ impl Wire {
         }
     }
 
+    /// Sends as many as the socket takes now, of those that it is given.
+    pub fn send_while_there_is_room(&mut self, mut next: impl FnMut() -> Kind) {
+        let Stream::Unix(stream) = &mut self.stream else { panic!("not of a local connection") };
+        stream.set_nonblocking(true).unwrap();
+        loop {
+            match stream.write(&frame::encode(&next().into()).unwrap()) {
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        stream.set_nonblocking(false).unwrap();
+    }
+
     /// Whether the engine is still there to hear it or not.
     pub fn try_send(&mut self, kind: Kind) -> bool {
-        let bytes = frame::encode(&kind.into()).unwrap();
+        self.try_send_bytes(&frame::encode(&kind.into()).unwrap())
+    }
+
+    pub fn try_send_bytes(&mut self, bytes: &[u8]) -> bool {
         let outcome = match &mut self.stream {
-            Stream::Unix(stream) => stream.write_all(&bytes),
-            Stream::Tcp(stream) => stream.write_all(&bytes),
-            Stream::Tls(stream) => stream.write_all(&bytes),
+            Stream::Unix(stream) => stream.write_all(bytes),
+            Stream::Tcp(stream) => stream.write_all(bytes),
+            Stream::Tls(stream) => stream.write_all(bytes),
         };
         outcome.is_ok()
     }
@@ -420,6 +505,11 @@ impl Wire {
     pub fn is_closed(&mut self) -> bool {
         while self.try_next().is_some() {}
         true
+    }
+
+    /// Whether the engine says who it is, before the connection's end.
+    pub fn is_greeted(&mut self) -> bool {
+        matches!(self.try_next(), Some(Kind::Hello(_)))
     }
 
     fn try_next(&mut self) -> Option<Kind> {
@@ -452,17 +542,12 @@ impl Wire {
     /// False if the relay takes nothing more.
     pub fn try_save(&mut self, user: &str, uid: u32) -> bool {
         let record = Record { change: Some(save(user, uid)), ..Default::default() };
-        let bytes = frame::encode(&Kind::Record(record).into()).unwrap();
-        match &mut self.stream {
-            Stream::Unix(stream) => stream.write_all(&bytes).is_ok(),
-            Stream::Tcp(stream) => stream.write_all(&bytes).is_ok(),
-            Stream::Tls(stream) => stream.write_all(&bytes).is_ok(),
-        }
+        self.try_send(Kind::Record(record))
     }
 
     pub fn save_with_span(&mut self, user: &str, uid: u32, (begin, end): (u64, u64)) {
         let span = Span { user: user.into(), mailbox_guid: vec![1; 16], log_seq: 2, begin, end, ..Default::default() };
-        self.send(Kind::Record(Record { change: Some(save(user, uid)), spans: vec![span], dropped: 0 }));
+        self.send(Kind::Record(Record { change: Some(save(user, uid)), spans: vec![span], ..Default::default() }));
     }
 
     // ---- A worker.
@@ -556,6 +641,11 @@ impl Wire {
 
     /// Says that all of the other's changes up to this one are applied.
     pub fn greet_knowing(&mut self, server: &str, applied_epoch: u64, applied_seq: u64) {
+        self.say_hello_knowing(server, applied_epoch, applied_seq);
+        assert!(matches!(self.next(), Kind::Hello(_)));
+    }
+
+    pub fn say_hello_knowing(&mut self, server: &str, applied_epoch: u64, applied_seq: u64) {
         let hello = Hello {
             server: server.into(),
             instance: vec![9; 16],
@@ -565,7 +655,6 @@ impl Wire {
             ..Default::default()
         };
         self.send(Kind::Hello(hello));
-        assert!(matches!(self.next(), Kind::Hello(_)));
     }
 
     pub fn next_change(&mut self) -> Seq {
@@ -576,6 +665,16 @@ impl Wire {
                     return Seq { epoch: stamp.epoch, seq: stamp.seq };
                 }
                 Kind::Ping(_) | Kind::Linked(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    pub fn next_question(&mut self) -> Question {
+        loop {
+            match self.next() {
+                Kind::Question(question) => return question,
+                Kind::Ack(_) | Kind::Ping(_) | Kind::Linked(_) | Kind::Known(_) => {}
                 other => panic!("{other:?}"),
             }
         }

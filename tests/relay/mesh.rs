@@ -1,12 +1,13 @@
 //! More than two servers.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dovetail::wire::proto::frame::Kind;
 use dovetail::wire::proto::op::What;
 use dovetail::wire::proto::{
-    Ack, Applied, Apply, BodyRequest, Change, Elsewhere, FlagUpdate, Intent, Known, Linked, Mailbox, MessageRange, Op,
-    Record, Save, Stamp, UserPeers,
+    Ack, Applied, Apply, BodyChunk, BodyRequest, Bond, Change, Elsewhere, FlagUpdate, Intent, Known, Linked, Looked,
+    Mailbox, MessageRange, Nack, Op, Ping, Question, Reach, Record, Save, SeqOf, Stamp, Survey, Surveyed, Tell, TellOf,
+    UserPeers,
 };
 
 use super::house::*;
@@ -87,6 +88,29 @@ fn what_comes_before_its_cause_waits_for_it_and_holds_up_nobody_else() {
     applies(&c, "a", &[7]);
     applies(&c, "b", &[1, 2]);
     until("nothing waits", || c.peer("b").last_error.is_empty());
+}
+
+#[test]
+fn parts_of_what_one_peer_wants_to_be_told_do_not_count_for_another() {
+    let house = House::new();
+    let c = third(&house);
+    let (mut a, mut b) = (c.connect_as_peer("a"), c.connect_as_peer("b"));
+    let mailbox = Mailbox { guid: vec![1; 16], path: vec!["INBOX".into()], ..Default::default() };
+    let part = |id, more| {
+        let mailboxes = vec![TellOf { mailbox: Some(mailbox.clone()), ..Default::default() }];
+        let tell = Tell { user: "jane".into(), mailboxes, more, ..Default::default() };
+        Kind::Question(Question { id, tell: Some(tell), survey: None })
+    };
+    (1..=64).for_each(|id| a.send(part(id, true)));
+    a.send(part(64, false));
+    let (worker, tell) = c.next_tell();
+    assert_eq!((tell.asker.as_str(), tell.mailboxes.len()), ("a", 2));
+    worker.finish(Kind::Looked(Looked { job: tell.job, ..Default::default() }));
+    a.send(part(64, true));
+    b.send(part(1, true));
+    b.send(part(1, false));
+    let (_, tell) = c.next_tell();
+    assert_eq!((tell.asker.as_str(), tell.mailboxes.len()), ("b", 2));
 }
 
 #[test]
@@ -220,7 +244,7 @@ fn second(house: &House) -> (Server, Wire, Wire) {
 fn what_a_peer_says_to_have_is_not_passed_on_to_it() {
     let house = House::new();
     let (b, mut a, mut c) = second(&house);
-    let known = |seq| Kind::Known(Known { origin: "a".into(), epoch: 5, seqs: vec![seq] });
+    let known = |seq| Kind::Known(Known { origin: "a".into(), epoch: 5, seqs: vec![seq], user: "jane".into() });
     a.send_given("a", "jane", 7, &["b", "c"], 0);
     let (worker, apply) = b.next_job();
     // It was faster.
@@ -237,6 +261,32 @@ fn what_a_peer_says_to_have_is_not_passed_on_to_it() {
     assert_eq!(stamped(&change).0, "b");
     let vector: Vec<_> = change.stamp.unwrap().vector.iter().map(|seen| (seen.origin.clone(), seen.seq)).collect();
     assert_eq!(vector, [("a".to_owned(), 8)]);
+}
+
+#[test]
+fn what_a_worker_tells_comes_behind_the_change_of_its_job_that_gave_rise_to_it() {
+    let house = House::new();
+    let (b, mut a, mut c) = second(&house);
+    a.send_given("a", "jane", 7, &["b", "c"], 0);
+    let (worker, apply) = b.next_job();
+    [8, 9].into_iter().for_each(|seq| a.send_given("a", "jane", seq, &["b", "c"], 0));
+    // Behind them.
+    a.send_given("a", "joe", 10, &["b", "c"], 0);
+    let (other, of_joe) = b.next_job();
+    worker.applied(&apply);
+    other.applied(&of_joe);
+    let (mut worker, apply) = b.next_job();
+    assert_eq!(apply.changes.len(), 2);
+    let stamp = Stamp { vector: vec![SeqOf { origin: "a".into(), epoch: 5, seq: 9 }], ..Default::default() };
+    let inbox = Mailbox { guid: vec![1; 16], path: vec!["INBOX".into()], ..Default::default() };
+    let nack = What::Nack(Nack { guid: "m".into(), uid: 5, stands: 6, next: 7, of: "a".into(), ..Default::default() });
+    let told = Change { stamp: Some(stamp), ..change("jane", inbox, nack) };
+    worker.send(Kind::Applied(Applied { job: apply.job, more: true, changes: vec![told], ..Default::default() }));
+    worker.applied(&apply);
+    // Behind those that are passed on to it.
+    let change = std::iter::repeat_with(|| c.next_whole_change()).find(|change| stamped(change).0 == "b").unwrap();
+    let vector: Vec<_> = change.stamp.unwrap().vector.iter().map(|seen| (seen.origin.clone(), seen.seq)).collect();
+    assert_eq!(vector, [("a".to_owned(), 9)]);
 }
 
 #[test]
@@ -303,6 +353,193 @@ fn what_comes_from_two_is_applied_once_and_acknowledged_to_both() {
 }
 
 #[test]
+fn what_a_peer_says_of_others_numbers_counts_for_the_users_that_it_may_write_only() {
+    let house = House::new();
+    let c = third(&house);
+    let (a, mut b) = (c.connect_as_peer("a"), c.connect_as_peer("b"));
+    for seq in 1..=3 {
+        b.send_given("a", "mallory", seq, &["b", "c"], 30 + seq);
+        applies(&c, "a", &[seq]);
+        b.next_ack(30 + seq);
+    }
+    // Nobody is asked whether a change that no worker can be given is of a user of its sender.
+    let stamp = Some(Stamp { origin: "a".into(), epoch: 5, seq: 9, clock: 1, vector: vec![] });
+    let malformed = Change { stamp, ops: vec![], carrier: 40, ..save("jane", 9) };
+    for _ in 0..2 {
+        b.send(Kind::Change(malformed.clone()));
+        assert_eq!(b.next_refusal().seq, 40);
+    }
+    b.send(Kind::Change(malformed));
+    b.next_ack(40);
+    drop(a);
+    until("it is gone", || c.peer("a").state != "connected");
+    let mut a = c.connect();
+    assert_eq!(a.greet("a").applied_seq, 0, "it would forget them");
+    for seq in 1..=3 {
+        a.send_change_of("a", "jane", seq);
+        applies(&c, "a", &[seq]);
+        until("it is acknowledged", || c.status().counters.unwrap().applied == 3 + seq);
+    }
+}
+
+#[test]
+fn what_a_peer_says_to_have_is_what_it_has_of_the_user_that_it_names() {
+    let house = House::new();
+    let (b, mut a, mut c) = second(&house);
+    // Held back, as it is said that it comes to c from a; and what is behind it.
+    a.send_given("a", "jane", 7, &["b", "c"], 0);
+    applies(&b, "a", &[7]);
+    b.process("imap").save("jane", 1);
+    until("both are kept for c", || b.peer("c").pending == 2);
+    let (epoch, seq) = (b.status().epoch, 2);
+    // As who was told so by somebody who may write only this user's mail.
+    let known = |origin: &str, epoch, seq, user: &str| {
+        Kind::Known(Known { origin: origin.into(), epoch, seqs: vec![seq], user: user.into() })
+    };
+    for user in ["mallory", ""] {
+        c.send(known("b", epoch, seq, user));
+        c.send(known("a", 5, 7, user));
+        c.send(known("a", 5, 8, user));
+    }
+    hears_until_answered(&mut c, 9);
+    assert_eq!(b.peer("c").pending, 2);
+    a.send_given("a", "jane", 8, &["b", "c"], 0);
+    applies(&b, "a", &[8]);
+    until("it is kept as well", || b.peer("c").pending == 3);
+    c.send(known("b", epoch, seq, "jane"));
+    c.send(known("a", 5, 8, "jane"));
+    c.send(known("a", 5, 7, "jane"));
+    until("it has all", || b.peer("c").pending == 0);
+}
+
+/// All that it says up to the answer to this question.
+fn hears_until_answered(peer: &mut Wire, id: u64) -> Vec<Kind> {
+    peer.send(Kind::Ping(Ping { id, heard_clock: 0 }));
+    let said = std::iter::repeat_with(|| peer.next());
+    said.take_while(|kind| !matches!(kind, Kind::Pong(pong) if pong.id == id)).collect()
+}
+
+#[test]
+fn servers_that_a_peer_makes_up_keep_out_no_others() {
+    let house = House::new();
+    let c = third(&house);
+    let (mut a, mut b) = (c.connect_as_peer("a"), c.connect_as_peer("b"));
+    for at in 1..=65 {
+        let origin = format!("made-up-{at}");
+        b.send_given(&origin, "mallory", 1, &[], at);
+        applies(&c, &origin, &[1]);
+        b.next_ack(at);
+    }
+    b.send_given("made-up-66", "mallory", 1, &[], 66);
+    assert!(b.next_refusal().error.contains("more servers than can be known"));
+    a.send_given("far", "jane", 1, &[], 1);
+    applies(&c, "far", &[1]);
+    until("it is applied", || c.status().counters.unwrap().applied == 66);
+    drop((a, b, c));
+    let c = third(&house);
+    let mut a = c.connect_as_peer("a");
+    a.send_given("far", "jane", 2, &[], 2);
+    applies(&c, "far", &[2]);
+}
+
+#[test]
+fn a_peer_whose_connections_come_and_go_all_the_time_fills_nobodys_lane() {
+    let house = House::new();
+    let (b, mut a, mut c) = second(&house);
+    let began = Instant::now();
+    let reach = |name: &str, count: usize| {
+        let reach = (0..count).map(|n| Reach { server: format!("{name}-{n}"), hops: 1 }).collect();
+        Kind::Linked(Linked { servers: vec!["b".into()], reach })
+    };
+    for count in 0..60 {
+        a.send(reach("far", count % 2));
+        hears_until_answered(&mut a, count as u64 + 10);
+    }
+    let is_linked = |kind: &Kind| matches!(kind, Kind::Linked(_));
+    let said = hears_until_answered(&mut c, 2).into_iter().filter(is_linked).count();
+    assert!(said as u64 <= 20 + began.elapsed().as_secs(), "{said}");
+    // The last one comes in the end; and what they make of it together is not more than is taken.
+    a.send(reach("last", 128));
+    let is_whole = |kind: &Kind| matches!(kind, Kind::Linked(linked) if linked.reach.len() == 128);
+    let whole = std::iter::repeat_with(|| c.next()).find(is_whole).unwrap();
+    assert!(matches!(whole, Kind::Linked(linked) if linked.reach.iter().any(|reach| reach.server == "a")));
+    assert_eq!(b.peer("a").state, "connected");
+}
+
+#[test]
+fn a_peer_that_does_not_take_the_bodies_that_it_asks_for_holds_up_no_other() {
+    let house = House::new();
+    let peers = [("a", "127.0.0.1:9".to_owned()), ("b", "127.0.0.1:9".to_owned())];
+    let c = house.server("c", &peers);
+    let (mut a, mut b) = (c.connect_as_peer("a"), c.connect_as_peer("b"));
+    let request = |id| BodyRequest { id, origin: "c".into(), user: "jane".into(), window: 1, ..Default::default() };
+    (1..=64).for_each(|id| a.send(Kind::BodyRequest(request(id))));
+    let (_of_a, asked) = c.next_read();
+    assert_eq!(asked.asker, "a");
+    b.send(Kind::BodyRequest(request(1)));
+    let (of_b, asked) = c.next_read();
+    assert_eq!(asked.asker, "b");
+    b.send_change_of("b", "jane", 1);
+    // The last worker that is no reader.
+    of_b.finish(Kind::BodyChunk(BodyChunk { id: asked.id, last: true, ..Default::default() }));
+    applies(&c, "b", &[1]);
+}
+
+#[test]
+fn bodies_are_not_read_for_a_peer_that_does_not_take_those_before() {
+    const CHUNK: usize = 48 << 10;
+    let house = House::new();
+    let c = third(&house);
+    let mut a = c.connect_as_peer("a");
+    let request =
+        |id| BodyRequest { id, origin: "c".into(), user: "jane".into(), window: 1 << 20, ..Default::default() };
+    (1..=64).for_each(|id| a.send(Kind::BodyRequest(request(id))));
+    let mut read = 0;
+    while let Some((mut worker, asked)) = c.try_next_read(Duration::from_millis(100)) {
+        for _ in 0..(1 << 20) / CHUNK {
+            let chunk = BodyChunk { id: asked.id, data: vec![0; CHUNK], ..Default::default() };
+            worker.send(Kind::BodyChunk(chunk));
+        }
+        worker.finish(Kind::BodyChunk(BodyChunk { id: asked.id, last: true, ..Default::default() }));
+        read += 1;
+    }
+    assert!(read < 40, "more than sockets hold");
+    // When it reads, it goes on.
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while read < 64 {
+                let (worker, asked) = c.next_read();
+                worker.finish(Kind::BodyChunk(BodyChunk { id: asked.id, last: true, ..Default::default() }));
+                read += 1;
+            }
+        });
+        let ends =
+            std::iter::repeat_with(|| a.next()).filter(|kind| matches!(kind, Kind::BodyChunk(chunk) if chunk.last));
+        assert_eq!(ends.take(64).count(), 64);
+    });
+}
+
+#[test]
+fn bonds_that_come_faster_than_they_are_made_are_not_taken() {
+    let house = House::new();
+    let c = third(&house);
+    let mut a = c.connect_as_peer("a");
+    let said = |a: &mut Wire, at_us, id| {
+        a.send(Kind::Bond(Bond { at_us, nonce: vec![1] }));
+        hears_until_answered(a, id).iter().any(|kind| matches!(kind, Kind::Bond(bond) if bond.at_us == at_us))
+    };
+    assert!(said(&mut a, 1, 1));
+    let began = Instant::now();
+    let taken = (2..200).filter(|at_us| said(&mut a, *at_us, *at_us)).count();
+    assert!(taken as u64 <= 1 + began.elapsed().as_secs(), "{taken}");
+    let mut last = 200;
+    until("one is taken again", || {
+        last += 1;
+        said(&mut a, last, last)
+    });
+}
+
+#[test]
 fn a_change_of_the_receiver_itself_or_without_its_number_is_malformed() {
     let house = House::new();
     let c = third(&house);
@@ -315,7 +552,7 @@ fn a_change_of_the_receiver_itself_or_without_its_number_is_malformed() {
 
 fn intent(user: &str, peers: Option<&[&str]>) -> Kind {
     let servers = peers.unwrap_or_default().iter().map(|server| (*server).to_owned()).collect();
-    let peers = Some(UserPeers { all: peers.is_none(), servers });
+    let peers = Some(UserPeers { all: peers.is_none(), servers, uid: None });
     Kind::Intent(Intent { user: user.into(), mailbox: None, peers })
 }
 
@@ -353,7 +590,7 @@ fn a_worker_that_opens_a_user_says_with_whom_he_is_replicated() {
     a.send_given("a", "jane", 7, &["b"], 0);
     let (mut worker, apply) = b.next_job();
     assert_eq!(apply.from, "a");
-    let peers = Some(UserPeers { all: false, servers: vec!["a".into()] });
+    let peers = Some(UserPeers { all: false, servers: vec!["a".into()], uid: None });
     worker.send(Kind::Applied(Applied { job: apply.job, more: true, peers, ..Default::default() }));
     worker.applied(&apply);
     a.next_ack(7);
@@ -367,6 +604,22 @@ fn a_worker_that_opens_a_user_says_with_whom_he_is_replicated() {
             other => panic!("{other:?}"),
         }
     }
+    // So does a worker, where it is news, of whatever is asked for.
+    let foreign =
+        || b.status().counters.unwrap().notes.iter().find(|n| n.name == "foreign_user").map_or(0, |n| n.count);
+    assert_eq!(foreign(), 1);
+    c.send(Kind::Question(Question {
+        id: 2,
+        survey: Some(Survey { user: "joe".into(), ..Default::default() }),
+        tell: None,
+    }));
+    let (worker, survey) = b.next_survey();
+    let error = "server c is not among the user's peers here (dovetail_peers of the userdb)".to_owned();
+    worker.finish(Kind::Surveyed(Surveyed { job: survey.job, error: error.clone(), ..Default::default() }));
+    c.send_change_of("c", "jim", 1);
+    let (worker, apply) = b.next_job();
+    worker.finish(Kind::Applied(Applied { job: apply.job, error, ..Default::default() }));
+    until("they are counted", || foreign() == 3);
 }
 
 #[test]
@@ -394,7 +647,7 @@ fn a_flag_of_another_message_that_has_its_uid_here_decides_nothing() {
     send(1, vec![What::Save(Save { guid: "m".into(), ..Default::default() }), flags(12, 12, "m")]);
     let (mut worker, apply) = c.next_job();
     assert!(is_flagged(&apply));
-    let elsewhere = vec![Elsewhere { mailbox_guid: vec![1; 16], uid: 12, guid: "m".into(), moved: false, here: 0 }];
+    let elsewhere = vec![Elsewhere { mailbox_guid: vec![1; 16], uid: 12, guid: "m".into(), ..Default::default() }];
     worker.send(Kind::Applied(Applied { job: apply.job, more: true, elsewhere, ..Default::default() }));
     worker.applied(&apply);
     send(2, vec![flags(12, 12, "m")]);

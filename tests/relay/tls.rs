@@ -1,7 +1,8 @@
 //! Relays that prove to each other who they are, and all kinds of others who cannot.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -16,11 +17,12 @@ use super::house::*;
 use dovetail::relay::Config;
 use dovetail::settings::Tls;
 use dovetail::tls::{authority, Credentials};
+use dovetail::wire::frame;
 use dovetail::wire::proto::frame::Kind;
 use dovetail::wire::proto::{BodyRequest, Hello, Known, NamedCount};
 
 /// Lines of the log, of all tests of this process.
-struct Lines(Mutex<Vec<String>>);
+pub struct Lines(Mutex<Vec<String>>);
 
 impl log::Log for Lines {
     fn enabled(&self, _: &log::Metadata<'_>) -> bool {
@@ -34,7 +36,7 @@ impl log::Log for Lines {
     fn flush(&self) {}
 }
 
-fn lines() -> &'static Lines {
+pub fn lines() -> &'static Lines {
     static LINES: OnceLock<Lines> = OnceLock::new();
     static SET: std::sync::Once = std::sync::Once::new();
     let lines = LINES.get_or_init(|| Lines(Mutex::default()));
@@ -47,6 +49,10 @@ fn lines() -> &'static Lines {
 
 fn until_logged(text: &str) {
     until(text, || lines().0.lock().unwrap().iter().any(|line| line.contains(text)));
+}
+
+pub fn lines_with(text: &str) -> usize {
+    lines().0.lock().unwrap().iter().filter(|line| line.contains(text)).count()
 }
 
 /// An authority with certificates of these servers.
@@ -96,6 +102,30 @@ fn a_pair_over_tls_sends_changes_both_ways() {
     b.process("lmtp").save("joe", 1);
     let (_, apply) = a.next_job();
     assert_eq!(apply.changes[0].stamp.as_ref().unwrap().origin, "b");
+}
+
+#[test]
+fn what_is_said_last_is_heard_also_if_the_end_comes_with_it() {
+    let house = House::new();
+    let folder = authority_of(&house, "ca", &["a", "b"]);
+    let load = |name: &str, peer: &str| Credentials::load(&files(&folder, name), name, &[peer]).unwrap();
+    let (mut a, mut b) = (load("a", "b").connect("b").unwrap(), load("b", "a").accept().unwrap());
+    let (mut to_b, mut to_a) = UnixStream::pair().unwrap();
+    [&to_b, &to_a].into_iter().for_each(|socket| socket.set_nonblocking(true).unwrap());
+    let mut buffer = [0; 65_536];
+    let mut heard = Vec::new();
+    a.flush(&mut to_b).unwrap();
+    while b.proves("a").is_err() {
+        let _ = b.read(&mut to_a, &mut buffer, |_| ());
+        let _ = a.read(&mut to_b, &mut buffer, |_| ());
+    }
+    b.write(&mut to_a, b"last words").unwrap();
+    b.say_end(&mut to_a);
+    while heard.is_empty() {
+        assert!(a.read(&mut to_b, &mut buffer, |bytes| heard.extend_from_slice(bytes)).unwrap(), "it ends before");
+    }
+    assert_eq!(heard, b"last words");
+    assert!(!a.read(&mut to_b, &mut buffer, |_| panic!("nothing more")).unwrap());
 }
 
 #[test]
@@ -446,14 +476,16 @@ fn a_peer_that_says_what_it_must_not_is_cut_off_and_a_good_peer_goes_on() {
     );
     let origin = "o".repeat(60_000);
     cut_off(
-        &|wire| wire.send(Kind::Known(Known { origin: origin.clone(), epoch: 1, seqs: vec![1] })),
+        &|wire| wire.send(Kind::Known(Known { origin: origin.clone(), epoch: 1, seqs: vec![1], user: "jane".into() })),
         "it has changes of a server that has no name",
     );
     // It asks and asks, and takes no answer.
     cut_off(
         &|wire| {
             let request = |id| Kind::BodyRequest(BodyRequest { id, user: "jane".into(), ..Default::default() });
-            (1..).take_while(|id| wire.try_send(request(*id))).count();
+            let requests = |at: u64| (at * 1_000..).take(1_000).map(request);
+            let bytes = |at| requests(at).flat_map(|kind| frame::encode(&kind.into()).unwrap()).collect::<Vec<u8>>();
+            (0..).take_while(|at| wire.try_send_bytes(&bytes(*at))).count();
         },
         "it asks for more and more and does not read the answers",
     );
@@ -477,7 +509,7 @@ fn a_crowd_that_says_nothing_is_cut_off_and_keeps_out_no_peer() {
     let house = House::new();
     let folder = authority_of(&house, "ca", &["a", "b"]);
     let b = b_with_two_peers(&house, &folder);
-    let mut crowd: Vec<TcpStream> = (0..200).map(|_| b.connect_raw()).collect();
+    let mut crowd: Vec<TcpStream> = (0..90).map(|_| b.connect_raw()).collect();
     until_logged("turned away: more than 64 have not said which peer they are.");
     // They are slow, too: the begin of a ClientHello.
     crowd.iter_mut().for_each(|socket| drop(socket.write_all(&[0x16, 3, 1])));
@@ -489,8 +521,152 @@ fn a_crowd_that_says_nothing_is_cut_off_and_keeps_out_no_peer() {
     worker.applied(&apply);
     good.next_ack(1);
     until_logged("turned away: it did not say who it is within 5 secs.");
-    until("all of them are", || turned_away(&b) == 200);
+    until("all of them are", || turned_away(&b) == 90);
     assert_eq!(b.peer("a").state, "connected");
+}
+
+#[test]
+fn who_connects_again_and_again_is_turned_away_at_once_for_a_while() {
+    lines();
+    let house = House::new();
+    let folder = authority_of(&house, "ca", &["a", "b"]);
+    let b = b_with_two_peers(&house, &folder);
+    let mut good = Attacker::of(&folder, "a").connect(b.connect_raw()).wire;
+    good.greet("a");
+    (0..1_000).for_each(|_| drop(b.connect_raw()));
+    until_logged("A connection was turned away: there are too many from 127.0.0.1 in a short time.");
+    until("all of them are", || turned_away(&b) == 1_000);
+
+    good.send_change("jane", 1);
+    let (worker, apply) = b.next_job();
+    worker.applied(&apply);
+    good.next_ack(1);
+    // Not for long.
+    drop(good);
+    let attacker = Attacker::of(&folder, "a");
+    until("a peer can connect again", || {
+        let mut again = attacker.connect(b.connect_raw());
+        again.try_greet("a");
+        again.wire.is_greeted()
+    });
+}
+
+/// What somebody on the wire does to the next record.
+#[derive(Clone, Copy, PartialEq)]
+enum Trick {
+    SendTwice,
+    /// The next but one comes first.
+    Swap,
+    /// One of its bits is another.
+    Change,
+}
+
+/// On the way from who connects to the listener to B, for each connection: does what is wanted, once.
+fn on_the_wire(listener: TcpListener, to: String, trick: Arc<Mutex<Option<Trick>>>) {
+    fn record(from: &mut TcpStream) -> Option<Vec<u8>> {
+        let mut record = vec![0; 5];
+        from.read_exact(&mut record).ok()?;
+        let length = usize::from(record[3]) << 8 | usize::from(record[4]);
+        record.resize(5 + length, 0);
+        from.read_exact(&mut record[5..]).ok()?;
+        Some(record)
+    }
+    std::thread::spawn(move || {
+        while let Ok((mut from, _)) = listener.accept() {
+            let Ok(mut to) = TcpStream::connect(&to) else { return };
+            let (mut back_from, mut back_to) = (to.try_clone().unwrap(), from.try_clone().unwrap());
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut back_from, &mut back_to);
+                let _ = back_to.shutdown(std::net::Shutdown::Both);
+            });
+            let trick = trick.clone();
+            std::thread::spawn(move || {
+                while let Some(mut bytes) = record(&mut from) {
+                    match trick.lock().unwrap().take() {
+                        None => {}
+                        Some(Trick::SendTwice) => bytes.extend(bytes.clone()),
+                        Some(Trick::Swap) => match record(&mut from) {
+                            Some(mut next) => {
+                                next.extend(bytes);
+                                bytes = next;
+                            }
+                            None => break,
+                        },
+                        Some(Trick::Change) => bytes[7] ^= 1,
+                    }
+                    if to.write_all(&bytes).is_err() {
+                        break;
+                    }
+                }
+                let _ = to.shutdown(std::net::Shutdown::Both);
+            });
+        }
+    });
+}
+
+#[test]
+fn records_of_tls_that_are_replayed_reordered_or_changed_end_the_connection_and_nothing_is_lost_or_done_twice() {
+    let house = House::new();
+    let folder = authority_of(&house, "ca", &["a", "b"]);
+    let b = house.server_with("b", &[("a", "127.0.0.1:9".into())], |config| with_tls(config, &folder));
+    let (listener, trick) = (house.listener(), Arc::new(Mutex::new(None)));
+    let at = address(&listener);
+    on_the_wire(listener, b.address(), trick.clone());
+    let a = house.server_with("a", &[("b", at)], |config| with_tls(config, &folder));
+    let mut imap = a.process("imap");
+    for (uid, what) in (1..).zip([Trick::SendTwice, Trick::Swap, Trick::Change]) {
+        until("they are connected", || a.peer("b").state == "connected" && b.peer("a").state == "connected");
+        let before = turned_away(&b) + b.status().counters.unwrap().malformed;
+        *trick.lock().unwrap() = Some(what);
+        imap.save("jane", 2 * uid);
+        imap.save("joe", 2 * uid + 1);
+        for _ in 0..2 {
+            let (worker, apply) = b.next_job();
+            assert_eq!(apply.changes.len(), 1);
+            worker.applied(&apply);
+        }
+        until("all are acknowledged", || a.peer("b").pending == 0);
+        until("B has noticed", || lines_with("TLS failed: cannot decrypt peer's message") >= uid as usize);
+        assert_eq!(turned_away(&b) + b.status().counters.unwrap().malformed, before, "it is a peer, and not to blame");
+    }
+}
+
+#[test]
+fn changes_that_a_peer_replays_or_reorders_are_done_once_each() {
+    let house = House::new();
+    let folder = authority_of(&house, "ca", &["a", "a2", "b"]);
+    let b = b_with_two_peers(&house, &folder);
+    let mut peer = Attacker::of(&folder, "a").connect(b.connect_raw()).wire;
+    peer.greet("a");
+    // Users may overtake each other.
+    for (user, seq) in [("jane", 3), ("joe", 1)] {
+        peer.send_change(user, seq);
+        let (worker, apply) = b.next_job();
+        assert_eq!((apply.user.as_str(), apply.changes.len()), (user, 1));
+        worker.applied(&apply);
+        peer.next_ack(seq);
+    }
+    // One user's changes come in order: what is behind a later one has been there, by whichever way.
+    for (user, seq) in [("jane", 2), ("jane", 3), ("joe", 1), ("joe", 1)] {
+        peer.send_change(user, seq);
+        peer.next_ack(seq);
+    }
+    assert!(b.try_next_job(Duration::ZERO).is_none(), "they are acknowledged again and not done again");
+}
+
+/// Each byte comes in time, and the frame never.
+#[test]
+fn a_peer_that_never_ends_a_frame_is_cut_off() {
+    let house = House::new();
+    let folder = authority_of(&house, "ca", &["a", "a2", "b"]);
+    let b = b_with_two_peers(&house, &folder);
+    let mut slow = Attacker::of(&folder, "a").connect(b.connect_raw()).wire;
+    slow.greet("a");
+    slow.send_bytes(&[1, 0, 0xff, 0xff]);
+    until("it is cut off", || {
+        let _ = slow.try_send_bytes(&[0]);
+        b.peer("a").last_error == "it said nothing for 15 secs"
+    });
 }
 
 #[test]

@@ -34,8 +34,8 @@ pub struct Ledger {
     mails: BTreeMap<(String, Guid, String), Mail>,
     names: HashMap<(usize, String, String), Names>,
     uid_nexts: HashMap<(usize, String, String, u32), u32>,
-    /// Mailboxes that somebody deleted.
-    deleted: BTreeSet<(String, Guid)>,
+    /// Mailboxes that somebody deleted, with the mails that were in them there.
+    deleted: BTreeMap<(String, Guid), BTreeSet<String>>,
     /// The first invariant that did not hold.
     pub broken: Option<String>,
 }
@@ -61,7 +61,8 @@ impl Ledger {
     }
 
     pub fn is_deleted(&mut self, user: &str, mailbox: &Mailbox) {
-        self.deleted.insert((user.into(), mailbox.guid));
+        let mails = self.deleted.entry((user.into(), mailbox.guid)).or_default();
+        mails.extend(mailbox.messages.values().map(|message| message.guid.clone()));
     }
 
     /// (UIDVALIDITY, UID) never names two messages, UIDNEXT only rises.
@@ -93,7 +94,15 @@ impl Ledger {
     /// Whether a server has in the end what the clients were told.
     pub fn check(&self, user: &str, mailboxes: &BTreeMap<String, Mailbox>) -> Result<(), String> {
         for ((of, mailbox_guid, guid), mail) in &self.mails {
-            if of != user || self.deleted.contains(&(of.clone(), *mailbox_guid)) {
+            if of != user {
+                continue;
+            }
+            if let Some(deleted) = self.deleted.get(&(of.clone(), *mailbox_guid)) {
+                // A save wins over a deletion that did not know it, in whichever mailbox it is then.
+                let is_it = |mailbox: &Mailbox| mailbox.messages.values().any(|message| message.guid == *guid);
+                if mail.saved > 0 && mail.expunged == 0 && !deleted.contains(guid) && !mailboxes.values().any(is_it) {
+                    return Err(format!("mail {guid} is gone with its mailbox, which was deleted without it"));
+                }
                 continue;
             }
             let Some((name, mailbox)) = mailboxes.iter().find(|(_, mailbox)| mailbox.guid == *mailbox_guid) else {

@@ -6,11 +6,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
 use dovetail::capture::records::Records;
-use dovetail::capture::{mailbox_change, Commit, Place, Saved, Transaction, Written};
+use dovetail::capture::{mailbox_change, Commit, Done, Place, Saved, Transaction, Written};
 use dovetail::relay::connection::Pipe;
 use dovetail::wire::frame;
 use dovetail::wire::proto::{self, frame::Kind, op::What};
-use dovetail::worker::mark::{moves, Marks};
+use dovetail::worker::mark::{moves_at, Marks};
 use dovetail::worker::storage::Guid;
 
 use super::chance::Chance;
@@ -26,13 +26,14 @@ const RETRY_US: u64 = 200_000;
 /// The process's queue.
 const QUEUE_BYTES: usize = 8 << 20;
 
-/// What a client does. Mailboxes by name, messages by any number: the one that it leads to.
+/// What a client does. Mailboxes by name, messages by any number: the one that it leads to. `stale`: in the mailbox as the client's
+/// session saw it last.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Do {
     Save { mailbox: String, flags: u8, keyword: Option<String>, inline: bool },
-    Flags { mailbox: String, pick: u64, count: u64, add: u8, remove: u8, named: bool },
-    Keyword { mailbox: String, pick: u64, name: String, add: bool },
-    Expunge { mailbox: String, pick: u64, count: u64 },
+    Flags { mailbox: String, pick: u64, count: u64, add: u8, remove: u8, named: bool, stale: bool },
+    Keyword { mailbox: String, pick: u64, name: String, add: bool, stale: bool },
+    Expunge { mailbox: String, pick: u64, count: u64, stale: bool },
     Copy { from: String, to: String, pick: u64, expunge: bool },
     Create { mailbox: String },
     Rename { from: String, to: String },
@@ -40,8 +41,19 @@ pub enum Do {
     Subscribe { mailbox: String, subscribed: bool },
 }
 
+/// What a process did and has not told yet: as `capture::Notes` keeps it.
+enum Note {
+    Begin(Guid),
+    Commit(Place, Transaction, Commit),
+    Mailbox(proto::Change),
+    Written(Written),
+}
+
 /// A mail process.
 struct Process {
+    notes: Vec<Note>,
+    /// Mailboxes as its client sees them: their GUIDs, and which messages they have.
+    views: BTreeMap<String, (Guid, BTreeMap<u32, String>)>,
     records: Records,
     intents: BTreeSet<(String, Guid)>,
     connection: Option<PipeEnd>,
@@ -55,6 +67,8 @@ struct Process {
 impl Process {
     fn new() -> Process {
         Process {
+            notes: Vec::new(),
+            views: BTreeMap::new(),
             records: Records::new(|guid| hashed(guid).to_vec()),
             intents: BTreeSet::new(),
             connection: None,
@@ -70,7 +84,19 @@ impl Process {
         if last == Some(written.log_seq) {
             (written.prev_log_seq, written.prev_log_end) = (0, 0);
         }
-        self.records.written(&written);
+        self.notes.push(Note::Written(written));
+    }
+
+    /// What was noted becomes records.
+    fn tell_notes(&mut self) {
+        for note in std::mem::take(&mut self.notes) {
+            match note {
+                Note::Begin(guid) => self.records.begin(guid),
+                Note::Commit(place, transaction, commit) => self.records.commit(&place, transaction, &commit),
+                Note::Mailbox(change) => self.records.mailbox(change),
+                Note::Written(written) => self.records.written(&written),
+            }
+        }
     }
 }
 
@@ -290,8 +316,15 @@ impl Local {
                 };
                 self.save(process, number, user, mailbox, message, None, *inline);
             }
-            Do::Flags { mailbox, pick, count, add, remove, named } => {
-                let Some(uids) = self.pick(user, mailbox, *pick, *count) else { return };
+            Do::Flags { mailbox, pick, count, add, remove, named, stale } => {
+                let Some(mut uids) = self.pick(process, user, mailbox, *pick, *count, *stale) else { return };
+                // notify tells only what changes.
+                let Some(of_name) = self.user(user).mailboxes.get(mailbox) else { return };
+                let flags = |uid: u32| of_name.message_or_gone(uid).map(|message| message.flags);
+                uids.retain(|(uid, _)| flags(*uid).is_some_and(|flags| flags & !remove | add != flags));
+                if uids.is_empty() {
+                    return;
+                }
                 let mut transaction = Transaction::new(QUEUE_BYTES);
                 let delta = proto::FlagUpdate { add: (*add).into(), remove: (*remove).into(), ..Default::default() };
                 let mut acts = Vec::new();
@@ -311,17 +344,17 @@ impl Local {
                 });
                 self.commit(process, number, user, mailbox, transaction, acts);
             }
-            Do::Keyword { mailbox, pick, name, add } => {
-                let Some(uids) = self.pick(user, mailbox, *pick, 1) else { return };
+            Do::Keyword { mailbox, pick, name, add, stale } => {
+                let Some(uids) = self.pick(process, user, mailbox, *pick, 1, *stale) else { return };
                 let mut transaction = Transaction::new(QUEUE_BYTES);
                 let (added, removed) = if *add { (vec![name.clone()], vec![]) } else { (vec![], vec![name.clone()]) };
                 let delta = proto::FlagUpdate { add_keywords: added, remove_keywords: removed, ..Default::default() };
                 let mut acts = Vec::new();
                 for (uid, guid) in &uids {
                     let mailbox = self.user(user).mailboxes.get(mailbox);
-                    let has = mailbox.and_then(|m| m.messages.get(uid)).is_some_and(|m| m.keywords.contains(name));
+                    let has = mailbox.and_then(|m| m.message_or_gone(*uid)).is_some_and(|m| m.keywords.contains(name));
                     if has == *add {
-                        // notify tells only what changes.
+                        // The same.
                         return;
                     }
                     transaction.flags(*uid, Some(guid.clone()), delta.clone());
@@ -336,12 +369,12 @@ impl Local {
                 });
                 self.commit(process, number, user, mailbox, transaction, acts);
             }
-            Do::Expunge { mailbox, pick, count } => {
-                let Some(uids) = self.pick(user, mailbox, *pick, *count) else { return };
+            Do::Expunge { mailbox, pick, count, stale } => {
+                let Some(uids) = self.pick(process, user, mailbox, *pick, *count, *stale) else { return };
                 self.expunge(process, number, user, mailbox, &uids);
             }
             Do::Copy { from, to, pick, expunge } => {
-                let Some(uids) = self.pick(user, from, *pick, 1) else { return };
+                let Some(uids) = self.pick(process, user, from, *pick, 1, false) else { return };
                 let source = self.user(user).mailboxes.get(from).map(|m| (m.guid, m.messages.get(&uids[0].0).cloned()));
                 let Some((source, Some(message))) = source else { return };
                 if !self.user(user).mailboxes.contains_key(to) {
@@ -381,7 +414,7 @@ impl Local {
                 let guid = self.user(user).mailboxes.get(to).map(|mailbox| mailbox.guid).unwrap_or_default();
                 let mailbox = proto::Mailbox { guid: guid.to_vec(), path: path(from), ..Default::default() };
                 let what = What::Rename(proto::MailboxRename { new_path: path(to), back: vec![] });
-                process.records.mailbox(mailbox_change(user, mailbox, what, self.now_us()));
+                process.notes.push(Note::Mailbox(mailbox_change(user, mailbox, what, self.now_us())));
             }
             Do::Delete { mailbox } => {
                 self.intend(
@@ -395,7 +428,7 @@ impl Local {
                 self.ledger.borrow_mut().is_deleted(user, &deleted);
                 let of = proto::Mailbox { guid: deleted.guid.to_vec(), path: path(mailbox), ..Default::default() };
                 let what = What::Delete(proto::MailboxDelete::default());
-                process.records.mailbox(mailbox_change(user, of, what, self.now_us()));
+                process.notes.push(Note::Mailbox(mailbox_change(user, of, what, self.now_us())));
             }
             Do::Subscribe { mailbox, subscribed } => {
                 let now_secs = self.now_secs().into();
@@ -409,7 +442,7 @@ impl Local {
                 tell(|| format!("{}: process {number} sets subscription of {mailbox} to {subscribed}", self.name));
                 let of = proto::Mailbox { path: path(mailbox), ..Default::default() };
                 let what = What::Subscription(proto::Subscription { subscribed: *subscribed });
-                process.records.mailbox(mailbox_change(user, of, what, self.now_us()));
+                process.notes.push(Note::Mailbox(mailbox_change(user, of, what, self.now_us())));
             }
         }
     }
@@ -431,16 +464,29 @@ impl Local {
     fn tell_list(&mut self, process: &mut Process, user: &str, name: &str, what: What) {
         let now_us = self.now_us();
         let Some(mailbox) = self.user(user).mailboxes.get(name) else { return };
-        process.records.mailbox(mailbox_change(user, described(name, mailbox), what, now_us));
+        process.notes.push(Note::Mailbox(mailbox_change(user, described(name, mailbox), what, now_us)));
     }
 
-    /// The messages from the one that is picked on.
-    fn pick(&mut self, user: &str, name: &str, pick: u64, count: u64) -> Option<Vec<(u32, String)>> {
+    /// The messages from the one that is picked on. `stale`: as the client saw the mailbox last.
+    fn pick(
+        &mut self,
+        process: &mut Process,
+        user: &str,
+        name: &str,
+        pick: u64,
+        count: u64,
+        stale: bool,
+    ) -> Option<Vec<(u32, String)>> {
         let mailbox = self.user(user).mailboxes.get(name)?;
-        let length = mailbox.messages.len() as u64;
-        let first = pick.checked_rem(length)?;
-        let picked = mailbox.messages.iter().skip(first as usize).take(count as usize);
-        Some(picked.map(|(uid, message)| (*uid, message.guid.clone())).collect())
+        let is_seen = process.views.get(name).is_some_and(|(guid, _)| *guid == mailbox.guid);
+        if !stale || !is_seen {
+            let messages = mailbox.messages.iter().map(|(uid, message)| (*uid, message.guid.clone())).collect();
+            process.views.insert(name.into(), (mailbox.guid, messages));
+        }
+        let (_, messages) = process.views.get(name)?;
+        let first = pick.checked_rem(messages.len() as u64)?;
+        let picked = messages.iter().skip(first as usize).take(count as usize);
+        Some(picked.map(|(uid, guid)| (*uid, guid.clone())).collect())
     }
 
     fn is_flagged(&mut self, user: &str, name: &str, guid: &str, flag: Flag, is_set: bool) {
@@ -489,6 +535,8 @@ impl Local {
         }
         let acts = uids.iter().map(|(uid, _)| Act::Expunge(*uid)).collect();
         self.commit(process, number, user, name, transaction, acts);
+        // Its client has heard that they are gone.
+        process.views.remove(name);
     }
 
     /// Commits, and notes it as the plugin does.
@@ -498,10 +546,9 @@ impl Local {
         number: u64,
         user: &str,
         name: &str,
-        mut transaction: Transaction,
+        transaction: Transaction,
         acts: Vec<Act>,
     ) {
-        let stale = acts.clone();
         let Some(guid) = self.user(user).mailboxes.get(name).map(|mailbox| mailbox.guid) else { return };
         let place = Place { user: user.into(), guid, path: path(name) };
         self.intend(process, number, user, &place);
@@ -509,18 +556,34 @@ impl Local {
         let committed = mailbox.commit(user, acts, false);
         let (uid_validity, uid_next, highest_modseq) = (mailbox.uid_validity, mailbox.uid_next, mailbox.modseq);
         self.is_committed(user, name, &format!("process {number}"), &committed, &[]);
-        let followed = self.follow(user, name, &stale);
-        transaction.follow(|range, _| followed.get(&range.first_uid).cloned());
-        process.records.begin(guid);
+        process.notes.push(Note::Begin(guid));
         let mut written = committed.written.into_iter();
         if let Some(of_transaction) = written.next() {
             process.note(of_transaction);
         }
         let saved = committed.saved.iter().map(|uid| Saved { uid: *uid, guid: None }).collect();
-        let commit = Commit { guid, uid_validity, uid_next, highest_modseq, saved, clock: self.now_us() };
-        process.records.commit(&place, transaction, &commit);
+        let commit = Commit { guid, uid_validity, uid_next, highest_modseq, saved, clock: self.now_us(), ack: None };
+        process.notes.push(Note::Commit(place, transaction, commit));
         // Of the sync.
         written.for_each(|written| process.note(written));
+    }
+
+    /// What was done to messages that a worker has moved is done where they are now, when the client has its answer: see
+    /// src/shim/follow.c.
+    fn follow_all(&mut self, process: &mut Process) {
+        let mut notes = std::mem::take(&mut process.notes);
+        let mut written = BTreeMap::new();
+        for note in &mut notes {
+            match note {
+                Note::Written(span) => drop(written.insert(span.mailbox_guid, (span.log_seq, span.begin))),
+                Note::Commit(place, transaction, _) => {
+                    let at = written.remove(&place.guid).unwrap_or((u32::MAX, u64::MAX));
+                    transaction.follow(|range, done| self.follow(place, at, range, done));
+                }
+                _ => {}
+            }
+        }
+        process.notes = notes;
         for mut written in std::mem::take(&mut self.follow_wrote) {
             // What it did is told already.
             (written.adds_or_changes, written.expunges, written.appends) = (false, false, 0);
@@ -528,38 +591,30 @@ impl Local {
         }
     }
 
-    /// What was done to messages that a worker is moving, or has moved, is done where they are now: see src/shim/follow.c.
-    /// GUIDs of messages that their old UIDs name no more.
-    fn follow(&mut self, user: &str, name: &str, acts: &[Act]) -> BTreeMap<u32, String> {
-        let mut followed = BTreeMap::new();
-        let Some(mailbox) = self.user(user).mailboxes.get_mut(name) else { return followed };
+    /// The GUID of a message that its UID names no more.
+    fn follow(&mut self, place: &Place, at: (u32, u64), range: &proto::MessageRange, done: Done) -> Option<String> {
+        let name = self.user(&place.user).find(&place.guid).cloned()?;
+        let mailbox = self.user(&place.user).mailboxes.get_mut(&name)?;
         if !Marks::parse(&mailbox.mark).has_diverged() {
-            return followed;
+            return None;
         }
-        let moves: Vec<(u32, u32)> = mailbox.log_files().iter().flat_map(|log| moves(log)).collect();
-        let mut again = Vec::new();
-        for act in acts {
-            let (Act::Expunge(uid) | Act::Flags { uid, .. } | Act::Keyword { uid, .. }) = act else { continue };
-            for (_, to) in moves.iter().filter(|(from, _)| from == uid) {
-                let to = moves.iter().fold(*to, |to, next| if next.0 == to { next.1 } else { to });
-                let Some(message) = mailbox.messages.get(&to) else { continue };
-                if mailbox.messages.contains_key(uid) {
-                    continue;
-                }
-                followed.insert(*uid, message.guid.clone());
-                again.push(match act.clone() {
-                    Act::Flags { add, remove, .. } => Act::Flags { uid: to, add, remove },
-                    Act::Keyword { name, add, .. } => Act::Keyword { uid: to, name, add },
-                    _ => Act::Expunge(to),
-                });
+        let moves: Vec<_> = mailbox.log_files().iter().flat_map(|log| moves_at(log)).collect();
+        let is_unnamed = range.guid.is_empty() && range.first_uid == range.last_uid;
+        let mut guid = None;
+        let is_meant = |from: &u32| (range.first_uid..=range.last_uid).contains(from);
+        for (_, from, to) in moves.iter().filter(|(moved_at, from, _)| is_meant(from) && *moved_at <= at) {
+            let to = moves.iter().fold(*to, |to, next| if next.1 == to { next.2 } else { to });
+            let mailbox = self.user(&place.user).mailboxes.get_mut(&name)?;
+            let Some(message) = mailbox.messages.get(&to) else { continue };
+            if !is_unnamed && mailbox.messages.contains_key(from) {
+                continue;
             }
+            guid = Some(message.guid.clone());
+            let committed = mailbox.commit(&place.user, acts_of(done, to), false);
+            self.is_committed(&place.user, &name, "the process, which follows a move,", &committed, &[]);
+            self.follow_wrote.extend(committed.written);
         }
-        if !again.is_empty() {
-            let committed = mailbox.commit(user, again, false);
-            self.is_committed(user, name, "the process, which follows a move,", &committed, &[]);
-            self.follow_wrote = committed.written;
-        }
-        followed
+        guid
     }
 
     // ---- What processes say.
@@ -631,6 +686,8 @@ impl Local {
         if process.connection.is_none() {
             process.waiting.retain(|frame| is_record(frame));
         }
+        self.follow_all(&mut process);
+        process.tell_notes();
         for record in process.records.take() {
             process.waiting.push_back(encoded(Kind::Record(record)));
         }
@@ -689,8 +746,21 @@ impl Local {
 
     /// Whether all is said.
     pub fn is_quiet(&self) -> bool {
-        self.in_between.is_empty() && self.processes.values().all(|process| process.waiting.is_empty())
+        let has_told = |process: &Process| process.waiting.is_empty() && process.notes.is_empty();
+        self.in_between.is_empty() && self.processes.values().all(has_told)
     }
+}
+
+/// What was done to a message, done to that at `uid`.
+fn acts_of(done: Done, uid: u32) -> Vec<Act> {
+    let Done::Flags(update) = done else { return vec![Act::Expunge(uid)] };
+    let mut acts = Vec::new();
+    if update.add | update.remove != 0 {
+        acts.push(Act::Flags { uid, add: update.add as u8, remove: update.remove as u8 });
+    }
+    acts.extend(update.add_keywords.iter().map(|name| Act::Keyword { uid, name: name.clone(), add: true }));
+    acts.extend(update.remove_keywords.iter().map(|name| Act::Keyword { uid, name: name.clone(), add: false }));
+    acts
 }
 
 fn encoded(kind: Kind) -> Vec<u8> {

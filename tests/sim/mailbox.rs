@@ -138,7 +138,8 @@ pub struct Mailbox {
     pub uid_next: u32,
     pub modseq: u64,
     pub messages: BTreeMap<u32, Message>,
-    pub expunged: BTreeSet<(u32, String)>,
+    /// As they were when they went.
+    pub expunged: BTreeMap<u32, Message>,
     pub mark: [u8; MARK_BYTES],
     log: Log,
 }
@@ -154,7 +155,7 @@ impl Mailbox {
             uid_next: 1,
             modseq: 1,
             messages: BTreeMap::new(),
-            expunged: BTreeSet::new(),
+            expunged: BTreeMap::new(),
             mark: [0; MARK_BYTES],
             log,
         }
@@ -218,29 +219,36 @@ impl Mailbox {
                     committed.saved.push(uid);
                 }
                 Act::Flags { uid, add, remove } => {
-                    let Some(message) = self.messages.get_mut(&uid) else { continue };
-                    message.flags = message.flags & !remove | add;
+                    let Some(message) = self.message_or_gone_mut(uid) else { continue };
+                    let flags = message.flags & !remove | add;
+                    // Dovecot writes nothing that changes nothing.
+                    if std::mem::replace(&mut message.flags, flags) == flags {
+                        continue;
+                    }
                     let mut contents = [uid.to_le_bytes(), uid.to_le_bytes()].concat();
                     contents.extend([add, remove, 0, 0]);
                     records.push(record(kind::FLAG_UPDATE | sync, &contents));
                     changes = true;
                 }
                 Act::Keyword { uid, name, add } => {
-                    let Some(message) = self.messages.get_mut(&uid) else { continue };
-                    match add {
+                    let Some(message) = self.message_or_gone_mut(uid) else { continue };
+                    let is_changed = match add {
                         true => message.keywords.insert(name.clone()),
                         false => message.keywords.remove(&name),
                     };
-                    records.push(keyword(&name, uid, add, sync));
-                    changes = true;
+                    if is_changed {
+                        records.push(keyword(&name, uid, add, sync));
+                        changes = true;
+                    }
                 }
                 Act::Expunge(uid) => {
-                    let Some(message) = self.messages.remove(&uid) else { continue };
+                    let Some(message) = self.message_or_gone_mut(uid) else { continue };
                     requests.extend(uid.to_le_bytes());
                     requests.extend(hashed(&message.guid));
+                    let Some(message) = self.messages.remove(&uid) else { continue };
                     executed.extend(uid.to_le_bytes());
                     executed.extend([0; 16]);
-                    self.expunged.insert((uid, message.guid.clone()));
+                    self.expunged.insert(uid, message.clone());
                     committed.expunged.push((uid, message.guid));
                 }
                 Act::Mark(offset, bytes) => {
@@ -269,6 +277,15 @@ impl Mailbox {
             committed.written.push(self.written(user, &[done], 0, false));
         }
         committed
+    }
+
+    /// A session may not have heard yet that a message is gone. Then Dovecot writes what it does to it, which does nothing.
+    pub fn message_or_gone(&self, uid: u32) -> Option<&Message> {
+        self.messages.get(&uid).or(self.expunged.get(&uid))
+    }
+
+    fn message_or_gone_mut(&mut self, uid: u32) -> Option<&mut Message> {
+        self.messages.get_mut(&uid).or(self.expunged.get_mut(&uid))
     }
 
     pub fn set_uid_validity(&mut self, user: &str, uid_validity: u32) -> Written {

@@ -20,8 +20,8 @@ use schedule::{Kind, Schedule};
 
 /// Runs of an ordinary test.
 const SEEDS: u64 = 2_000;
-/// Failing seeds that are told of.
-const FAILURES_MAX: usize = 3;
+/// Failing seeds after which a test ends, and that are told of.
+const FAILURES_MAX: u64 = 3;
 /// Runs that making one smaller may take.
 const SHRINKS_MAX: usize = 400;
 
@@ -66,13 +66,15 @@ fn story_of(schedule: &Schedule) -> String {
 fn play_all(first: u64, seeds: u64, kind: Kind) -> Vec<(u64, String)> {
     let next = AtomicU64::new(first);
     let failures = std::sync::Mutex::new(Vec::new());
+    let failures_max = number("DOVETAIL_SIM_FAILURES", FAILURES_MAX) as usize;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let play_some = || loop {
         let seed = next.fetch_add(1, Ordering::Relaxed);
-        if seed >= first + seeds || failures.lock().unwrap().len() >= FAILURES_MAX {
+        if seed >= first + seeds || failures.lock().unwrap().len() >= failures_max {
             return;
         }
         if let Err(why) = play(&Schedule::of_seed(seed, kind)) {
+            println!("seed {seed}: {why}");
             failures.lock().unwrap().push((seed, why));
         }
     };
@@ -88,6 +90,13 @@ fn kind() -> Kind {
     }
 }
 
+/// Plays one seed of this run again: of another kind, it is another run.
+fn command(seed: u64) -> String {
+    let asked = |name: &str| std::env::var(format!("DOVETAIL_SIM_{name}")).ok().filter(|text| !text.is_empty());
+    let kind = ["SERVERS", "CLASHES"].map(|name| asked(name).map(|text| format!(" {name}={text}")).unwrap_or_default());
+    format!("make sim SEED={seed}{}", kind.concat())
+}
+
 #[test]
 fn every_seed_ends_well() {
     if let Ok(seed) = std::env::var("DOVETAIL_SIM_SEED").unwrap_or_default().parse() {
@@ -99,10 +108,8 @@ fn every_seed_ends_well() {
     }
     let (first, seeds) = (number("DOVETAIL_SIM_FIRST", 1), number("DOVETAIL_SIM_SEEDS", SEEDS));
     let failures = play_all(first, seeds, kind());
-    for (seed, why) in &failures {
-        println!(
-            "\nseed {seed}: {why}\nmake sim SEED={seed} plays it again. Its story, without what it does not need:"
-        );
+    for (seed, why) in failures.iter().take(FAILURES_MAX as usize) {
+        println!("\nseed {seed}: {why}\n{} plays it again. Its story, without what it does not need:", command(*seed));
         println!("{}", story_of(&smallest(Schedule::of_seed(*seed, kind()))));
     }
     assert!(failures.is_empty(), "{} seeds failed", failures.len());

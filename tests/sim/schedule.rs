@@ -5,7 +5,7 @@ use super::local::Do;
 
 pub const SERVERS: [&str; 5] = ["a", "b", "c", "d", "e"];
 
-/// With three and more, about one seed in five hundred fails (docs/PERFORMANCE.md has which).
+/// With three and more, about one seed in a thousand fails (docs/PERFORMANCE.md has which).
 pub const SERVERS_MAX: u64 = 2;
 /// Clashes of mailboxes: two of one name with mail in both, rename against rename, delete against save.
 pub const HAS_CLASHES: bool = true;
@@ -14,11 +14,16 @@ pub const HAS_CLASHES: bool = true;
 /// changes on two servers holds is decided by UIDs, whether these name the same message on both or not.
 pub const HAS_UNNAMED_FLAGS: bool = false;
 
+/// A session's client acts on messages as it saw them last: they may have another UID since, or be gone.
+pub const HAS_STALE_VIEWS: bool = true;
+
 /// The client that makes, renames and subscribes.
 const LIST_SLOT: usize = 0;
 /// A power failure takes so many commits of the journal at most. What workers told the relay, and no log knows (where a message
 /// got its UID), goes with them.
 const LOST_COMMITS_MAX: u64 = 0;
+/// Clocks are wrong by so much at most.
+const HOURS_US_MAX: u64 = 12 * 3_600 * 1_000_000;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -81,6 +86,8 @@ pub struct Schedule {
     pub begin: usize,
     /// Mail processes may take longer than a relay waits for them.
     pub is_slow: bool,
+    /// By which each server's clock is wrong from the beginning.
+    pub offsets_us: Vec<i64>,
 }
 
 /// What a seed's run may have.
@@ -98,6 +105,7 @@ impl Default for Kind {
 
 struct Maker {
     chance: Chance,
+    staleness: Chance,
     kind: Kind,
     servers: usize,
     /// The relays know the user before it goes on. Of one whom they do not know, nothing is found if they are killed just
@@ -133,13 +141,23 @@ impl Schedule {
             made: vec![Vec::new(); servers],
             names: 0,
             chance,
+            staleness: Chance::new(seed, 4),
             kind,
             servers,
         };
         let steps = maker.steps();
         let begin = if is_known { servers } else { 0 };
-        Schedule { seed, servers, steps, begin, is_slow: is_known && !maker.has_lists }
+        let offsets_us = offsets_us(seed, servers);
+        Schedule { seed, servers, steps, begin, is_slow: is_known && !maker.has_lists, offsets_us }
     }
+}
+
+/// In some runs hours.
+fn offsets_us(seed: u64, servers: usize) -> Vec<i64> {
+    let mut chance = Chance::new(seed, 5);
+    let is_wrong = chance.percent(20);
+    let mut offset = || if is_wrong { chance.below(2 * HOURS_US_MAX) as i64 - HOURS_US_MAX as i64 } else { 0 };
+    (0..servers).map(|_| offset()).collect()
 }
 
 impl Maker {
@@ -243,6 +261,7 @@ impl Maker {
         let count = if self.chance.percent(80) { 1 } else { 1 + self.chance.below(5) };
         let named = self.chance.percent(75);
         let flag = 1u8 << self.chance.below(5);
+        let stale = HAS_STALE_VIEWS && self.staleness.percent(40);
         let keyword = self.chance.pick(&["Work", "Home", "$Forwarded"]).to_string();
         let what = match self.chance.below(100) {
             0..=44 => {
@@ -253,14 +272,14 @@ impl Maker {
             }
             45..=64 => {
                 let (add, remove) = if self.chance.percent(50) { (flag, 0) } else { (0, flag) };
-                Do::Flags { mailbox, pick, count, add, remove, named: named || !HAS_UNNAMED_FLAGS }
+                Do::Flags { mailbox, pick, count, add, remove, named: named || !HAS_UNNAMED_FLAGS, stale }
             }
             65..=71 => {
                 let add = self.chance.percent(60);
-                Do::Keyword { mailbox, pick, name: keyword, add }
+                Do::Keyword { mailbox, pick, name: keyword, add, stale }
             }
             // The plugin names all that it can.
-            72..=85 => Do::Expunge { mailbox, pick, count },
+            72..=85 => Do::Expunge { mailbox, pick, count, stale },
             _ if !self.has_lists => Do::Save { mailbox, flags: 0, keyword: None, inline: true },
             86..=90 => {
                 let to = self.mailbox();
@@ -337,4 +356,23 @@ impl Schedule {
             }
         }
     }
+}
+
+#[test]
+fn the_smallest_that_fails_has_the_steps_that_it_needs_and_no_others() {
+    let whole = (1..).map(|seed| Schedule::of_seed(seed, Kind::default())).find(|s| s.begin > 0 && s.steps.len() > 20);
+    let whole = whole.expect("a seed of many steps");
+    // Given that it takes two steps, wherever they are.
+    let [one, two] = [2, 3].map(|server| Step::Disk { server, is_full: true });
+    for (first, second) in [(whole.begin, whole.steps.len()), (whole.begin + 7, whole.begin + 8)] {
+        let mut schedule = whole.clone();
+        schedule.steps.insert(first, (1, one.clone()));
+        schedule.steps.insert(second, (2, two.clone()));
+        let is_there = |schedule: &Schedule, step: &Step| schedule.steps.iter().any(|(_, other)| other == step);
+        let smallest = schedule.shrink(|schedule| is_there(schedule, &one) && is_there(schedule, &two));
+        let begin = whole.steps[..whole.begin].to_vec();
+        assert_eq!(smallest.steps, [begin, vec![(1, one.clone()), (2, two.clone())]].concat());
+    }
+    // And one that fails in any case.
+    assert_eq!(whole.clone().shrink(|_| true).steps.len(), whole.begin);
 }

@@ -146,7 +146,7 @@ impl Storage for ModelStorage {
         Ok(proto::UserPeers { all: true, ..Default::default() })
     }
     fn namespace(&self) -> Result<Namespace> {
-        Ok(Namespace { prefix: String::new(), separator: '/', storage_separator: None })
+        Ok(Namespace { separator: '/', ..Default::default() })
     }
     fn inbox_guid(&self) -> Result<Guid> {
         Ok(Local::inbox_guid(self.user.as_deref().unwrap_or_default()))
@@ -259,7 +259,7 @@ impl Storage for ModelStorage {
         self.uids_with(|message| message.guid == guid)
     }
     fn was_expunged(&mut self, uid: u32, guid: &str) -> Result<bool> {
-        self.mailbox(|mailbox| mailbox.expunged.contains(&(uid, guid.to_owned())))
+        self.mailbox(|mailbox| mailbox.expunged.get(&uid).is_some_and(|message| message.guid == guid))
     }
     fn save(&mut self, message: &NewMessage, body: Body) -> Result<()> {
         self.alive()?;
@@ -370,6 +370,9 @@ impl Storage for ModelStorage {
     }
     fn is_saved_alone(&mut self, _guid: &str) -> Result<bool> {
         Ok(false)
+    }
+    fn may_be_ours(&mut self, _uid: u32, _guid: &str) -> Result<bool> {
+        Ok(true)
     }
     fn stray(&mut self, _guid: &str) -> Result<Option<u32>> {
         Ok(None)

@@ -41,13 +41,17 @@ impl log::Log for Logger {
         LINES.with_borrow(Option::is_some)
     }
     fn log(&self, record: &log::Record) {
-        tell(|| format!("    {}: {}", SPEAKER.with_borrow(String::clone), record.args()));
+        tell(|| format!("    {}: {}", speaker(), record.args()));
     }
     fn flush(&self) {}
 }
 
 thread_local! {
     static SPEAKER: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+pub fn speaker() -> String {
+    SPEAKER.with_borrow(String::clone)
 }
 
 /// Whose log it is.

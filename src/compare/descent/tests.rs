@@ -23,6 +23,7 @@ fn mailbox(messages: &Box) -> Mailbox {
         uid_next: messages.keys().last().map_or(1, |uid| uid + 1),
         messages: found.messages,
         digest: found.digest,
+        ..Default::default()
     }
 }
 

@@ -5,7 +5,7 @@
 //! are told before what gave rise to it counts as done.
 use std::io::{Read, Write};
 
-use super::super::elsewhere::GONE;
+use super::super::elsewhere::{Known, GONE};
 use super::super::mark;
 use super::super::storage::{Result, Storage};
 use super::{Apply, Outcome, Pending, Reason, Standing, UID_MAX};
@@ -61,7 +61,11 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             uid_next,
             ..Default::default()
         };
-        self.tell.extend(change::split(vec![what], self.user, &mailbox, 0));
+        let mut changes = change::split(vec![what], self.user, &mailbox, 0);
+        // They come behind what gave rise to them.
+        let stamps = changes.iter_mut().filter_map(|change| change.stamp.as_mut());
+        stamps.for_each(|stamp| stamp.vector = vec![self.current.clone()]);
+        self.tell.extend(changes);
     }
 
     /// A message that is somewhere else is above.
@@ -69,13 +73,20 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         if wanted == 0 || !self.has_diverged() || self.is_same(wanted, guid)? {
             return Ok(());
         }
-        let stands = match self.given_another(wanted, guid)? {
+        let stands = match self.given_another(wanted, guid, None)? {
             Standing::At(uid) => Some(uid),
-            Standing::Expunged => None,
+            Standing::Expunged => {
+                self.tell_expunge_again(wanted, guid);
+                None
+            }
             // What was noted may be lost. Of copies, the first that is no other of the peer's: they were saved in this order.
             Standing::Unknown => {
                 let found = self.storage.find_messages(guid)?.into_iter().filter(|uid| *uid > wanted);
-                found.into_iter().find(|uid| !self.is_of_another(*uid, guid))
+                let found = found.into_iter().find(|uid| !self.is_of_another(*uid, guid));
+                if found.is_none() && self.was_expunged_above(wanted, guid)? {
+                    self.tell_expunge_again(wanted, guid);
+                }
+                found
             }
         };
         if let Some(stands) = stands.filter(|uid| *uid > wanted) {
@@ -83,6 +94,17 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             self.tell_uid(guid, stands, There { uid: wanted, next: 0, raised: 0 }, (vec![], wanted), true);
         }
         Ok(())
+    }
+
+    /// Whether somebody has expunged it from a UID that we gave it, and nobody knows any more that this was it.
+    fn was_expunged_above(&mut self, wanted: u32, guid: &str) -> Result<bool> {
+        for uid in mark::saved_by_us(&self.storage.log_files()?) {
+            let may_be_it = uid > wanted && !self.is_of_another(uid, guid);
+            if may_be_it && self.standing_here(uid, guid)? == Standing::Expunged {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     pub(super) fn claim(&mut self, mailbox: &proto::Mailbox, claim: &proto::Claim) -> Outcome<()> {
@@ -93,67 +115,80 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             return Ok(());
         }
         let there = There { uid: claim.uid, next: 0, raised: claim.raised };
-        let Some(stands) = self.claimed(claim)? else {
-            self.drop_stray(&claim.guid)?;
-            self.note_elsewhere(claim.uid, &claim.guid, self.or_gone(&claim.of), false);
-            self.reserve(there);
-            return Ok(());
-        };
-        self.take_claim(&claim.guid, stands, there)
+        match self.claimed(claim)? {
+            Standing::At(stands) => self.take_claim(&claim.guid, stands, there),
+            missing => {
+                self.drop_stray(&claim.guid)?;
+                self.note_elsewhere(claim.uid, &claim.guid, self.or_gone(missing, &claim.of), false);
+                self.reserve(there);
+                Ok(())
+            }
+        }
     }
 
     /// Which message is meant: of copies inside of the mailbox, all have the GUID.
-    fn claimed(&mut self, claim: &proto::Claim) -> Result<Option<u32>> {
+    fn claimed(&mut self, claim: &proto::Claim) -> Result<Standing> {
+        let standing = self.standing_of(&claim.of, claim.of_uid, &claim.guid)?;
         let found = self.storage.find_messages(&claim.guid)?;
-        if found.is_empty() {
-            return Ok(None);
+        if standing != Standing::Unknown || found.is_empty() {
+            return Ok(standing);
         }
-        let is_ours = claim.of == self.me && claim.of_uid != 0;
-        if is_ours {
-            match self.standing_here(claim.of_uid, &claim.guid)? {
-                Standing::At(uid) => return Ok(Some(uid)),
-                Standing::Expunged => return Ok(None),
-                Standing::Unknown => {}
-            }
-        }
-        let uids: Vec<u32> = [claim.uid].into_iter().chain(claim.was.iter().rev().copied()).collect();
+        let mut uids: Vec<u32> = [claim.uid].into_iter().chain(claim.was.iter().rev().copied()).collect();
         let mut is_expunged = false;
         for uid in &uids {
             is_expunged |= self.is_gone(*uid, &claim.guid);
             match self.standing(*uid, &claim.guid)? {
-                Standing::At(uid) => return Ok(Some(uid)),
+                Standing::At(uid) => return Ok(Standing::At(uid)),
                 Standing::Expunged => is_expunged = true,
                 Standing::Unknown => {}
             }
         }
         // Where it is not known to be elsewhere, it is where the others have it.
+        uids.retain(|uid| !self.is_gone(*uid, &claim.guid));
         for uid in uids.into_iter().chain([claim.of_uid]).filter(|uid| *uid != 0) {
             match self.standing_here(uid, &claim.guid)? {
-                Standing::At(uid) => return Ok(Some(uid)),
+                Standing::At(uid) => return Ok(Standing::At(uid)),
                 Standing::Expunged => is_expunged = true,
                 Standing::Unknown => {}
             }
         }
-        Ok(found.last().copied().filter(|_| !is_expunged))
+        Ok(match found.last() {
+            Some(uid) if !is_expunged => Standing::At(*uid),
+            _ => Standing::Expunged,
+        })
     }
 
-    /// The same for a message that another server could not put where it was claimed.
-    fn refused(&mut self, nack: &proto::Nack) -> Result<Option<u32>> {
-        let ours = if nack.of == self.me { nack.uid } else { 0 };
-        match self.standing_here(ours, &nack.guid)? {
-            Standing::At(uid) => return Ok(Some(uid)),
-            Standing::Expunged => return Ok(None),
-            Standing::Unknown => {}
+    /// Of the message that this server has, or had, at this UID, if that is known exactly.
+    fn standing_of(&mut self, server: &str, uid: u32, guid: &str) -> Result<Standing> {
+        let Some(open) = self.open.as_ref().filter(|_| uid != 0 && !server.is_empty()) else {
+            return Ok(Standing::Unknown);
+        };
+        if server == self.me {
+            return self.standing_here(uid, guid);
         }
-        match self.standing(nack.stands, &nack.guid)? {
-            Standing::At(uid) => return Ok(Some(uid)),
-            Standing::Expunged => return Ok(None),
-            Standing::Unknown => {}
+        match self.elsewhere.of_server(server, &open.guid, uid, guid) {
+            Some(Known { here: GONE, .. }) => Ok(Standing::Expunged),
+            Some(Known { here: 0, .. }) => Ok(Standing::Unknown),
+            Some(Known { here, .. }) => self.standing_here(*here, guid),
+            None if self.elsewhere.has_another(server, &open.guid, (uid, uid), guid) => Ok(Standing::Unknown),
+            None => self.standing_here(uid, guid),
         }
-        match self.is_at(nack.uid, &nack.guid)? {
-            true => Ok(Some(nack.uid)),
-            false => Ok(self.storage.find_messages(&nack.guid)?.pop()),
+    }
+
+    /// Which one another server could not put where it was claimed.
+    fn refused(&mut self, nack: &proto::Nack) -> Result<Standing> {
+        let standing = self.standing_of(&nack.of, nack.uid, &nack.guid)?;
+        if standing != Standing::Unknown {
+            return Ok(standing);
         }
+        let standing = self.standing(nack.stands, &nack.guid)?;
+        if standing != Standing::Unknown {
+            return Ok(standing);
+        }
+        if self.is_at(nack.uid, &nack.guid)? {
+            return Ok(Standing::At(nack.uid));
+        }
+        Ok(self.storage.find_messages(&nack.guid)?.pop().map_or(Standing::Unknown, Standing::At))
     }
 
     /// Another server says that it has a message that is `stands` here.
@@ -168,26 +203,38 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         if nack.uid > UID_MAX || nack.next > UID_MAX {
             return Err(format!("malformed change: UID {}, UIDNEXT {}", nack.uid, nack.next).into());
         }
-        if !self.resolves || !self.enter_for_claim(mailbox)? {
+        if !self.enter_for_claim(mailbox)? {
+            return Ok(());
+        }
+        if !self.resolves {
+            // Somebody else answers, but by this UID the sender names it until it hears of that.
+            let here = match self.refused(nack)? {
+                Standing::At(uid) => uid,
+                missing => self.or_gone(missing, &nack.of),
+            };
+            self.note_if_elsewhere_there(nack.stands, &nack.guid, here);
             return Ok(());
         }
         let was_applied = self.is_applied();
         let there = There { uid: nack.uid, next: nack.next, raised: nack.raised };
-        let Some(mut stands) = self.refused(nack)? else {
-            self.drop_stray(&nack.guid)?;
-            self.note_elsewhere(nack.stands, &nack.guid, self.or_gone(&nack.of), false);
-            return self.answer_without(&nack.guid, there);
+        let mut stands = match self.refused(nack)? {
+            Standing::At(uid) => uid,
+            missing => {
+                self.drop_stray(&nack.guid)?;
+                self.note_if_elsewhere_there(nack.stands, &nack.guid, self.or_gone(missing, &nack.of));
+                return self.answer_without(&nack.guid, there);
+            }
         };
         if let Some(put) = uid::answer(self.here(Some(stands)), there, nack.is_new || was_applied) {
             stands = self.put(&nack.guid, stands, put, there, nack.stands)?;
         }
-        self.note_if_elsewhere(nack.stands, &nack.guid, stands);
+        self.note_if_elsewhere_there(nack.stands, &nack.guid, stands);
         Ok(())
     }
 
-    /// In the place of a UID of a message that is not here: ours was, others may still come.
-    fn or_gone(&self, of: &str) -> u32 {
-        if of == self.me {
+    /// In the place of a UID of a message that is not here: ours was, and what was expunged; others may still come.
+    fn or_gone(&self, missing: Standing, of: &str) -> u32 {
+        if of == self.me || missing == Standing::Expunged {
             GONE
         } else {
             0
@@ -208,9 +255,19 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     }
 
     /// The changes' origin has the message at this UID, and may name it so until it hears of ours.
-    fn note_if_elsewhere(&mut self, uid: u32, guid: &str, here: u32) {
-        if uid != 0 && uid != here {
+    pub(super) fn note_if_elsewhere(&mut self, uid: u32, guid: &str, here: u32) {
+        let was_known = self.known_as(uid, guid).is_some_and(|known| known.here != here);
+        if uid != 0 && (uid != here || was_known) {
             self.note_elsewhere(uid, guid, here, false);
+        }
+    }
+
+    /// The same, where no other server calls it so.
+    fn note_if_elsewhere_there(&mut self, uid: u32, guid: &str, here: u32) {
+        if uid != 0 && uid != here {
+            if let Some(open) = &self.open {
+                self.elsewhere.note_alone(&open.guid, uid, guid, here);
+            }
         }
     }
 
@@ -272,16 +329,23 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         if let Some(open) = self.open.as_mut().filter(|_| self.is_single) {
             open.complete = Some(self.current.clone());
         }
-        self.finish_moving(from)?;
-        if self.redo_since(begin, from, uid)? {
+        self.expunge_moved(from)?;
+        let is_there = self.redo_since(begin, from, uid)?;
+        self.end_moving()?;
+        if is_there {
             return Ok(Some(uid));
         }
-        // Their process may not find out any more which message it was. By the UID that the peers know it by: of the other
-        // they never hear, and what has this GUID there may be one that was moved out of the mailbox and back since.
+        self.tell_gone_from(from, guid);
+        Ok(None)
+    }
+
+    /// A client has expunged the message while it moved: their process may not find out any more which one it was. By the UID that
+    /// the peers know it by: of the other they never hear, and what has this GUID there may be one that was moved out of the
+    /// mailbox and back since.
+    fn tell_gone_from(&mut self, from: u32, guid: &str) {
         let messages =
             vec![proto::MessageRange { first_uid: from, last_uid: from, guid: guid.to_owned(), ..Default::default() }];
         self.tell_op(What::Expunge(proto::Expunge { messages }));
-        Ok(None)
     }
 
     /// A copy, as a worker that was killed while the message moved left it. A client that expunged the message meant this one too.
@@ -295,8 +359,14 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     }
 
     /// The message is at another UID, too: it goes from this one.
-    fn finish_moving(&mut self, from: u32) -> Outcome<()> {
+    fn expunge_moved(&mut self, from: u32) -> Outcome<()> {
         self.storage.expunge(from, from)?;
+        self.pending = Pending::Changes;
+        self.flush()
+    }
+
+    /// Not before what clients did to it meanwhile is done: who is killed in between leaves that to the next worker.
+    fn end_moving(&mut self) -> Outcome<()> {
         self.note_moving(None)?;
         self.pending = Pending::Changes;
         self.flush()
@@ -338,12 +408,13 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let Some(guid) = old.filter(|old| new.as_ref() == Some(old)) else {
             return self.end_half_moved(begin, from, to);
         };
-        self.finish_moving(from)?;
+        self.expunge_moved(from)?;
         // Perhaps it was not told.
         self.note_elsewhere(from, &guid, to, true);
         if let Some(begin) = begin {
             self.redo_since(begin, from, to)?;
         }
+        self.end_moving()?;
         if self.resolves {
             self.tell_uid(&guid, to, There { uid: from, next: 0, raised: 0 }, (vec![from], 0), false);
         }
@@ -352,6 +423,9 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
 
     /// One of the two is gone: a client that expunged it, whichever it saw, meant the message.
     fn end_half_moved(&mut self, begin: Option<mark::Place>, from: u32, to: u32) -> Outcome<()> {
+        if let (Some(begin), None) = (begin, self.storage.message_guid(from)?) {
+            self.redo_since(begin, from, to)?;
+        }
         let logs = self.storage.log_files()?;
         for (gone, left) in [(from, to), (to, from)] {
             let done = begin.map(|begin| mark::done_since(&logs, begin, gone)).unwrap_or_default();
@@ -360,13 +434,12 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 _ => None,
             });
             let info = self.storage.message_info(left)?;
-            if info.is_some_and(|info| expunged == Some(info.guid_128)) {
+            if let Some(info) = info.filter(|info| expunged == Some(info.guid_128)) {
                 self.storage.expunge(left, left)?;
+                self.tell_gone_from(from, &info.guid);
             }
         }
-        self.note_moving(None)?;
-        self.pending = Pending::Changes;
-        self.flush()
+        self.end_moving()
     }
 
     fn note_moving(&mut self, moving: Option<(u32, u32)>) -> Result<()> {

@@ -5,6 +5,7 @@
 use std::io::{Read, Write};
 
 use super::super::look;
+use super::super::mark;
 use super::super::name;
 use super::super::storage::{Existence, Guid, Result, Storage, Update};
 use super::{guid_of, locate, Apply, Marks, Open, Outcome, Pending, Reason, GONE_MAX, NO_GUID};
@@ -47,18 +48,19 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         // create those that are configured to appear by themselves, with a GUID of their own.
         let is_there = self.storage.existence(&vname)? == Existence::Mailbox && self.storage.open(&vname, false)?;
         if is_there && (guid == NO_GUID || self.storage.status().guid == guid) {
-            return self.entered(mailbox, &vname, reason);
+            return self.entered(mailbox, &vname, reason, false);
         }
         self.storage.close();
         if let Some(found) = self.find_guid(&guid)? {
             let is_open = self.storage.open(&found, false)?;
             let is = self.storage.status().guid;
             return match is_open && (is == guid || self.aliases.get(&guid) == Some(&is)) {
-                true => self.entered(mailbox, &found, reason),
+                true => self.entered(mailbox, &found, reason, false),
                 // It was there a moment ago. If it is not any more, it is not to be made a second time.
                 false => Err("it was renamed or deleted just now".to_string().into()),
             };
         }
+        let mut is_made = false;
         if !is_there {
             if reason == Reason::Change {
                 return Ok(false);
@@ -74,7 +76,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 // Not its UIDNEXT: messages that belong below may still come.
                 ..Update::default()
             };
-            self.storage.create(&vname, false, &update)?;
+            is_made = self.storage.create(&vname, false, &update)?;
             if is_reborn && self.storage.open(&vname, false)? {
                 // So it counts as one that had messages.
                 let (offset, bytes) = Marks::default().diverge();
@@ -85,7 +87,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         if !self.storage.open(&vname, false)? {
             return Err("it disappeared".to_string().into());
         }
-        self.entered(mailbox, &vname, reason)
+        self.entered(mailbox, &vname, reason, is_made)
     }
 
     /// The mailbox with this GUID, or the one that it has become.
@@ -99,14 +101,17 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         }
     }
 
-    /// The mailbox that is meant is open, or another one of its name: they are one from now on.
-    fn entered(&mut self, mailbox: &proto::Mailbox, vname: &str, reason: Reason) -> Outcome<bool> {
+    /// The mailbox that is meant is open, or another one of its name: they are one from now on. `is_made`: just now, by us.
+    fn entered(&mut self, mailbox: &proto::Mailbox, vname: &str, reason: Reason, is_made: bool) -> Outcome<bool> {
         let guid = guid_of(mailbox)?;
         let status = self.storage.status();
         let marks = Marks::parse(&self.storage.mark()?);
         let had_mail = status.uid_next > 1 || marks.has_diverged();
-        // Nobody knows what a worker that was killed had begun to make.
-        let is_half_made = !had_mail && reason == Reason::Create && self.again.contains(&self.current.seq);
+        // Nobody knows what a worker that was killed had begun to make. And a session that comes upon a new maildir gives it a
+        // GUID of its own.
+        let was_given_another = is_made && status.guid != guid;
+        let is_again = reason == Reason::Create && self.again.contains(&self.current.seq);
+        let is_half_made = !had_mail && (was_given_another || is_again);
         let ours = match is_half_made && guid != NO_GUID {
             true => Identity { guid: NO_GUID, uid_validity: 0, had_mail },
             false => Identity { guid: status.guid, uid_validity: status.uid_validity, had_mail },
@@ -185,7 +190,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             self.merged.insert(guid);
             // Of a mailbox that is here the relay hears by itself that it got another GUID.
             if loser == theirs.guid {
-                self.new_aliases.push(proto::Alias { guid: loser.to_vec(), is: guid.to_vec() });
+                self.new_aliases.push(proto::Alias { guid: loser.to_vec(), is: guid.to_vec(), index_id: 0 });
             }
         }
         Ok(merged)
@@ -221,7 +226,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 Some((from, to)) if from != to => self.move_messages(stamp, &from, &to)?,
                 _ => {
                     self.note_alias(was, guid);
-                    self.new_aliases.push(proto::Alias { guid: was.to_vec(), is: guid.to_vec() });
+                    self.new_aliases.push(proto::Alias { guid: was.to_vec(), is: guid.to_vec(), index_id: 0 });
                 }
             }
             self.enter(mailbox, Reason::Create)?;
@@ -336,6 +341,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         loop {
             let Some(source) = self.identity_of(from)? else { return Ok(()) };
             let uid_next = self.storage.status().uid_next;
+            let index_id = mark::index_id(&self.storage.log_files()?);
             let uids = self.storage.uids()?;
             let mut saves = Vec::with_capacity(uids.len());
             for uid in &uids {
@@ -368,6 +374,9 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             }
             let was = [source.guid, status.guid].into_iter().find(|was| *was != merged.guid);
             self.tell_identity(merged.had_mail, was);
+            // Who has put something into it meanwhile tells so when its log is gone.
+            let (guid, is) = (source.guid.to_vec(), merged.guid.to_vec());
+            self.new_aliases.push(proto::Alias { guid, is, index_id });
             self.leave()?;
             // The relay must know what it was before it can miss it.
             self.report()?;
@@ -397,20 +406,22 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         if delete.keeps {
             return self.keep(mailbox);
         }
-        // Who deleted one of the two had not heard of the other.
-        if self.merged.contains(self.aliases.get(&guid).unwrap_or(&guid)) {
+        // Who deleted one of the two had not heard of the other: he would name it by the GUID that stayed.
+        if self.aliases.contains_key(&guid) || self.merged.contains(&guid) {
             self.solved_in(mailbox.path.clone(), Rule::MailStays);
             return self.keep(mailbox);
         }
         self.leave()?;
-        let Some(vname) = self.locate(mailbox)? else { return self.finish_delete(mailbox) };
+        let Some(vname) = self.locate(mailbox)? else {
+            return self.finish_delete(&name::vname(&mailbox.path, &self.namespace)?);
+        };
         if delete.directory || self.storage.existence(&vname)? != Existence::Mailbox {
             // A mailbox that has come into being under a directory's name is not the one that was deleted.
             let is_directory = self.storage.existence(&vname)? != Existence::Mailbox;
             return if is_directory { self.storage.delete(&vname).map(drop).map_err(Into::into) } else { Ok(()) };
         }
         if !self.storage.open(&vname, false)? {
-            return Ok(());
+            return self.finish_delete(&vname);
         }
         let known = delete.known.clone().unwrap_or_default();
         if !look::has_untold_saves(self.storage, &known)? {
@@ -437,14 +448,14 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         self.storage.commit().map(drop)
     }
 
-    /// Who was killed while it deleted the mailbox has left one that nobody can open, and that Dovecot would bring back.
-    fn finish_delete(&mut self, mailbox: &proto::Mailbox) -> Outcome<()> {
-        let vname = name::vname(&mailbox.path, &self.namespace)?;
+    /// Who was killed while it deleted the mailbox, or had no room for that, has left one that nobody can open, and that Dovecot would
+    /// bring back.
+    fn finish_delete(&mut self, vname: &str) -> Outcome<()> {
         let is_half_deleted =
-            self.storage.existence(&vname)? == Existence::Mailbox && !self.storage.open(&vname, true)?;
+            self.storage.existence(vname)? == Existence::Mailbox && !self.storage.open(vname, true)?;
         self.storage.close();
         if is_half_deleted {
-            self.storage.delete(&vname)?;
+            self.storage.delete(vname)?;
         }
         Ok(())
     }

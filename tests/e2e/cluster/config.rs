@@ -5,6 +5,7 @@
 
 use std::fmt::Write;
 
+use super::checker::Checker;
 use super::{Format, Setup, Version};
 
 pub struct Ports {
@@ -49,6 +50,9 @@ impl Server<'_> {
         if self.setup.plugin {
             let _ = writeln!(text, "!include {}/{EXAMPLE}", self.dir);
             text += &self.replication();
+        }
+        if let Some(checker) = Checker::get().filter(|_| self.setup.plugin) {
+            text += &checker.settings(self.version, self.dir);
         }
         text += match self.version {
             Version::V23 => &self.setup.extra_23,
@@ -145,6 +149,9 @@ service lmtp {{
     port = {lmtp}
   }}
 }}
+service doveadm {{
+  service_count = 0
+}}
 "
         )
     }
@@ -210,6 +217,9 @@ service lmtp {{
   inet_listener lmtp {{
     port = {lmtp}
   }}
+}}
+service doveadm {{
+  restart_request_count = unlimited
 }}
 "
         )

@@ -17,6 +17,8 @@ struct State {
     delay: Duration,
     /// A connection that is older than the last one passes on half a chunk, and ends.
     cuts: u64,
+    /// Bytes that were passed on, both ways.
+    passed: u64,
 }
 
 #[derive(Default)]
@@ -95,6 +97,12 @@ impl Proxy {
         });
         proxy
     }
+
+    /// Bytes that were passed on so far, both ways.
+    #[allow(dead_code, reason = "for the bench")]
+    pub fn passed(&self) -> u64 {
+        self.shared.state().passed
+    }
 }
 
 fn pump(mut from: TcpStream, mut to: TcpStream, shared: &Shared) {
@@ -109,8 +117,9 @@ fn pump(mut from: TcpStream, mut to: TcpStream, shared: &Shared) {
         }
         state = shared.changed.wait_while(state, |state| state.hangs).unwrap_or_else(|e| e.into_inner());
         let is_cut = state.cuts != cuts;
-        drop(state);
         let passed = if is_cut { length / 2 } else { length };
+        state.passed += passed as u64;
+        drop(state);
         if to.write_all(&chunk[..passed]).is_err() || is_cut {
             break;
         }

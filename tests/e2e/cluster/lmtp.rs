@@ -14,7 +14,8 @@ impl Lmtp {
         stream.set_nodelay(true).expect("nodelay");
         let mut lmtp = Lmtp { stream: BufReader::new(stream) };
         lmtp.expect("220");
-        lmtp.say("LHLO client.test", "250");
+        let reply = lmtp.ask("LHLO client.test");
+        assert!(reply.starts_with("250"), "LMTP: LHLO was answered by {reply}");
         lmtp
     }
 
@@ -25,21 +26,24 @@ impl Lmtp {
         }
     }
 
-    /// One reply for each of `users`.
+    /// One reply for each of `users`: the same for all if Dovecot is shutting down (421) before it has the mail.
     pub fn try_deliver(&mut self, users: &[&str], mail: &[u8]) -> Vec<String> {
-        self.say("MAIL FROM:<sender@client.test>", "250");
-        for user in users {
-            self.say(&format!("RCPT TO:<{user}>"), "250");
+        let recipients = users.iter().map(|user| (format!("RCPT TO:<{user}>"), "250"));
+        let envelope = std::iter::once(("MAIL FROM:<sender@client.test>".to_owned(), "250")).chain(recipients);
+        for (line, expected) in envelope.chain([("DATA".to_owned(), "354")]) {
+            let reply = self.ask(&line);
+            if reply.starts_with("421") {
+                return vec![reply; users.len()];
+            }
+            assert!(reply.starts_with(expected), "LMTP: {line} was answered by {reply}");
         }
-        self.say("DATA", "354");
         self.send(&dot_stuffed(mail));
         users.iter().map(|_| self.reply()).collect()
     }
 
-    fn say(&mut self, line: &str, expected: &str) {
+    fn ask(&mut self, line: &str) -> String {
         self.send(format!("{line}\r\n").as_bytes());
-        let reply = self.reply();
-        assert!(reply.starts_with(expected), "LMTP: {line} was answered by {reply}");
+        self.reply()
     }
 
     fn expect(&mut self, expected: &str) {

@@ -9,7 +9,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::checker::{self, Checker};
 use super::config::{self, Ports};
+use super::doveadm::Doveadm;
 use super::imap::Imap;
 use super::janitor::Janitor;
 use super::lmtp::Lmtp;
@@ -149,8 +151,12 @@ impl Server {
                 ours.display()
             );
             run("cp", &["-a".as_ref(), ours.join(".").as_os_str(), copy.as_os_str()]);
+            let plugin = copy.join("modules").join(PLUGIN);
             if self.setup.can_panic {
-                self.make_panics(&copy.join("modules").join(PLUGIN));
+                self.make_panics(&plugin);
+            }
+            if let Some(checker) = Checker::get() {
+                self.check(checker, &copy, &plugin);
             }
             let example = match self.version {
                 Version::V23 => "dovecot-plugin-2.3.conf.example",
@@ -159,6 +165,34 @@ impl Server {
             let example = Path::new(env!("CARGO_MANIFEST_DIR")).join(example);
             fs::copy(&example, dir.join(config::EXAMPLE)).unwrap_or_else(|e| panic!("{}: {e}", example.display()));
         }
+    }
+
+    /// Has the programs of its Dovecot run under a checker.
+    fn check(&self, checker: &Checker, lib: &Path, plugin: &Path) {
+        assert_eq!(self.root.path, Path::new("/"), "the checker is here, and not in another root");
+        if let Some(build) = checker.build() {
+            // Dovecot's config process is not checked, and goes on with the plain build.
+            let settings = lib.join("modules/settings/libdovetail_settings.so");
+            if settings.exists() {
+                fs::remove_file(&settings).expect("a link");
+                fs::copy(plugin, &settings).expect("the plugin");
+            }
+            self.copy_build(build, plugin);
+        }
+        checker.prepare(lib, PKGLIBDIR, &self.dir, &self.outside(""));
+    }
+
+    /// What a checker has found in its processes.
+    pub fn findings(&self) -> Vec<String> {
+        checker::findings(&self.outside(""))
+    }
+
+    /// Another build of the plugin, `make stage-panics` or `make stage-asan`, in the place of the one that is installed.
+    fn copy_build(&self, build: &str, plugin: &Path) {
+        let mut built = self.root.stage.clone().into_os_string();
+        built.push(build);
+        let built = Path::new(&built).join(PLUGIN);
+        fs::copy(&built, plugin).unwrap_or_else(|e| panic!("{}: {e}: `make stage{build}` builds it", built.display()));
     }
 
     /// The configuration without our plugin, see [`Server::untold`].
@@ -176,10 +210,7 @@ impl Server {
 
     /// Puts the build that can panic in the place of the plugin, and makes the folder that it reads.
     fn make_panics(&self, plugin: &Path) {
-        let mut built = self.root.stage.clone().into_os_string();
-        built.push("-panics");
-        let built = Path::new(&built).join(PLUGIN);
-        fs::copy(&built, plugin).unwrap_or_else(|e| panic!("{}: {e}: `make stage-panics` builds it", built.display()));
+        self.copy_build("-panics", plugin);
         let folder = self.outside("/panics");
         fs::create_dir(&folder).expect("mkdir");
         fs::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o777)).expect("chmod");
@@ -294,6 +325,29 @@ impl Server {
         self.janitor.remove_master(child.id());
     }
 
+    /// Kills all of it at once, as a power failure does.
+    pub fn kill_all(&self) {
+        let Some(mut master) = self.master.lock().unwrap_or_else(|e| e.into_inner()).take() else { return };
+        let namespace = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+        let own = namespace(master.id()).expect("its master runs");
+        // While it is held, no other server's gets its number.
+        let _held = fs::File::open(format!("/proc/{}/ns/mnt", master.id())).expect("its master runs");
+        let processes = || -> Vec<String> {
+            let all = fs::read_dir("/proc").expect("/proc").flatten();
+            let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+            pids.filter(|pid| namespace(*pid).as_ref() == Some(&own)).map(|pid| pid.to_string()).collect()
+        };
+        // Those that a process has started meanwhile come next.
+        wait_until(Duration::from_secs(10), "all of its processes are dead", || {
+            let pids = processes();
+            let _ = Command::new("kill").arg("-KILL").args(&pids).stderr(Stdio::null()).status();
+            let _ = master.try_wait();
+            pids.is_empty()
+        });
+        let _ = master.wait();
+        self.janitor.remove_master(master.id());
+    }
+
     pub fn setup(&self) -> &Setup {
         &self.setup
     }
@@ -389,7 +443,11 @@ impl Server {
         let master = self.master.lock().unwrap_or_else(|e| e.into_inner());
         let pid = master.as_ref().unwrap_or_else(|| panic!("{} is stopped", self.name())).id();
         let mut command = Command::new("nsenter");
-        command.args(["--mount", "--root", "--wd", "--target", &pid.to_string(), program]).current_dir("/");
+        command.args(["--mount", "--root", "--wd", "--target", &pid.to_string()]).current_dir("/");
+        if let Some(checker) = Checker::get().filter(|_| self.setup.plugin) {
+            command.envs(checker.environment(&self.dir));
+        }
+        command.arg(program);
         command
     }
 
@@ -400,6 +458,11 @@ impl Server {
     /// doveadm's standard output; panics if it fails.
     pub fn doveadm(&self, args: &[&str]) -> String {
         String::from_utf8_lossy(&self.doveadm_bytes(args, b"")).into_owned()
+    }
+
+    /// For many questions. It reads mail as any of the server's processes does.
+    pub fn doveadm_process(&self) -> io::Result<Doveadm> {
+        Doveadm::connect(&self.outside("/run/doveadm-server"))
     }
 
     pub fn doveadm_bytes(&self, args: &[&str], input: &[u8]) -> Vec<u8> {
@@ -428,30 +491,47 @@ impl Server {
         table(&self.doveadm(&["-f", "tab", "dovetail", "status"])).collect()
     }
 
-    fn relay_status(&self) -> Result<dovetail::wire::proto::Status, String> {
-        dovetail::relay::client::status(&self.outside("/run/dovetail"), Duration::from_secs(10))
+    fn relay_status(&self, user: Option<&str>) -> Result<dovetail::wire::proto::Status, String> {
+        dovetail::relay::client::status(&self.outside("/run/dovetail"), user, Duration::from_secs(10))
     }
 
     /// What the relay counts, asked as doveadm asks it.
     pub fn counters(&self) -> dovetail::wire::proto::Counters {
-        self.relay_status().unwrap_or_else(|error| panic!("{}: {error}", self.name())).counters.unwrap_or_default()
+        self.relay_status(None).unwrap_or_else(|error| panic!("{}: {error}", self.name())).counters.unwrap_or_default()
     }
 
     /// The same, if it answers.
     pub fn try_status(&self) -> Option<dovetail::wire::proto::Status> {
-        self.relay_status().ok()
+        self.relay_status(None).ok()
     }
 
     /// Whether the relay answers, nothing of it is still on its way to a peer, and nothing is to be looked at.
     pub fn has_nothing_pending(&self) -> bool {
-        self.relay_status().is_ok_and(|status| {
-            status.peers.iter().all(|peer| peer.pending == 0) && status.counters.unwrap_or_default().looking == 0
-        })
+        self.relay_status(None).is_ok_and(|status| is_at_rest(&status))
+    }
+
+    /// The same, of one user.
+    pub fn has_nothing_pending_of(&self, user: &str) -> bool {
+        self.what_is_pending_of(user).is_none()
+    }
+
+    /// A line that says it.
+    pub fn what_is_pending_of(&self, user: &str) -> Option<String> {
+        let status = match self.relay_status(Some(user)) {
+            Ok(status) => status,
+            Err(error) => return Some(format!("  {}: {error}\n", self.name())),
+        };
+        if is_at_rest(&status) {
+            return None;
+        }
+        let changes: Vec<_> = status.peers.iter().map(|peer| format!("{} to {}", peer.pending, peer.peer)).collect();
+        let looking = status.counters.unwrap_or_default().looking;
+        Some(format!("  {}: {changes:?} pending, {looking} users looked at\n", self.name()))
     }
 
     /// Whether the relay answers and has looked at all that it wanted to look at.
     pub fn has_looked(&self) -> bool {
-        self.relay_status().is_ok_and(|status| status.counters.unwrap_or_default().looking == 0)
+        self.relay_status(None).is_ok_and(|status| status.counters.unwrap_or_default().looking == 0)
     }
 
     /// Delivers by the real dovecot-lda.
@@ -570,6 +650,7 @@ impl Server {
         new[..complete]
             .lines()
             .filter(|line| ["Panic:", "Fatal:", "Error:"].iter().any(|word| line.contains(word)))
+            .filter(|line| !is_of_doveadm(line))
             .filter(|line| !allowed.iter().any(|text| line.contains(text)))
             .map(|line| format!("{}: {line}", self.name()))
             .collect()
@@ -579,7 +660,16 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop();
+        let findings = self.findings();
+        if !std::thread::panicking() {
+            assert!(findings.is_empty(), "in processes of {}:\n{}", self.name(), findings.join("\n"));
+        }
     }
+}
+
+/// Whether it is the server's doveadm process that failed, and not we: whoever asked it hears of it.
+pub fn is_of_doveadm(line: &str) -> bool {
+    line.contains(" doveadm(") && line.contains("Error:") && !line.contains("dovetail: ")
 }
 
 pub fn signal(pid: u32, name: &str) {
@@ -595,4 +685,9 @@ pub fn require_root() {
 fn run(program: &str, args: &[&std::ffi::OsStr]) {
     let output = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
     assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn is_at_rest(status: &dovetail::wire::proto::Status) -> bool {
+    status.peers.iter().all(|peer| peer.pending == 0)
+        && status.counters.as_ref().is_none_or(|counters| counters.looking == 0)
 }

@@ -45,59 +45,48 @@ impl Snapshot {
     /// Fails where doveadm does: on a mailbox whose deletion was killed half-way, for the five minutes after which Dovecot
     /// brings it back (mailbox_try_undelete()).
     pub fn try_take(server: &Server, user: &str, with_save_dates: bool) -> Result<Snapshot, String> {
-        let doveadm = |args: &[&str]| {
-            let output = server.try_doveadm(args);
-            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-            match output.status.success() {
-                true => Ok(text(&output.stdout)),
-                false => Err(format!("{}: doveadm {args:?}: {}", server.name(), text(&output.stderr))),
-            }
+        let failed = |error: std::io::Error| format!("{}: doveadm: {error}", server.name());
+        let mut doveadm = server.doveadm_process().map_err(failed)?;
+        let mut ask = |args: &[&str], columns: usize| -> Result<Vec<Vec<String>>, String> {
+            let text = |value: Vec<u8>| String::from_utf8_lossy(&value).into_owned();
+            let rows = doveadm.run(user, args, columns).map_err(failed)?;
+            Ok(rows.into_iter().map(|row| row.into_iter().map(text).collect()).collect())
         };
-        let listed = |args: &[&str]| -> Result<Vec<String>, String> {
-            let mut names: Vec<String> = doveadm(args)?.lines().map(|name| server.common_name(name)).collect();
+        let listed = |rows: Vec<Vec<String>>| -> Vec<String> {
+            let mut names: Vec<String> = rows.iter().map(|row| server.common_name(&row[0])).collect();
             names.sort();
             // Below a prefix there may be INBOX twice: once as what is above its children.
             names.dedup();
-            Ok(names)
+            names
         };
-        let names = listed(&["mailbox", "list", "-u", user])?;
-        let subscriptions = listed(&["mailbox", "list", "-s", "-u", user])?;
+        let names = listed(ask(&["mailbox list"], 1)?);
+        let subscriptions = listed(ask(&["mailbox list", "-s"], 1)?);
 
-        let fields = "guid uidvalidity uidnext highestmodseq";
+        // In this order it prints them, however they are asked for.
+        let fields = "uidnext uidvalidity highestmodseq guid";
         let patterns = server.all_mailboxes();
         let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
-        let status = doveadm(&[&["-f", "tab", "mailbox", "status", "-u", user, fields], &patterns[..]].concat())?;
-        let mut mailboxes: BTreeMap<String, Mailbox> = table(&status)
-            .map(|row| {
-                let mailbox = Mailbox {
-                    guid: row["guid"].clone(),
-                    uid_validity: row["uidvalidity"].clone(),
-                    uid_next: row["uidnext"].clone(),
-                    highest_modseq: row["highestmodseq"].parse().unwrap_or(0),
-                    messages: BTreeMap::new(),
-                };
-                (server.common_name(&row["mailbox"]), mailbox)
-            })
-            .collect();
+        let mut mailboxes = BTreeMap::new();
+        for row in ask(&[&["mailbox status", fields], &patterns[..]].concat(), 5)? {
+            let [name, uid_next, uid_validity, highest_modseq, guid] = row.try_into().expect("five columns");
+            let highest_modseq = highest_modseq.parse().unwrap_or(0);
+            let mailbox = Mailbox { guid, uid_validity, uid_next, highest_modseq, messages: BTreeMap::new() };
+            mailboxes.insert(server.common_name(&name), mailbox);
+        }
 
         let fields = "mailbox uid guid flags date.received.unixtime date.saved.unixtime size.virtual";
-        let fetch = |pattern: &&str| doveadm(&["-f", "tab", "fetch", "-u", user, fields, "mailbox", pattern, "all"]);
-        let fetched = patterns.iter().map(fetch).collect::<Result<Vec<String>, String>>()?;
-        for row in fetched.iter().flat_map(|fetched| table(fetched)) {
-            let mut flags: Vec<String> =
-                row["flags"].split(' ').filter(|f| !f.is_empty() && *f != "\\Recent").map(str::to_owned).collect();
-            flags.sort();
-            let saved = if with_save_dates { row["date.saved.unixtime"].clone() } else { String::new() };
-            let message = Message {
-                guid: row["guid"].clone(),
-                flags,
-                received: row["date.received.unixtime"].clone(),
-                saved,
-                virtual_size: row["size.virtual"].clone(),
-            };
-            // A mailbox that came into being between the two questions is seen the next time.
-            if let Some(mailbox) = mailboxes.get_mut(&server.common_name(&row["mailbox"])) {
-                mailbox.messages.insert(row["uid"].parse().expect("UID"), message);
+        for pattern in patterns {
+            for row in ask(&["fetch", fields, "mailbox", pattern, "all"], 7)? {
+                let [name, uid, guid, flags, received, saved, virtual_size] = row.try_into().expect("seven columns");
+                let mut flags: Vec<String> =
+                    flags.split(' ').filter(|f| !f.is_empty() && *f != "\\Recent").map(str::to_owned).collect();
+                flags.sort();
+                let saved = if with_save_dates { saved } else { String::new() };
+                // A mailbox that came into being between the two questions is seen the next time.
+                if let Some(mailbox) = mailboxes.get_mut(&server.common_name(&name)) {
+                    let message = Message { guid, flags, received, saved, virtual_size };
+                    mailbox.messages.insert(uid.parse().expect("UID"), message);
+                }
             }
         }
         Ok(Snapshot { server: server.name().to_owned(), names, subscriptions, mailboxes })
@@ -176,48 +165,24 @@ pub struct Body {
 impl Body {
     /// All mails of a user, ordered by mailbox and UID.
     pub fn fetch_all(server: &Server, user: &str) -> Vec<Body> {
-        let fields = "text mailbox uid size.physical";
-        let mut bodies = Vec::new();
-        for pattern in &server.all_mailboxes() {
-            let args = ["-f", "tab", "fetch", "-u", user, fields, "mailbox", pattern, "all"];
-            bodies.extend(Body::read_all(server, &server.doveadm_bytes(&args, b"")));
-        }
+        let fetched = server.doveadm_process().and_then(|mut doveadm| {
+            let patterns = server.all_mailboxes();
+            let fetch =
+                |pattern: &String| doveadm.run(user, &["fetch", "mailbox uid text", "mailbox", pattern, "all"], 3);
+            patterns.iter().map(fetch).collect::<std::io::Result<Vec<_>>>()
+        });
+        let fetched = fetched.unwrap_or_else(|error| panic!("{}: doveadm: {error}", server.name()));
+        let read = |row: &Vec<Vec<u8>>| {
+            let mut hasher = DefaultHasher::new();
+            row[2].hash(&mut hasher);
+            let text = |at: usize| String::from_utf8_lossy(&row[at]);
+            let uid = text(1).parse().expect("UID");
+            Body { mailbox: server.common_name(&text(0)), uid, size: row[2].len(), hash: hasher.finish() }
+        };
+        let mut bodies: Vec<Body> = fetched.iter().flatten().map(read).collect();
         bodies.sort();
         bodies
     }
-
-    fn read_all(server: &Server, output: &[u8]) -> Vec<Body> {
-        let mut bodies = Vec::new();
-        // The text comes first in each row and may hold anything; the row's end tells its size. So: from the end.
-        let mut rest = output;
-        while let Some(stripped) = rest.strip_suffix(b"\n") {
-            let row_start = stripped.len() - tail_fields(stripped, 3);
-            let tail = String::from_utf8_lossy(&stripped[row_start..]).into_owned();
-            let fields: Vec<&str> = tail.split('\t').collect();
-            let [_, mailbox, uid, size] = fields[..] else { break };
-            let (Ok(uid), Ok(size)) = (uid.parse(), size.parse::<usize>()) else {
-                break;
-            };
-            let text_start = row_start.checked_sub(size).expect("the text is in front of its size");
-            let mut hasher = DefaultHasher::new();
-            stripped[text_start..row_start].hash(&mut hasher);
-            bodies.push(Body { mailbox: server.common_name(mailbox), uid, size, hash: hasher.finish() });
-            rest = &rest[..text_start];
-        }
-        assert!(
-            rest.is_empty() || rest == b"text\tmailbox\tuid\tsize.physical\n",
-            "{}: cannot read doveadm's answer from {:?} back",
-            server.name(),
-            String::from_utf8_lossy(&rest[rest.len().saturating_sub(100)..])
-        );
-        bodies
-    }
-}
-
-/// Length of the last `count` tab-separated fields of `bytes`, their leading tab included.
-fn tail_fields(bytes: &[u8], count: usize) -> usize {
-    let tabs = bytes.iter().enumerate().rev().filter(|(_, b)| **b == b'\t').map(|(i, _)| i);
-    bytes.len() - tabs.take(count).last().unwrap_or(0)
 }
 
 pub fn compare_bodies(a: &str, mine: &[Body], b: &str, theirs: &[Body]) {

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::checker::Checker;
+
 /// Polls `condition` until it holds; panics with `what` when the deadline passes first.
 pub fn wait_until(deadline: Duration, what: &str, mut condition: impl FnMut() -> bool) {
     if !holds_within(deadline, &mut condition) {
@@ -20,7 +22,7 @@ pub fn holds_within_slowly(deadline: Duration, condition: impl FnMut() -> bool) 
 }
 
 fn poll(deadline: Duration, pause_max: Duration, mut condition: impl FnMut() -> bool) -> bool {
-    let end = Instant::now() + deadline;
+    let end = Instant::now() + deadline * Checker::get().map_or(1, Checker::slowness);
     let mut pause = Duration::from_millis(2);
     loop {
         if condition() {
