@@ -14,6 +14,7 @@ pub fn begin() {
         log::set_max_level(log::LevelFilter::Info);
     }
     LINES.set(Some(Vec::new()));
+    set_now(0);
 }
 
 pub fn take() -> Vec<String> {
