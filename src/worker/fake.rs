@@ -174,9 +174,10 @@ impl Storage for FakeStorage {
         if self.mailboxes.contains_key(vname) {
             return Ok(false);
         }
-        let guid = self.other_guid.take().unwrap_or(update.guid);
-        self.add(vname, guid, update.uid_validity, &[]);
-        Ok(true)
+        let other = self.other_guid.take();
+        self.add(vname, other.unwrap_or(update.guid), update.uid_validity, &[]);
+        // As a maildir that a session comes upon while it is being made.
+        Ok(other.is_none())
     }
     fn rename(&mut self, from: &str, to: &str) -> Result<bool> {
         if self.mailboxes.contains_key(to) {

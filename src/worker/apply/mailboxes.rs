@@ -60,7 +60,6 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 false => Err("it was renamed or deleted just now".to_string().into()),
             };
         }
-        let mut is_made = false;
         if !is_there {
             if reason == Reason::Change {
                 return Ok(false);
@@ -76,7 +75,8 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 // Not its UIDNEXT: messages that belong below may still come.
                 ..Update::default()
             };
-            is_made = self.storage.create(&vname, false, &update)?;
+            // Dovecot also says that it was there already if a session came upon the maildir while it was being made.
+            self.storage.create(&vname, false, &update)?;
             if is_reborn && self.storage.open(&vname, false)? {
                 // So it counts as one that had messages.
                 let (offset, bytes) = Marks::default().diverge();
@@ -87,7 +87,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         if !self.storage.open(&vname, false)? {
             return Err("it disappeared".to_string().into());
         }
-        self.entered(mailbox, &vname, reason, is_made)
+        self.entered(mailbox, &vname, reason, !is_there)
     }
 
     /// The mailbox with this GUID, or the one that it has become.
@@ -101,15 +101,16 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         }
     }
 
-    /// The mailbox that is meant is open, or another one of its name: they are one from now on. `is_made`: just now, by us.
-    fn entered(&mut self, mailbox: &proto::Mailbox, vname: &str, reason: Reason, is_made: bool) -> Outcome<bool> {
+    /// The mailbox that is meant is open, or another one of its name: they are one from now on. `is_new`: it was not there a
+    /// moment ago.
+    fn entered(&mut self, mailbox: &proto::Mailbox, vname: &str, reason: Reason, is_new: bool) -> Outcome<bool> {
         let guid = guid_of(mailbox)?;
         let status = self.storage.status();
         let marks = Marks::parse(&self.storage.mark()?);
         let had_mail = status.uid_next > 1 || marks.has_diverged();
         // Nobody knows what a worker that was killed had begun to make. And a session that comes upon a new maildir gives it a
         // GUID of its own.
-        let was_given_another = is_made && status.guid != guid;
+        let was_given_another = is_new && status.guid != guid;
         let is_again = reason == Reason::Create && self.again.contains(&self.current.seq);
         let is_half_made = !had_mail && (was_given_another || is_again);
         let ours = match is_half_made && guid != NO_GUID {
