@@ -21,7 +21,8 @@ use dovetail::wire::proto::op::What;
 use dovetail::wire::proto::{
     Ack, AckWanted, Acked, Alias, Answer, Applied, Apply, Birth, BodyChunk, BodyMore, BodyRequest, Change, Doubt,
     Elsewhere, Expunge, FlagUpdate, Goodbye, Hello, Intent, Looked, Mailbox, MailboxCreate, MailboxDelete,
-    MailboxRebuilt, MailboxRename, MessageRange, Pong, Record, Refused, SeqOf, Span, Stamp, Subscription, Surveyed,
+    MailboxRebuilt, MailboxRename, MessageRange, Op, Pong, Record, Refused, Save, SeqOf, Span, Stamp, Subscription,
+    Surveyed,
 };
 use relay::house::*;
 
@@ -814,6 +815,37 @@ fn of_changes_with_one_clock_that_of_the_server_whose_name_sorts_last_holds() {
             worker.applied(&apply);
         }
     }
+}
+
+/// The peer's message, which has its UID here, and a copy of it that comes with its flags.
+#[test]
+fn what_was_done_to_a_message_later_was_not_done_to_its_copy_that_comes_now() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let flags = |uid| {
+        let messages = vec![MessageRange { first_uid: uid, last_uid: uid, guid: "m".into(), ..Default::default() }];
+        What::Flags(FlagUpdate { messages, add: 8, ..Default::default() })
+    };
+    let mut imap = b.process("imap");
+    imap.send(Kind::Record(Record {
+        change: Some(change("jane", named(1, &["Work"]), flags(2))),
+        ..Default::default()
+    }));
+    until("it is told", || b.status().counters.unwrap().changes == 1);
+
+    let mut a = b.connect_as_peer("a");
+    let mut is_flagged = |seq, save: Save, uid| {
+        let birth = Some(Birth { guid: vec![1; 16], uid, ..Default::default() });
+        let save = What::Save(Save { birth, guid: "m".into(), ..save });
+        let ops = [save, flags(uid)].map(|what| Op { what: Some(what) }).to_vec();
+        a.send(Kind::Change(Change { ops, ..theirs(seq, 1, None, named(1, &["Work"]), flags(uid)) }));
+        let (worker, apply) = b.next_job();
+        worker.applied(&apply);
+        apply.changes[0].ops.iter().any(|op| matches!(op.what, Some(What::Flags(_))))
+    };
+    assert!(is_flagged(1, Save::default(), 3), "nobody has it below the UID with which it was saved");
+    assert!(!is_flagged(2, Save { found: true, ..Default::default() }, 4), "it may be the one that is here");
+    assert!(!is_flagged(3, Save::default(), 1), "it may have got another UID here");
 }
 
 #[test]

@@ -66,6 +66,8 @@ fn updates(change: &Change) -> Vec<Update> {
 struct Coming {
     /// Saved ones.
     saved: HashSet<String>,
+    /// By mailbox and GUID, the UIDs with which new ones are saved there. Nobody has them below.
+    new: HashMap<(Vec<u8>, String), HashSet<u32>>,
     /// By mailbox and GUID, the UIDs that they have there.
     named: HashMap<(Vec<u8>, String), HashSet<u32>>,
     /// Those that get other UIDs.
@@ -77,8 +79,13 @@ impl Coming {
         for what in change.ops.iter().filter_map(|op| op.what.as_ref()) {
             match what {
                 What::Save(save) => {
+                    let uid = save.birth.as_ref().map_or(0, |birth| birth.uid);
                     self.saved.insert(save.guid.clone());
-                    self.name(mailbox, save.birth.as_ref().map_or(0, |birth| birth.uid), &save.guid);
+                    self.name(mailbox, uid, &save.guid);
+                    // What is told again may have been here before.
+                    if !save.found && !save.kept {
+                        self.new.entry((mailbox.to_vec(), save.guid.clone())).or_default().insert(uid);
+                    }
                 }
                 What::Flags(FlagUpdate { messages, .. }) | What::Expunge(Expunge { messages }) => {
                     messages.iter().for_each(|range| self.name(mailbox, range.first_uid, &range.guid));
@@ -94,6 +101,10 @@ impl Coming {
         if uid != 0 && !guid.is_empty() {
             self.named.entry((mailbox.to_vec(), guid.to_owned())).or_default().insert(uid);
         }
+    }
+
+    fn is_new(&self, mailbox: &[u8], uid: u32, guid: &str) -> bool {
+        self.new.get(&(mailbox.to_vec(), guid.to_owned())).is_some_and(|uids| uids.contains(&uid))
     }
 
     /// The UIDs there of all that have the GUID.
@@ -372,18 +383,17 @@ impl Engine {
         here: impl Iterator<Item = u32>,
         coming: &Coming,
     ) -> Result<HashSet<u32>, JournalError> {
-        let here: HashSet<u32> = here.collect();
-        if here.is_empty() {
-            return Ok(here);
-        }
-        if coming.moved.contains(guid) {
-            return Ok(HashSet::new());
+        let is_new = coming.is_new(mailbox, uid, guid);
+        let (mut others, here): (HashSet<u32>, HashSet<u32>) = here.partition(|here| is_new && *here < uid);
+        if here.is_empty() || coming.moved.contains(guid) {
+            return Ok(others);
         }
         let known = match self.users_elsewhere.contains(user) {
             true => self.journal.elsewhere_of(user, origin, mailbox, guid)?,
             false => Vec::new(),
         };
-        Ok(others_of(uid, here, &known, coming.uids(mailbox, guid)))
+        others.extend(others_of(uid, here, &known, coming.uids(mailbox, guid)));
+        Ok(others)
     }
 
     /// Messages with a GUID keep their UIDs only where these name the same for the other server.
