@@ -113,7 +113,8 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let was_given_another = is_new && status.guid != guid;
         let is_again = reason == Reason::Create && self.again.contains(&self.current.seq);
         let is_half_made = !had_mail && (was_given_another || is_again);
-        let ours = match is_half_made && guid != NO_GUID {
+        let is_half_made = is_half_made && guid != NO_GUID;
+        let ours = match is_half_made {
             true => Identity { guid: NO_GUID, uid_validity: 0, had_mail },
             false => Identity { guid: status.guid, uid_validity: status.uid_validity, had_mail },
         };
@@ -155,6 +156,10 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let is_told = is_known && merged.guid == status.guid;
         if (differs || is_other) && !is_told {
             self.tell_identity(had_mail, was);
+        } else if is_half_made && ![NO_GUID, guid].contains(&status.guid) {
+            // Or it is another one, empty, that was renamed to here just now: who knows that must hear what became of it.
+            let was = vec![status.guid.to_vec()];
+            self.tell_op(What::Create(proto::MailboxCreate { had_mail, was, again: true, ..Default::default() }));
         }
         self.finish_what_was_moving()?;
         Ok(true)
