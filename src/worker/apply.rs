@@ -484,10 +484,6 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
     }
 
-    fn known_at(&self, there: u32) -> Option<&Known> {
-        self.open.as_ref().and_then(|open| self.elsewhere.at(&open.guid, there))
-    }
-
     fn known_as(&self, there: u32, guid: &str) -> Option<&Known> {
         self.open.as_ref().and_then(|open| self.elsewhere.named(&open.guid, there, guid))
     }
@@ -957,10 +953,24 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         // Where it has another UID, that is known, or the log says that it was moved. Otherwise it never came: any other one with
         // the GUID is a copy, or was moved out of the mailbox and back.
-        let here = self.known_at(range.first_uid).and_then(Known::uid).unwrap_or(range.first_uid);
-        let uid = mark::follow(&self.storage.log_files()?, here);
-        let info = self.storage.message_info(uid)?;
-        Ok(info.is_some_and(|info| info.guid_128 == guid).then_some(uid))
+        let logs = self.storage.log_files()?;
+        for here in self.may_be_at(range.first_uid) {
+            let uid = mark::follow(&logs, here);
+            if self.storage.message_info(uid)?.is_some_and(|info| info.guid_128 == guid) {
+                return Ok(Some(uid));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The UIDs here of messages of which the changes' origin may have one at this UID.
+    fn may_be_at(&self, there: u32) -> Vec<u32> {
+        let known = self.open.as_ref().map(|open| self.elsewhere.all_at(&open.guid, there)).unwrap_or_default();
+        let mut uids: Vec<u32> = known.into_iter().map(|known| known.uid().unwrap_or(there)).collect();
+        if uids.is_empty() {
+            uids.push(there);
+        }
+        uids
     }
 
     /// Of messages that the origin names by their UIDs alone.
@@ -1706,6 +1716,20 @@ mod tests {
         let outcome = apply_in_mesh(false, &mut storage, &[save(2, 4, "one")]);
         assert_eq!(storage.messages("INBOX"), named(&[(4, "other"), (5, "one")]));
         assert!(matches!(&outcome.told[..], [What::Nack(nack)] if (nack.uid, nack.stands) == (4, 5)), "{outcome:?}");
+    }
+
+    #[test]
+    fn a_hashed_guid_is_looked_for_wherever_the_uid_may_lead() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(13, "one")]);
+        // It was moved here; a third server had another one there, which is gone.
+        let moved = proto::Elsewhere { moved: true, server: String::new(), ..of_c(9, 13) };
+        storage.elsewhere = vec![moved, proto::Elsewhere { guid: "other".into(), ..of_c(9, 10) }];
+        let range =
+            proto::MessageRange { first_uid: 9, last_uid: 9, guid_128: HASHED_GUID.to_vec(), ..Default::default() };
+        let expunge = What::Expunge(proto::Expunge { messages: vec![range] });
+        apply_in_mesh(true, &mut storage, &[change(1, expunge)]);
+        assert_eq!(storage.messages("INBOX"), []);
     }
 
     #[test]

@@ -127,6 +127,16 @@ impl Elsewhere {
         self.meant(mailbox_guid, uid, |_| true)
     }
 
+    /// All that it may mean: several servers may have given the UID to different messages.
+    pub fn all_at(&self, mailbox_guid: &[u8], uid: u32) -> Vec<&Known> {
+        let all = self.all(mailbox_guid, uid);
+        if let Some(own) = all.iter().find(|one| Self::is_own(&self.peer, one)) {
+            return vec![&own.known];
+        }
+        let others = all.iter().rev().filter(|one| Self::may_be_of(&self.peer, one));
+        others.map(|one| &one.known).collect()
+    }
+
     /// The same, where it says which GUID it means.
     pub fn named(&self, mailbox_guid: &[u8], uid: u32, guid: &str) -> Option<&Known> {
         self.meant(mailbox_guid, uid, |known| known.guid == guid).filter(|known| known.guid == guid)
