@@ -484,6 +484,26 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
     }
 
+    /// The same, of one that the changes' origin names by this UID. Where several servers have copies with one UID, it is known of some of
+    /// them that the origin has them at another.
+    fn named(&mut self, there: u32, guid: &str) -> Result<Standing> {
+        let stands = self.standing(there, guid)?;
+        if stands != Standing::Unknown && self.known_own(there, guid).is_some() {
+            return Ok(stands);
+        }
+        let all = [stands, self.standing_here(there, guid)?];
+        let is_another = |standing: &Standing| match standing {
+            Standing::At(here) => self.has_another_there((*here, there), guid),
+            Standing::Expunged | Standing::Unknown => false,
+        };
+        let known = || all.iter().filter(|standing| **standing != Standing::Unknown);
+        Ok(match known().find(|standing| !is_another(standing)) {
+            Some(meant) => *meant,
+            None if self.is_gone_of_others(there, guid) => Standing::Expunged,
+            None => known().next().copied().unwrap_or(Standing::Unknown),
+        })
+    }
+
     fn known_as(&self, there: u32, guid: &str) -> Option<&Known> {
         self.open.as_ref().and_then(|open| self.elsewhere.named(&open.guid, there, guid))
     }
@@ -496,6 +516,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// Whether the message that the changes' origin has at this UID is gone here.
     fn is_gone(&self, there: u32, guid: &str) -> bool {
         self.known_own(there, guid).is_some_and(|known| known.here == GONE)
+    }
+
+    /// Whether some other server's message at this UID is gone here.
+    fn is_gone_of_others(&self, there: u32, guid: &str) -> bool {
+        let all = self.open.as_ref().map(|open| self.elsewhere.all_at(&open.guid, there)).unwrap_or_default();
+        all.into_iter().any(|known| known.guid == guid && known.here == GONE)
     }
 
     /// Whether the message that has this UID here has another one where the changes come from.
@@ -900,15 +926,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             if self.is_gone(range.first_uid, &range.guid) {
                 continue;
             }
-            match self.standing(range.first_uid, &range.guid)? {
-                Standing::At(uid) => {
-                    found.push((uid, uid));
-                    continue;
-                }
-                Standing::Expunged => continue,
-                Standing::Unknown => {}
-            }
-            match self.standing_here(range.first_uid, &range.guid)? {
+            match self.named(range.first_uid, &range.guid)? {
                 Standing::At(uid) => found.push((uid, uid)),
                 Standing::Expunged => {}
                 // It was given another UID here.
@@ -1716,6 +1734,35 @@ mod tests {
         let outcome = apply_in_mesh(false, &mut storage, &[save(2, 4, "one")]);
         assert_eq!(storage.messages("INBOX"), named(&[(4, "other"), (5, "one")]));
         assert!(matches!(&outcome.told[..], [What::Nack(nack)] if (nack.uid, nack.stands) == (4, 5)), "{outcome:?}");
+    }
+
+    #[test]
+    fn by_a_uid_that_is_another_servers_copy_and_was_a_message_here_too_the_message_is_meant() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(9, "one"), (16, "one")]);
+        storage.expunge_now("INBOX", 9);
+        // Theirs has that copy at another UID.
+        let of_a = proto::Elsewhere { alone: true, server: "a".into(), ..of_c(15, 16) };
+        storage.elsewhere = vec![of_c(9, 16), of_a.clone()];
+        apply_in_mesh(true, &mut storage, &[expunge(1, 9, "one")]);
+        assert_eq!(storage.messages("INBOX"), named(&[(16, "one")]));
+        storage.elsewhere = vec![of_c(9, GONE), of_a.clone(), proto::Elsewhere { moved: true, ..of_c(9, 16) }];
+        apply_in_mesh(true, &mut storage, &[expunge(2, 9, "one")]);
+        assert_eq!(storage.messages("INBOX"), named(&[(16, "one")]), "which was at that one here");
+        storage.elsewhere = vec![of_c(9, 16)];
+        apply_in_mesh(true, &mut storage, &[expunge(3, 9, "one")]);
+        assert_eq!(storage.messages("INBOX"), [], "what nobody knows to be elsewhere is where it was saved");
+    }
+
+    #[test]
+    fn what_is_gone_by_the_uid_that_several_servers_have_it_at_is_no_doubt() {
+        for (known, doubts) in [(vec![of_c(3, GONE)], 0), (vec![], 1)] {
+            let mut storage = FakeStorage::default();
+            storage.add("INBOX", GUID, 9, &[(1, "other")]);
+            storage.elsewhere = known;
+            let outcome = apply_in_mesh(false, &mut storage, &[expunge(1, 3, "one")]);
+            assert_eq!((outcome.error, outcome.doubts), (None, doubts));
+        }
     }
 
     #[test]
