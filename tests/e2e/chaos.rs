@@ -2,23 +2,26 @@
 //! servers must be the same, and every mail there as often as its client knows.
 //!
 //! In half of the seeds one server is written to at a time, and the other one has its turn when both are the same; in the others
-//! both are at once. A seed gives the same schedule each time; the threads of a schedule race as they like.
+//! both are at once. A seed gives the same schedule each time; the threads of a schedule race as they like. From 1000 on
+//! something befalls a whole server once in each, and what must hold afterwards is what docs/OPERATIONS.md says.
 
 mod client;
 mod dice;
 mod faults;
+mod great;
 mod ledger;
 mod plan;
 mod reader;
 mod writer;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Mutex;
 use std::time::Duration;
 
 use self::client::{literal, Imap};
 use self::faults::{Faults, Progress};
+use self::great::{Great, Procedure};
 use self::ledger::Ledger;
 use self::plan::{Phase, Plan};
 use self::reader::Reader;
@@ -65,7 +68,12 @@ impl Drop for Story<'_> {
             return;
         }
         for server in scene.servers() {
-            eprintln!("{}: {:?}", server.name(), server.try_status());
+            let status = server.try_status();
+            eprintln!("{}: {status:?}", server.name());
+            // It may be stopped, and cannot be asked then.
+            if status.is_none() {
+                continue;
+            }
             for service in ["dovetail", "dovetail-worker", "imap", "lmtp"] {
                 for pid in server.pids(service) {
                     let of = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
@@ -99,7 +107,13 @@ fn play(seed: u64) {
     for (side, setup) in setups.iter_mut().enumerate() {
         setup.small_disks = plan.fills(side);
     }
-    let cluster = if plan.apart { Cluster::start_apart(setups) } else { Cluster::start(setups) };
+    if let Some(great) = plan.great {
+        great.set_up(seed, &mut setups);
+    }
+    let mut cluster = if plan.apart { Cluster::start_apart(setups) } else { Cluster::start(setups) };
+    if plan.great.is_some_and(Great::mixes_save_dates) {
+        cluster = cluster.without_save_dates();
+    }
     let scene = Scene::on(cluster.ignoring_empty_folders(), &users[0]);
     let _story = Story(&plan, &scene);
     // Dovecot's own words about killed processes and what they left. A panic is one of ours, or of Dovecot's.
@@ -113,10 +127,25 @@ fn play(seed: u64) {
     .iter()
     .for_each(|text| scene.expects_in_log(text));
     let ledger = Mutex::new(Ledger::default());
-    for phase in &plan.phases {
+    let mut procedure = Procedure::new(plan.great, &scene, &users);
+    let mut gone = BTreeSet::new();
+    for (number, phase) in plan.phases.iter().enumerate().map(|(n, phase)| (n + 1, phase)) {
+        procedure.before(number, |server| fill(server, &users, &ledger));
+        if plan.great.is_some_and(Great::brings_mailboxes_back) {
+            let mut ledger = ledger.lock().expect("a ledger");
+            match number {
+                2 => gone = ledger.gone(),
+                3 => ledger.brings_back(&gone),
+                _ => {}
+            }
+        }
         play_phase(&scene, phase, &users, &ledger);
-        check(&scene, &users, &ledger);
+        procedure.after(number);
+        if procedure.is_checked(number) {
+            check(&scene, &users, &ledger);
+        }
     }
+    procedure.check_repaired();
     for server in scene.servers() {
         let log = server.log();
         let is_panic = |line: &&str| line.contains("Panic:") || line.contains("panicked");
@@ -125,6 +154,14 @@ fn play(seed: u64) {
     }
     // All that there are were Dovecot's.
     ["Panic:", "killed with signal 6"].iter().for_each(|text| scene.expects_in_log(text));
+}
+
+/// Brings a mail of the size that fills a small journal with a few.
+fn fill(server: &Server, users: &[String], ledger: &Mutex<Ledger>) {
+    let (progress, connections) = (Progress::default(), BTreeMap::new());
+    let mut writer =
+        Writer { server, users, ledger, progress: &progress, number: 0, side: 0, both: false, connections };
+    writer.deliver(0, 25_000);
 }
 
 fn play_phase(scene: &Scene, phase: &Phase, users: &[String], ledger: &Mutex<Ledger>) {
@@ -157,15 +194,18 @@ fn play_phase(scene: &Scene, phase: &Phase, users: &[String], ledger: &Mutex<Led
             let writer = writer(number);
             scope.spawn(move || writer.play(steps));
         }
-        let reader = Reader::on(&scene.servers()[1 - phase.writer], users);
-        scope.spawn(|| reader.look_at_everything(&progress));
-        Faults::on(scene).play(&phase.events, &progress);
+        let read = 1 - phase.writer;
+        if phase.down != Some(read) {
+            let reader = Reader::on(&scene.servers()[read], users);
+            scope.spawn(|| reader.look_at_everything(&progress));
+        }
+        Faults::on(scene, phase.down).play(&phase.events, &progress);
     });
 }
 
 fn check(scene: &Scene, users: &[String], ledger: &Mutex<Ledger>) {
-    let is_rebuilt = |user: &String| scene.servers().iter().any(|server| was_rebuilt(server, user));
-    for server in scene.servers() {
+    let is_rebuilt = |user: &String| scene.members().iter().any(|server| was_rebuilt(server, user));
+    for server in scene.members() {
         // Dovecot may make an mdbox's indexes anew each time that it is opened, and so has something to tell each time.
         wait_until(DEADLINE, &format!("nothing is pending on {}", server.name()), || {
             server.has_nothing_pending() || users.iter().any(is_rebuilt)
@@ -174,17 +214,17 @@ fn check(scene: &Scene, users: &[String], ledger: &Mutex<Ledger>) {
     let is_any_rebuilt = users.iter().any(is_rebuilt);
     for (number, user) in users.iter().enumerate() {
         if is_rebuilt(user) {
-            scene.servers().iter().for_each(|server| resync_what_is_corrupted(server, user));
-            scene.servers().iter().for_each(|server| wait_until_nothing_is_lost(server, user, number, ledger));
-            scene.servers()[0].try_doveadm(&["dovetail", "resync", "-u", user]);
+            scene.members().iter().for_each(|server| resync_what_is_corrupted(server, user));
+            scene.members().iter().for_each(|server| wait_until_nothing_is_lost(server, user, number, ledger));
+            scene.members()[0].try_doveadm(&["dovetail", "resync", "-u", user]);
         }
         match is_any_rebuilt {
             true => scene.converged_while_busy(DEADLINE, user),
             false => scene.converged_within(DEADLINE, user),
         };
         // Dovecot finds expunged mails again when it makes an mdbox's indexes anew.
-        let may_be_more = scene.servers().iter().any(|server| was_rebuilt(server, user) || has_lost_uids(server, user));
-        for server in scene.servers() {
+        let may_be_more = scene.members().iter().any(|server| was_rebuilt(server, user) || has_lost_uids(server, user));
+        for server in scene.members() {
             let found = everything(server, user).unwrap_or_else(|error| panic!("{error}"));
             let ledger = ledger.lock().expect("a ledger");
             if may_be_more {

@@ -2,50 +2,14 @@
 //! in a power failure, a machine that was cloned.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
+use crate::cluster::backup::{copy, folder, Backup};
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
 use crate::scene::{mail, Scene, SOON};
 
 /// What was noticed is compared after half a minute, for as long as it takes.
 const BY_ITSELF: Duration = Duration::from_secs(150);
-
-fn copy(from: &Path, to: &Path) {
-    let output = Command::new("cp").arg("-a").arg(from).arg(to).output().expect("cp");
-    assert!(output.status.success(), "cp: {}", String::from_utf8_lossy(&output.stderr));
-}
-
-/// A copy of what is below the server's folder there, to be put back.
-struct Backup {
-    of: PathBuf,
-    kept: PathBuf,
-}
-
-impl Backup {
-    fn of(server: &Server, below: &str) -> Backup {
-        let of = server.outside(below);
-        let kept = server.outside(&format!("/backup{}", below.replace('/', "-")));
-        let _ = fs::remove_dir_all(&kept);
-        copy(&of, &kept);
-        Backup { of, kept }
-    }
-
-    fn restore(&self) {
-        fs::remove_dir_all(&self.of).expect("what is there");
-        copy(&self.kept, &self.of);
-    }
-
-    /// Only the files of the index: the disk has lost their ends.
-    fn restore_index(&self) {
-        for entry in fs::read_dir(&self.kept).expect("the copy").flatten() {
-            if entry.file_name().to_string_lossy().starts_with("dovecot.index") {
-                fs::copy(entry.path(), self.of.join(entry.file_name())).expect("a file of the index");
-            }
-        }
-    }
-}
 
 fn is_connected(server: &Server) -> bool {
     server.try_status().is_some_and(|status| status.peers.iter().all(|peer| peer.state == "connected"))
@@ -92,14 +56,6 @@ fn in_pairs(formats: &[Format], name: &str, with: fn(Cluster) -> Cluster, story:
     }
 }
 
-fn folder(server: &Server, user: &str, mailbox: &str) -> String {
-    match server.format() {
-        Format::Sdbox => format!("/home/{user}/sdbox/mailboxes/{mailbox}"),
-        Format::Mdbox => format!("/home/{user}/mdbox/mailboxes/{mailbox}"),
-        Format::Maildir => format!("/home/{user}/Maildir/.{mailbox}"),
-    }
-}
-
 /// Work and INBOX have five each; the third of Work is flagged.
 fn begin(t: &Scene) {
     let mut imap = t.a().imap(&t.user);
@@ -140,7 +96,7 @@ fn has_all(before: &Snapshot, after: &Snapshot) {
 fn a_single_mailbox_is_restored_from_a_copy() {
     in_formats(&[Format::Sdbox, Format::Maildir], "mailbox-restored", |t| {
         begin(t);
-        let backup = Backup::of(t.b(), &folder(t.b(), &t.user, "Work"));
+        let backup = Backup::of_mailbox(t.b(), &t.user, "Work");
         let before = go_on(t);
         t.b().stop();
         backup.restore();
@@ -156,7 +112,7 @@ fn a_single_mailbox_is_restored_from_a_copy() {
 fn a_single_mailbox_is_restored_under_a_running_relay_and_its_log_grows_again() {
     in_formats(&[Format::Sdbox, Format::Maildir], "restored-live", |t| {
         begin(t);
-        let backup = Backup::of(t.b(), &folder(t.b(), &t.user, "Work"));
+        let backup = Backup::of_mailbox(t.b(), &t.user, "Work");
         let before = go_on(t);
         backup.restore();
         let mut imap = t.b().imap(&t.user).select("Work");

@@ -1,16 +1,22 @@
 //! What happens to the servers while the clients write: by the number of steps that the clients have done, never by time.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
+use super::great::THIRD;
 use super::plan::{Event, Fault};
 use crate::cluster::server::signal;
-use crate::cluster::{Cluster, Line, Server};
+use crate::cluster::{holds_within, Cluster, Line, Server};
 
 /// What is paused, stopped or full goes on when no client has got an answer for so long: they may all wait for its locks.
 const STALL: Duration = Duration::from_secs(5);
+/// What seeds does so within this time, or is interrupted nevertheless.
+const SEEDED: Duration = Duration::from_secs(10);
+/// It has half of a minute for those who were away, and the users after each other.
+const SEED_DEADLINE: Duration = Duration::from_secs(120);
 
 #[derive(Default)]
 struct Done {
@@ -85,17 +91,25 @@ pub struct Faults<'a> {
     line: &'a Line,
     paused: BTreeMap<(usize, &'static str), Vec<u32>>,
     stopped: [bool; 2],
+    down: Option<usize>,
     full: BTreeSet<(usize, &'static str)>,
+    seedings: Vec<Child>,
+    /// How many changes the third server had applied when the last one began.
+    applied: u64,
 }
 
 impl<'a> Faults<'a> {
-    pub fn on(cluster: &'a Cluster) -> Faults<'a> {
+    /// `down`: is stopped all the time.
+    pub fn on(cluster: &'a Cluster, down: Option<usize>) -> Faults<'a> {
         Faults {
             servers: cluster.servers(),
             line: &cluster.lines[0],
             paused: BTreeMap::new(),
             stopped: [false; 2],
+            down,
             full: BTreeSet::new(),
+            seedings: Vec::new(),
+            applied: 0,
         }
     }
 
@@ -155,7 +169,36 @@ impl<'a> Faults<'a> {
                 self.full.remove(&(*side, *disk));
                 self.servers[*side].free(disk);
             }
+            Fault::Seed { side } => self.seed(*side),
+            Fault::Interrupt { side, applied } => {
+                let wanted = self.applied + applied;
+                holds_within(SEEDED, || self.applied_by_third() >= wanted);
+                let pids = self.pids(*side, "dovetail");
+                pids.iter().for_each(|pid| signal(*pid, "KILL"));
+                eprintln!("{fault}: {} of {wanted} applied", self.applied_by_third());
+            }
+            Fault::Lose { side } => {
+                self.servers[*side].kill_all();
+                eprintln!("{fault}");
+            }
         }
+    }
+
+    fn seed(&mut self, side: usize) {
+        if self.stopped[side] {
+            return;
+        }
+        self.applied = self.applied_by_third();
+        let server = &self.servers[side];
+        let mut doveadm = server.command("doveadm");
+        doveadm.args(["-c", &server.conf(), "dovetail", "resync", "-A"]);
+        doveadm.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        self.seedings.push(doveadm.spawn().expect("nsenter"));
+    }
+
+    fn applied_by_third(&self) -> u64 {
+        let status = self.servers[THIRD].try_status().unwrap_or_default();
+        status.counters.unwrap_or_default().applied
     }
 
     fn resume(&mut self, side: usize, service: &'static str) {
@@ -164,7 +207,7 @@ impl<'a> Faults<'a> {
     }
 
     fn pids(&self, side: usize, service: &str) -> Vec<u32> {
-        if self.stopped[side] {
+        if self.down == Some(side) || self.stopped.get(side) == Some(&true) {
             return Vec::new();
         }
         self.servers[side].pids(service)
@@ -180,9 +223,16 @@ impl Drop for Faults<'_> {
         for ((side, service), _) in self.paused.clone() {
             self.resume(side, service);
         }
-        for side in 0..self.servers.len() {
+        for side in 0..self.stopped.len() {
             if std::mem::take(&mut self.stopped[side]) && !std::thread::panicking() {
                 self.servers[side].start();
+            }
+        }
+        for mut doveadm in std::mem::take(&mut self.seedings) {
+            let is_over = || !matches!(doveadm.try_wait(), Ok(None));
+            if !holds_within(SEED_DEADLINE, is_over) {
+                let _ = doveadm.kill();
+                let _ = doveadm.wait();
             }
         }
     }

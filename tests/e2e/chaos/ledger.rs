@@ -4,7 +4,7 @@
 //! received widens the range of what is right: such a mail may even appear later, when Dovecot finds its file. What is
 //! outside of the range is a fault, told with the mail's story.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub const TOKEN_HEADER: &str = "X-Chaos-Token";
 
@@ -73,6 +73,8 @@ pub struct Ledger {
     mails: BTreeMap<String, Mail>,
     pub extras: Vec<Extra>,
     next: u64,
+    /// Of mailboxes that are not there any more, and may come back with all that was in them.
+    may_be_back: BTreeSet<String>,
 }
 
 impl Ledger {
@@ -172,11 +174,25 @@ impl Ledger {
         Ok(())
     }
 
+    /// What was deleted since these were gone may come back.
+    pub fn brings_back(&mut self, since: &BTreeSet<String>) {
+        self.may_be_back = self.gone().difference(since).cloned().collect();
+    }
+
+    /// Mailboxes that were deleted.
+    pub fn gone(&self) -> BTreeSet<String> {
+        self.extras.iter().filter(|extra| extra.gone).map(|extra| extra.id.clone()).collect()
+    }
+
     /// All that a user has on a server, as (mailbox, token, text).
     pub fn check(&self, server: &str, user: usize, found: &[(String, String, Vec<u8>)]) {
         let mut faults = Vec::new();
         let mut by_token: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for (mailbox, token, text) in found {
+            if self.is_back(mailbox) {
+                eprintln!("{token} is back on {server} in {mailbox}, which was deleted");
+                continue;
+            }
             by_token.entry(token).or_default().push(mailbox);
             match self.mails.get(token).filter(|mail| mail.user == user) {
                 None => faults.push(format!("{mailbox} has {token:?}, which was never sent to this user")),
@@ -210,9 +226,14 @@ impl Ledger {
     pub fn lost(&self, user: usize, found: &[(String, String, Vec<u8>)]) -> Vec<String> {
         let of_user = self.mails.iter().filter(|(_, mail)| mail.user == user && mail.total.min > 0);
         of_user
-            .filter(|(token, _)| !found.iter().any(|(_, found, _)| found == *token))
+            .filter(|(token, _)| !found.iter().any(|(mailbox, found, _)| found == *token && !self.is_back(mailbox)))
             .map(|(token, mail)| format!("{token}: {:#?}", mail.story))
             .collect()
+    }
+
+    /// Each name that a mailbox had is its id, with an end of its own.
+    fn is_back(&self, name: &str) -> bool {
+        self.may_be_back.contains(name.trim_end_matches('r'))
     }
 
     fn id_of(&self, user: usize, name: &str) -> String {

@@ -4,6 +4,7 @@
 use std::fmt::{self, Display, Formatter};
 
 use super::dice::Dice;
+use super::great::Great;
 use crate::cluster::Format;
 
 /// Mailboxes that every user has; the number behind them stands for one of the client's own.
@@ -18,6 +19,7 @@ pub struct Plan {
     /// Each server in a network of its own.
     pub apart: bool,
     pub users: usize,
+    pub great: Option<Great>,
     pub phases: Vec<Phase>,
 }
 
@@ -27,6 +29,8 @@ pub struct Phase {
     pub writer: usize,
     /// Both are: every second client writes to the other one.
     pub both: bool,
+    /// This one is stopped before it begins, and still when it is over.
+    pub down: Option<usize>,
     /// What each client does, one step after the other.
     pub clients: Vec<Vec<Step>>,
     pub events: Vec<Event>,
@@ -107,6 +111,19 @@ pub enum Fault {
     Slow {
         millis: u64,
     },
+    /// `doveadm dovetail resync -A`
+    Seed {
+        side: usize,
+    },
+    /// Once it has brought the third server so many changes, a relay is killed.
+    Interrupt {
+        side: usize,
+        applied: u64,
+    },
+    /// All of a server is killed, and does not come back.
+    Lose {
+        side: usize,
+    },
 }
 
 impl Plan {
@@ -116,8 +133,16 @@ impl Plan {
         let mut dice = Dice::new(seed, 0);
         let users = dice.between(1, 3);
         let phases = dice.between(1, 3);
-        let phases = (1..=phases).map(|phase| Phase::of(seed, phase as u64, users)).collect();
-        Plan { seed, formats: pairs[(seed % 4) as usize], apart: seed / 4 % 2 == 1, users, phases }
+        let great = Great::of(seed);
+        // In the order of the seeds, great faults would meet the same ones again and again.
+        let traits = if great.is_some() { Dice::new(seed, 8_000).roll() } else { seed };
+        let phases = if great.is_some() { 3 } else { phases };
+        let phases =
+            (1..=phases).map(|phase| Phase::of(seed, phase as u64, users, traits / 8 % 2 == 1, great)).collect();
+        let is_allowed = |formats: &&(Format, Format)| great.is_none_or(|great| great.allows(formats.0));
+        let pairs: Vec<_> = pairs.iter().filter(is_allowed).collect();
+        let formats = *pairs[traits as usize % pairs.len()];
+        Plan { seed, formats, apart: traits / 4 % 2 == 1, users, great, phases }
     }
 
     /// Whether one of a server's disks is filled some time.
@@ -128,9 +153,10 @@ impl Plan {
 }
 
 impl Phase {
-    fn of(seed: u64, phase: u64, users: usize) -> Phase {
+    fn of(seed: u64, phase: u64, users: usize, both: bool, great: Option<Great>) -> Phase {
         let mut dice = Dice::new(seed, phase * 100);
-        let writer = dice.between(0, 1);
+        let rolled = dice.between(0, 1);
+        let writer = great.and_then(|great| great.writer(phase)).unwrap_or(rolled);
         let clients: Vec<Vec<Step>> = (1..=dice.between(2, 4) as u64)
             .map(|client| {
                 let mut dice = Dice::new(seed, phase * 100 + client);
@@ -148,8 +174,11 @@ impl Phase {
             Fault::add_to_servers(&mut dice, writer, steps, &mut events);
         }
         events.sort_by_key(|event| event.after);
-        let both = seed / 8 % 2 == 1;
-        Phase { writer, both, clients, events }
+        let mut it = Phase { writer, both, down: None, clients, events };
+        if let Some(great) = great {
+            great.adapt(seed, phase, &mut it);
+        }
+        it
     }
 
     /// The server that a client writes to.
@@ -269,7 +298,7 @@ impl Fault {
 }
 
 pub fn side_name(side: usize) -> &'static str {
-    ["a", "b"][side]
+    ["a", "b", "the third"][side]
 }
 
 impl Display for Fault {
@@ -281,6 +310,11 @@ impl Display for Fault {
             Fault::Resume { side, service } => write!(f, "SIGCONT to {service} on {}", side_name(*side)),
             Fault::Stop { side } => write!(f, "stop {}", side_name(*side)),
             Fault::Start { side } => write!(f, "start {}", side_name(*side)),
+            Fault::Seed { side } => write!(f, "{} begins to seed", side_name(*side)),
+            Fault::Interrupt { side, applied } => {
+                write!(f, "{applied} changes later, kill -9 the relay on {}", side_name(*side))
+            }
+            Fault::Lose { side } => write!(f, "kill -9 all of {}", side_name(*side)),
             Fault::Cut => write!(f, "the line is cut"),
             Fault::Hang { hangs } => write!(f, "the line {}", if *hangs { "hangs" } else { "works again" }),
             Fault::Slow { millis } => write!(f, "the line takes {millis} ms longer"),
@@ -301,6 +335,9 @@ impl Display for Plan {
             "seed {}: {:?} and {:?} {network}, {} users",
             self.seed, self.formats.0, self.formats.1, self.users
         )?;
+        if let Some(great) = self.great {
+            writeln!(f, "once: {great}")?;
+        }
         for (n, phase) in self.phases.iter().enumerate() {
             let steps: Vec<usize> = phase.clients.iter().map(Vec::len).collect();
             let writers = match phase.both {

@@ -7,6 +7,7 @@
 // The demo uses less of it than the tests do.
 #![allow(dead_code)]
 
+pub mod backup;
 pub mod checker;
 pub mod config;
 pub mod doveadm;
@@ -22,7 +23,7 @@ pub mod snapshot;
 pub mod wait;
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -208,6 +209,9 @@ pub struct Cluster {
     /// Whether save dates are compared.
     has_save_dates: bool,
     ignores_empty_folders: bool,
+    /// The first so many are held to be the same.
+    members: AtomicUsize,
+    reachable: Reachable,
     // Dropped after the servers: removes what they leave.
     janitor: Arc<janitor::Janitor>,
 }
@@ -241,7 +245,7 @@ impl Cluster {
                 Server::prepare(setup, root, &format!("/tmp/{id}"), network, janitor.clone())
             })
             .collect();
-        let lines = match apart {
+        let (lines, reachable) = match apart {
             true => {
                 certify(&servers);
                 wire_up(&servers)
@@ -253,7 +257,8 @@ impl Cluster {
         }
         // Maildir has them in its cache only, which may go with a killed process.
         let has_save_dates = servers.iter().all(|server| server.format() != Format::Maildir);
-        Cluster { servers, lines, has_save_dates, ignores_empty_folders: false, janitor }
+        let members = AtomicUsize::new(servers.len());
+        Cluster { servers, lines, has_save_dates, ignores_empty_folders: false, members, reachable, janitor }
     }
 
     pub fn pair(format_a: Format, format_b: Format) -> Cluster {
@@ -279,6 +284,32 @@ impl Cluster {
         &self.servers
     }
 
+    /// Those that are held to be the same.
+    pub fn members(&self) -> &[Server] {
+        &self.servers[..self.members.load(Ordering::Relaxed)]
+    }
+
+    /// From now on only the first so many are: the others are not there yet, or any more.
+    pub fn set_members(&self, count: usize) {
+        self.members.store(count, Ordering::Relaxed);
+    }
+
+    /// Only members are peers from now on. Who runs is told; returns when all members are connected.
+    pub fn connect_members(&self, deadline: Duration) {
+        let members = self.members();
+        for (server, reachable) in members.iter().zip(&self.reachable) {
+            let is_member = |name: &str| members.iter().any(|member| member.name() == name);
+            let peers: Vec<_> = reachable.iter().filter(|(name, _)| is_member(name)).cloned().collect();
+            server.configure(&peers);
+            server.doveadm(&["reload"]);
+        }
+        let is_connected = |server: &Server| {
+            let peers = server.try_status().unwrap_or_default().peers;
+            peers.len() == members.len() - 1 && peers.iter().all(|peer| peer.state == "connected")
+        };
+        wait_until(deadline, "all members are connected", || members.iter().all(is_connected));
+    }
+
     pub fn a(&self) -> &Server {
         &self.servers[0]
     }
@@ -302,16 +333,16 @@ impl Cluster {
     }
 
     fn converge(&self, deadline: Duration, user: &str, is_busy: bool) -> Snapshot {
-        let (first, others) = self.servers.split_first().expect("a cluster has servers");
+        let (first, others) = self.members().split_first().expect("a cluster has servers");
         let mut difference = String::new();
         let mut result = None;
         // A look at a server would create the user's INBOX there; do not race the first change for that. Nor look at it while
         // the worker is creating it: Dovecot may give it another GUID then.
-        let may_be_pending = is_busy || self.servers.len() == 1;
+        let may_be_pending = is_busy || self.members().len() == 1;
         let not_yet = || {
-            let without = self.servers.iter().find(|s| !s.has_inbox(user));
+            let without = self.members().iter().find(|s| !s.has_inbox(user));
             let without = without.map(|s| format!("  {user} has no INBOX on {}\n", s.name()));
-            let pending = || self.servers.iter().filter(|_| !may_be_pending).find_map(|s| s.what_is_pending_of(user));
+            let pending = || self.members().iter().filter(|_| !may_be_pending).find_map(|s| s.what_is_pending_of(user));
             without.or_else(pending)
         };
         let until = Instant::now() + deadline;
@@ -367,8 +398,19 @@ impl Cluster {
     }
 }
 
+/// What each server could have as peers: (name, address of the relay).
+type Reachable = Vec<Vec<(String, String)>>;
+
+/// Gives each server those of them that its setup wants.
+fn configure(servers: &[Server], reachable: &Reachable) {
+    for (server, peers) in servers.iter().zip(reachable) {
+        let peers: Vec<_> = peers.iter().filter(|(name, _)| server.setup().has_peer(name)).cloned().collect();
+        server.configure(&peers);
+    }
+}
+
 /// Configures servers that share the loopback network. Their lines are those that their setups want.
-fn share_loopback(servers: &[Server]) -> Vec<Line> {
+fn share_loopback(servers: &[Server]) -> (Vec<Line>, Reachable) {
     let mut lines = Vec::new();
     let mut address = |server: &Server| {
         let mut port = server.ports.relay;
@@ -380,11 +422,10 @@ fn share_loopback(servers: &[Server]) -> Vec<Line> {
         format!("{LOOPBACK}:{port}")
     };
     let relays: Vec<(String, String)> = servers.iter().map(|s| (s.name().to_owned(), address(s))).collect();
-    for server in servers {
-        let peers: Vec<_> = relays.iter().filter(|(name, _)| server.setup().has_peer(name)).cloned().collect();
-        server.configure(&peers);
-    }
-    lines
+    let others = |server: &Server| relays.iter().filter(|(name, _)| name != server.name()).cloned().collect();
+    let reachable = servers.iter().map(others).collect();
+    configure(servers, &reachable);
+    (lines, reachable)
 }
 
 /// Gives each server a certificate of one authority, whose folder is the first one's.
@@ -402,9 +443,9 @@ fn certify(servers: &[Server]) {
 }
 
 /// Configures servers with networks of their own. Their lines are cables.
-fn wire_up(servers: &[Server]) -> Vec<Line> {
+fn wire_up(servers: &[Server]) -> (Vec<Line>, Reachable) {
     let mut lines = Vec::new();
-    let mut peers: Vec<Vec<(String, String)>> = servers.iter().map(|_| Vec::new()).collect();
+    let mut peers: Reachable = servers.iter().map(|_| Vec::new()).collect();
     for (one, first) in servers.iter().enumerate() {
         for (other, second) in servers.iter().enumerate().skip(one + 1) {
             let ends = [first, second].map(|server| server.network().expect("each has one"));
@@ -416,6 +457,6 @@ fn wire_up(servers: &[Server]) -> Vec<Line> {
             lines.push(Line::Cable(cable));
         }
     }
-    servers.iter().zip(&peers).for_each(|(server, peers)| server.configure(peers));
-    lines
+    configure(servers, &peers);
+    (lines, peers)
 }
