@@ -118,6 +118,8 @@ struct Open {
     complete: Option<proto::SeqOf>,
     /// A message gets another UID than it had.
     diverges: bool,
+    /// What is pending expunges what a client expunged elsewhere.
+    expunges: bool,
     /// What the changes said that it must reach.
     min_uid_next: u32,
     min_highest_modseq: u64,
@@ -563,8 +565,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         let completed = open.complete.take().filter(|change| !open.marks.has(change));
         let completed = completed.map(|change| open.marks.set(&change));
         let diverged = std::mem::take(&mut open.diverges).then(|| open.marks.diverge());
-        let ours = (completed.is_none() && diverged.is_none()).then(|| open.marks.ours());
-        for (offset, bytes) in completed.into_iter().chain(diverged).chain(ours) {
+        let expunges = std::mem::take(&mut open.expunges).then(|| open.marks.expunges());
+        let is_said = completed.is_some() || diverged.is_some() || expunges.is_some();
+        let ours = (!is_said).then(|| open.marks.ours());
+        // The last one of those that are written to one place holds.
+        for (offset, bytes) in completed.into_iter().chain(diverged).chain(expunges).chain(ours) {
             self.storage.write_mark(offset, &bytes)?;
         }
         Ok(())
@@ -741,10 +746,14 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 return Ok(Some(wanted));
             }
         }
-        // What is told again may also have gone with a worker that deleted its mailbox, or took the index's loss for an expunge.
-        let was_expunged =
-            self.was_expunged_from(wanted, guid)? && (!is_told_again || self.is_expunged_by_client(wanted)?);
-        if was_expunged && save.found {
+        let is_found = save.found || save.found_beside;
+        let was_expunged = match is_told_again || is_found {
+            // It may also have gone with a worker that deleted its mailbox, or took the index's loss for an expunge. The UID is the one
+            // that it has there now, whatever it had before.
+            true => self.was_expunged_at(wanted, guid)? && self.is_expunged_by_client(wanted)?,
+            false => self.was_expunged_from(wanted, guid)?,
+        };
+        if was_expunged && is_found {
             self.tell_expunge_again(wanted, guid);
         }
         if was_expunged && !self.has_diverged() {
@@ -843,9 +852,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         Ok(Standing::Unknown)
     }
 
+    /// Of this server, or of another one that told of it.
     fn is_expunged_by_client(&mut self, uid: u32) -> Result<bool> {
-        let done = mark::done_since(&self.storage.log_files()?, (0, 0), uid);
-        Ok(done.iter().any(|delta| matches!(delta, Delta::Expunge { .. })))
+        let logs = self.storage.log_files()?;
+        let done = mark::done_since(&logs, (0, 0), uid);
+        let is_own = done.iter().any(|delta| matches!(delta, Delta::Expunge { .. }));
+        Ok(is_own || mark::is_expunged_for_client(&logs, uid))
     }
 
     /// The peer's index was made anew, perhaps since it had the expunge.
@@ -861,8 +873,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
 
     /// Whether it was expunged from this UID, and not moved from it.
     fn was_expunged_from(&mut self, uid: u32, guid: &str) -> Result<bool> {
-        let was_expunged = !self.is_of_another(uid, guid) && self.storage.was_expunged(uid, guid)?;
-        Ok(was_expunged && mark::follow(&self.storage.log_files()?, uid) == uid)
+        Ok(!self.is_of_another(uid, guid) && self.was_expunged_at(uid, guid)?)
+    }
+
+    fn was_expunged_at(&mut self, uid: u32, guid: &str) -> Result<bool> {
+        Ok(self.storage.was_expunged(uid, guid)? && mark::follow(&self.storage.log_files()?, uid) == uid)
     }
 
     fn is_at(&mut self, uid: u32, guid: &str) -> Result<bool> {
@@ -1040,6 +1055,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         for (first, last) in self.find(&expunge.messages)? {
             self.storage.expunge(first, last)?;
             self.pending = Pending::Changes;
+            self.open.iter_mut().for_each(|open| open.expunges = true);
         }
         Ok(())
     }
@@ -2068,20 +2084,53 @@ mod tests {
         assert_eq!(outcome.notes, Vec::<String>::new());
     }
 
+    /// A client expunged its message 2.
+    const EXPUNGED: &[u8] = include_bytes!("../../tests/golden/indexlog/2.4-sdbox.log");
+
+    /// The peer tells that it has "two" at UID 2, as `found` says; what is told then.
+    fn found_again(storage: &mut FakeStorage, found: impl FnOnce(&mut proto::Save)) -> Vec<What> {
+        storage.set_logs("INBOX", &[EXPUNGED]);
+        let mut told = save(9, 2, "two");
+        let Some(What::Save(save)) = &mut told.ops[0].what else { unreachable!() };
+        found(save);
+        apply(storage, Script::default(), &[told]).told
+    }
+
+    fn expunges(told: &[What], guid: &str) -> bool {
+        told.iter().any(|what| matches!(what, What::Expunge(expunge) if expunge.messages[0].guid == guid))
+    }
+
     #[test]
     fn what_a_rebuilt_index_found_again_does_not_come_back_if_a_client_expunged_it() {
-        // A client expunged its message 2.
-        const LOG: &[u8] = include_bytes!("../../tests/golden/indexlog/2.4-sdbox.log");
         let mut storage = FakeStorage::default();
         apply(&mut storage, Script::default(), &[save(1, 2, "two"), expunge(2, 2, "two")]);
-        storage.set_logs("INBOX", &[LOG]);
-        let mut found = save(3, 2, "two");
-        let Some(What::Save(save)) = &mut found.ops[0].what else { unreachable!() };
-        save.found = true;
-        let outcome = apply(&mut storage, Script::default(), &[found]);
+        let told = found_again(&mut storage, |save| save.found = true);
         assert_eq!(storage.messages("INBOX"), []);
-        let expunged = |what: &What| matches!(what, What::Expunge(expunge) if expunge.messages[0].guid == "two");
-        assert!(outcome.told.iter().any(expunged), "{:?}", outcome.told);
+        assert!(expunges(&told, "two"), "{told:?}");
+    }
+
+    /// It was moved out and back: the one that is here is another one.
+    #[test]
+    fn what_a_client_expunged_goes_there_too_if_another_one_has_its_guid() {
+        let mut storage = FakeStorage::default();
+        apply(&mut storage, Script::default(), &[save(1, 2, "two"), expunge(2, 2, "two"), save(3, 5, "two")]);
+        let told = found_again(&mut storage, |save| save.found_beside = true);
+        assert_eq!(storage.messages("INBOX"), named(&[(5, "two")]));
+        assert!(expunges(&told, "two"), "{told:?}");
+    }
+
+    /// Before it had this UID on both, the peer had given it another one.
+    #[test]
+    fn what_a_client_expunged_does_not_come_back_from_where_it_had_another_uid_first() {
+        let mut storage = FakeStorage::default();
+        apply(&mut storage, Script::default(), &[save(1, 2, "two"), expunge(2, 2, "two")]);
+        let mailbox_guid = storage.guid("INBOX").to_vec();
+        let (guid, server) = ("two".to_owned(), "a".to_owned());
+        storage.elsewhere =
+            vec![proto::Elsewhere { mailbox_guid, uid: 1, guid, here: 2, server, ..Default::default() }];
+        let told = found_again(&mut storage, |save| save.found = true);
+        assert_eq!(storage.messages("INBOX"), []);
+        assert!(expunges(&told, "two"), "{told:?}");
     }
 
     #[test]

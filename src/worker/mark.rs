@@ -25,6 +25,8 @@ const MOVE_AT: usize = HEADER_BYTES + ENTRIES * ENTRY_BYTES;
 const MOVE_MAGIC: [u8; 4] = *b"Dvmv";
 /// A message here has another UID than where it came from: UIDs alone do not name messages.
 const DIVERGED: u32 = 1;
+/// Says something of the commit that writes it, and nothing afterwards: it expunges what a client expunged on another server.
+const EXPUNGES: u32 = 2;
 
 /// Bytes to write, and where.
 pub type Write = (usize, Vec<u8>);
@@ -137,7 +139,16 @@ impl Marks {
 
     /// Says nothing but that a commit is ours.
     pub fn ours(&self) -> Write {
-        let flags = if self.diverged { DIVERGED } else { 0 };
+        self.header(0)
+    }
+
+    /// And that a client wanted its expunges.
+    pub fn expunges(&self) -> Write {
+        self.header(EXPUNGES)
+    }
+
+    fn header(&self, more: u32) -> Write {
+        let flags = if self.diverged { DIVERGED } else { 0 } | more;
         (0, [MAGIC, flags.to_le_bytes()].concat())
     }
 }
@@ -178,6 +189,21 @@ pub fn is_saved_by_us(logs: &[Vec<u8>], uid: u32) -> bool {
     let all = logs.iter().flat_map(|log| commits(log)).filter(is_ours);
     let is_it = |commit: &Commit| appends_of(commit).any(|append| append.uid == uid);
     all.into_iter().any(|commit| is_it(&commit) && moves_of(&commit).all(|(_, to)| to != uid))
+}
+
+/// Whether the logs say that we expunged the message with this UID because a client of another server had done so.
+pub fn is_expunged_for_client(logs: &[Vec<u8>], uid: u32) -> bool {
+    logs.iter().flat_map(|log| commits(log)).any(|commit| expunges_for_client(&commit, uid))
+}
+
+fn expunges_for_client(commit: &Commit, uid: u32) -> bool {
+    let says_so = |update: &HeaderUpdate| match update.data.get(..HEADER_BYTES) {
+        Some(header) if update.offset == 0 && header.starts_with(&MAGIC) => u32::from(header[4]) & EXPUNGES != 0,
+        _ => false,
+    };
+    let is_it =
+        |what: &What| matches!(what, What::ExpungeGuid(expunges) if expunges.iter().any(|gone| gone.uid == uid));
+    updates_of(commit).any(says_so) && commit.records.iter().any(|record| is_it(&record.what))
 }
 
 /// A place in a log: the file's number, and the offset in it.
@@ -428,6 +454,31 @@ mod tests {
         assert_eq!(moves(&[&copy, &mark]), [(5, 9)]);
         assert_eq!(moves(&[&mark]), [(5, 7)], "said once more");
         assert_eq!(moves(&[&copy]), []);
+    }
+
+    #[test]
+    fn an_expunge_for_a_client_is_told_from_others() {
+        use crate::indexlog::{ExpungeGuid, Record};
+        let mut marks = Marks::default();
+        marks.diverge();
+        let mut entry = marks.set(&change("a", 9, 5)).1;
+        let commit = |(offset, data): Write| {
+            let gone = What::ExpungeGuid(vec![ExpungeGuid { uid: 5, guid_128: [1; 16] }]);
+            let mark = What::ExtHeaderUpdate(vec![HeaderUpdate { offset: offset as u32, data }]);
+            let record = |what| Record { offset: 40, external: false, sync: true, what };
+            Commit { begin: 40, end: 60, records: vec![record(gone), record(mark)] }
+        };
+        assert!(expunges_for_client(&commit(marks.expunges()), 5));
+        assert!(!expunges_for_client(&commit(marks.expunges()), 6));
+        assert!(!expunges_for_client(&commit(marks.ours()), 5));
+        assert!(!expunges_for_client(&commit((HEADER_BYTES, entry.clone())), 5));
+        // Beside each other, they are written together.
+        let mut both = marks.expunges().1;
+        both.append(&mut entry);
+        assert!(expunges_for_client(&commit((0, both.clone())), 5));
+        let mut bytes = [0; MARK_BYTES];
+        write(&mut bytes, (0, both));
+        assert_eq!(Marks::parse(&bytes), marks, "it says nothing of the mailbox");
     }
 
     #[test]

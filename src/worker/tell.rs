@@ -144,7 +144,7 @@ impl<S: Storage, C: Read + Write> Teller<'_, S, C> {
             let Some(save) = look::save(self.storage, uid, flags as u8)? else { continue };
             // Of copies inside of the mailbox, a GUID does not say which is meant.
             let found = !copied.contains(&hash(&save.guid));
-            let mut save = proto::Save { keywords, found, ..save };
+            let mut save = proto::Save { keywords, found, found_beside: !found, ..save };
             let_body_ride(self.storage, uid, &mut save, &mut self.room);
             self.say(What::Save(save), before)?;
         }

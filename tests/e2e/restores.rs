@@ -245,6 +245,31 @@ fn what_a_relay_knows_is_restored_and_the_mail_is_not() {
     });
 }
 
+/// By clients of the server that is restored: its own log knows it no more, and those of its peers have it from a worker.
+#[test]
+fn what_was_expunged_on_the_server_that_is_restored_does_not_come_back() {
+    in_formats(&[Format::Sdbox, Format::Maildir, Format::Mdbox], "expunged-there", |t| {
+        begin(t);
+        t.b().stop();
+        let backups = ALL.map(|below| Backup::of(t.b(), below));
+        t.b().start();
+        wait_for_connection(t);
+        let mut imap = t.b().imap(&t.user).select("Work");
+        imap.ok("STORE 2 +FLAGS (\\Deleted)");
+        imap.ok("EXPUNGE");
+        imap.ok("MOVE 3 INBOX");
+        drop(imap);
+        let before = go_on(t);
+        t.b().stop();
+        backups.iter().for_each(Backup::restore);
+        t.b().start();
+        wait_for_connection(t);
+        let after = repaired(t);
+        has_all(&before, &after);
+        assert_eq!((after.messages("Work").len(), after.messages("INBOX").len()), (5, 7));
+    });
+}
+
 /// What its relay knew is gone, as on a new machine with the old one's disk of mails.
 #[test]
 fn a_server_without_its_state_is_compared_by_itself() {

@@ -144,6 +144,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             marks: Marks::parse(&self.storage.mark()?),
             complete: None,
             diverges: false,
+            expunges: false,
             min_uid_next: 0,
             min_highest_modseq: 0,
         });
