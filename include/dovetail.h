@@ -568,13 +568,14 @@ int dt_rs_waiting(void (*row)(void*, const struct dt_waiting_row*),
                   uintptr_t error_size);
 
 /*
- `user`: NULL: all users.
+ `user`: NULL: all users. `bodies`: every mail is read.
 
  # Safety
  `user` is NUL-terminated or null.
  */
 int dt_rs_compare(const char *user,
                   bool repair,
+                  bool bodies,
                   void (*row)(void*, const struct dt_difference_row*),
                   void *context,
                   char *error,

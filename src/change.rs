@@ -132,6 +132,7 @@ pub fn memory_of(change: &Change) -> usize {
                 + (flags.add_keywords.len() + flags.remove_keywords.len()) * size_of::<String>()
         }
         Some(What::Expunge(expunge)) => size_of_val(expunge.messages.as_slice()),
+        Some(What::Apart(apart)) => size_of_val(apart.messages.as_slice()),
         Some(What::Rebuilt(rebuilt)) => size_of_val(rebuilt.present.as_slice()),
         _ => 0,
     };
@@ -213,6 +214,7 @@ fn ranges_of(op: &Op) -> &[MessageRange] {
     match &op.what {
         Some(What::Flags(update)) => &update.messages,
         Some(What::Expunge(expunge)) => &expunge.messages,
+        Some(What::Apart(apart)) => &apart.messages,
         _ => &[],
     }
 }
@@ -244,7 +246,14 @@ pub fn is_destructive(change: &Change) -> bool {
     change.ops.iter().any(|op| {
         matches!(
             op.what,
-            Some(What::Expunge(_) | What::Create(_) | What::Rename(_) | What::Delete(_) | What::Subscription(_))
+            Some(
+                What::Expunge(_)
+                    | What::Apart(_)
+                    | What::Create(_)
+                    | What::Rename(_)
+                    | What::Delete(_)
+                    | What::Subscription(_)
+            )
         )
     })
 }
@@ -259,7 +268,8 @@ pub fn is_of_list(change: &Change) -> bool {
 
 /// Whether the change is of messages alone.
 pub fn is_of_messages(change: &Change) -> bool {
-    let of_messages = |op: &Op| matches!(op.what, Some(What::Save(_) | What::Flags(_) | What::Expunge(_)));
+    let of_messages =
+        |op: &Op| matches!(op.what, Some(What::Save(_) | What::Flags(_) | What::Expunge(_) | What::Apart(_)));
     change.ops.iter().all(of_messages)
 }
 
@@ -342,6 +352,12 @@ fn check_op(op: &Op, mailbox: &Mailbox) -> Result<(), ChangeError> {
             check_guid("mailbox's GUID", &mailbox.guid)?;
             check_ranges(&expunge.messages)
         }
+        What::Apart(apart) => {
+            check_guid("mailbox's GUID", &mailbox.guid)?;
+            check_ranges(&apart.messages)?;
+            // One by one, and by what they are.
+            apart.messages.iter().try_for_each(|message| check_renumbered(&message.guid, message.first_uid))
+        }
         What::Rebuilt(rebuilt) => {
             check_guid("mailbox's GUID", &mailbox.guid)?;
             match rebuilt.present.is_empty() {
@@ -392,7 +408,7 @@ fn check_save(save: &Save) -> Result<(), ChangeError> {
     }
 }
 
-/// A message that is named by its GUID alone.
+/// A message that must be named by its GUID.
 fn check_renumbered(guid: &str, uid: u32) -> Result<(), ChangeError> {
     if guid.is_empty() || guid.len() > MESSAGE_GUID_BYTES_MAX {
         return Err(ChangeError::MessageGuid(guid.len()));
@@ -456,7 +472,7 @@ fn check_count(what: &'static str, count: usize, min: usize, max: usize) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::proto::{Expunge, MailboxRename, Subscription};
+    use crate::wire::proto::{Apart, Expunge, MailboxRename, Subscription};
 
     fn change(what: What) -> Change {
         Change {
@@ -526,6 +542,8 @@ mod tests {
         assert_eq!(check(expunge(0, 1)), ChangeError::Range(0, 1));
         assert_eq!(check(expunge(3, 2)), ChangeError::Range(3, 2));
         assert!(matches!(check(What::Expunge(Expunge::default())), ChangeError::Count { what: "UID ranges", .. }));
+        let nameless = MessageRange { first_uid: 1, last_uid: 1, ..Default::default() };
+        assert_eq!(check(What::Apart(Apart { messages: vec![nameless] })), ChangeError::MessageGuid(0));
         assert_eq!(check(What::Rename(MailboxRename::default())), ChangeError::PathParts(0));
         let truncated = Save { body_inline: true, body: b"hi".to_vec(), size: 3, ..Default::default() };
         assert_eq!(check(What::Save(truncated)), ChangeError::BodySize { bytes: 2, size: 3 });

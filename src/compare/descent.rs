@@ -1,12 +1,13 @@
 //! The descent into one mailbox whose messages differ: which ranges to look at next, and what differs in the end.
 //!
-//! Both sides are asked the same. A range that is empty on one side is not looked into: all of it is told.
+//! Both sides are asked the same. A range that is empty on one side is not looked into: all of it is told. Where bodies are compared, nothing
+//! is known of them at first, and one question is about so many messages as are read in a short time.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::digest::sorted_keywords;
-use super::repair::{MoreFlags, Repair, Telling, What};
-use super::{InRange, Mailbox, Message, Range};
+use super::repair::{Apart, MoreFlags, Repair, Telling, What};
+use super::{BodyHash, InRange, Mailbox, Message, Range};
 
 /// A range that differs is divided into so many.
 const PARTS: u32 = 16;
@@ -16,6 +17,10 @@ const LISTED_MAX: u32 = 128;
 const ASKED_MAX: usize = 256;
 /// Messages that one question brings at most, of ranges that did not grow.
 const MESSAGES_ASKED_MAX: u32 = 4_096;
+/// The same if their bodies are read, and UIDs in one question for digests of these.
+const BODIES_ASKED_MAX: u32 = 1_024;
+/// Ranges to which such a question leads at first, so that memory is bounded; then they are larger.
+const PIECES_MAX: u32 = 65_536;
 
 /// A question to both sides; its ranges are in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,10 +46,14 @@ pub struct Descent {
     unmatched_theirs: Vec<Message>,
     /// The same message at the same UID with other flags.
     flags: Vec<(Message, Message)>,
+    /// And with other contents.
+    apart: Vec<(Message, Message)>,
+    bodies: bool,
 }
 
 impl Descent {
-    pub fn new(ours: Mailbox, theirs: Mailbox) -> Descent {
+    /// `bodies`: contents are compared, too.
+    pub fn new(ours: Mailbox, theirs: Mailbox, bodies: bool) -> Descent {
         // A UID that is not below UIDNEXT may have come meanwhile; it will be told by itself.
         let last = ours.uid_next.max(theirs.uid_next).saturating_sub(1).max(1);
         let whole = Range { first: 1, last };
@@ -56,9 +65,15 @@ impl Descent {
             unmatched_ours: Vec::new(),
             unmatched_theirs: Vec::new(),
             flags: Vec::new(),
+            apart: Vec::new(),
+            bodies,
             ours,
             theirs,
         };
+        if bodies && descent.ours.messages > 0 && descent.theirs.messages > 0 {
+            descent.unknown = pieces(whole, BODIES_ASKED_MAX.max(last.div_ceil(PIECES_MAX))).into();
+            return descent;
+        }
         let of = |mailbox: &Mailbox| InRange { range: whole, messages: mailbox.messages, digest: mailbox.digest };
         let (our, their) = (of(&descent.ours), of(&descent.theirs));
         descent.take_range(our, their);
@@ -75,17 +90,29 @@ impl Descent {
         &self.theirs
     }
 
+    /// Both are asked for bodies, too.
+    pub fn has_bodies(&self) -> bool {
+        self.bodies
+    }
+
     /// What to ask both sides next; None: all is known.
     pub fn ask(&self) -> Option<Ask> {
         if !self.unknown.is_empty() {
-            let mut ranges: Vec<Range> = self.unknown.iter().take(ASKED_MAX).copied().collect();
+            let mut uids = 0;
+            let fits = |(at, range): &(usize, &Range)| {
+                uids += u64::from(range.last - range.first) + 1;
+                *at == 0 || !self.bodies || uids <= u64::from(BODIES_ASKED_MAX)
+            };
+            let ranges = self.unknown.iter().take(ASKED_MAX).enumerate().take_while(fits);
+            let mut ranges: Vec<Range> = ranges.map(|(_, range)| *range).collect();
             ranges.sort();
             return Some(Ask::Digests(ranges));
         }
+        let messages_max = if self.bodies { BODIES_ASKED_MAX } else { MESSAGES_ASKED_MAX };
         let mut messages = 0;
         let fits = |(at, (_, count)): &(usize, &(Range, u32))| {
             messages += count;
-            *at == 0 || messages <= MESSAGES_ASKED_MAX
+            *at == 0 || messages <= messages_max
         };
         let mut short: Vec<Range> =
             self.short.iter().take(ASKED_MAX).enumerate().take_while(fits).map(|(_, (range, _))| *range).collect();
@@ -132,7 +159,10 @@ impl Descent {
         for our in ours {
             match at_theirs.remove(&our.uid) {
                 Some(their) if their.guid == our.guid => {
-                    if !has_same_flags(our, their) {
+                    if has_other_contents(our, their) {
+                        // They become two, each with its own flags.
+                        self.apart.push((our.clone(), their.clone()));
+                    } else if !has_same_flags(our, their) {
                         self.flags.push((our.clone(), their.clone()));
                     }
                 }
@@ -156,6 +186,12 @@ impl Descent {
         for (ours, theirs) in &self.flags {
             compare_flags(&path, ours, theirs, (&mut our, &mut their), &mut repair);
         }
+        for (ours, theirs) in &self.apart {
+            let (here, there) = (short(&ours.body), short(&theirs.body));
+            let detail = format!("GUID {}, SHA-256 {here} here and {there} there", ours.guid);
+            repair.differ(&path, What::Body, ours.uid, detail);
+            our.apart.push(Apart { uid: ours.uid, guid: ours.guid.clone() });
+        }
         let sides = [
             (What::MailThere, &self.only_ours, &self.unmatched_ours, &mut our),
             (What::MailHere, &self.only_theirs, &self.unmatched_theirs, &mut their),
@@ -174,7 +210,7 @@ impl Descent {
             }
             telling.saves = joined(std::mem::take(&mut telling.saves));
         }
-        let says = |telling: &Telling| !telling.saves.is_empty() || !telling.flags.is_empty();
+        let says = |telling: &Telling| telling.saves.len() + telling.flags.len() + telling.apart.len() > 0;
         repair.ours.extend(says(&our).then_some(our));
         repair.theirs.extend(says(&their).then_some(their));
         repair
@@ -209,12 +245,15 @@ impl Descent {
 }
 
 fn divide(range: Range) -> Vec<Range> {
-    let length = u64::from(range.last - range.first) + 1;
-    let part = length.div_ceil(u64::from(PARTS)).max(1);
+    pieces(range, (range.last - range.first).saturating_add(1).div_ceil(PARTS))
+}
+
+fn pieces(range: Range, length: u32) -> Vec<Range> {
+    let length = u64::from(length.max(1));
     let mut parts = Vec::new();
     let mut first = u64::from(range.first);
     while first <= u64::from(range.last) {
-        let last = (first + part - 1).min(u64::from(range.last));
+        let last = (first + length - 1).min(u64::from(range.last));
         parts.push(Range { first: first as u32, last: last as u32 });
         first = last + 1;
     }
@@ -231,6 +270,16 @@ fn joined(mut ranges: Vec<Range>) -> Vec<Range> {
         }
     }
     joined
+}
+
+/// As far as both are known.
+fn has_other_contents(one: &Message, other: &Message) -> bool {
+    matches!((one.body, other.body), (Some(one), Some(other)) if one != other)
+}
+
+/// For people.
+fn short(hash: &Option<BodyHash>) -> String {
+    hash.iter().flat_map(|hash| &hash[..6]).map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn has_same_flags(one: &Message, other: &Message) -> bool {

@@ -18,8 +18,9 @@ pub struct List {
 /// Mailboxes that are one, or are to become one, and whose messages differ: ours and theirs.
 pub type Pairs = Vec<(Mailbox, Mailbox)>;
 
-/// What differs at a glance, and where to look closer. A mailbox that is missing needs no closer look.
-pub fn compare(ours: &List, theirs: &List) -> (Repair, Pairs) {
+/// What differs at a glance, and where to look closer: with `bodies`, at all that both have. A mailbox that is missing needs no closer
+/// look.
+pub fn compare(ours: &List, theirs: &List, bodies: bool) -> (Repair, Pairs) {
     let mut repair = Repair::default();
     let mut pairs = Vec::new();
     let mut met = BTreeSet::new();
@@ -36,7 +37,11 @@ pub fn compare(ours: &List, theirs: &List) -> (Repair, Pairs) {
         match by_guid.get(&our.guid).or_else(|| by_name.get(&our.path)) {
             Some(their) => {
                 met.insert(&their.guid);
-                compare_pair(our, their, &mut repair, &mut pairs);
+                compare_pair(our, their, &mut repair);
+                let differs = our.digest != their.digest || our.messages != their.messages;
+                if differs || bodies && our.messages > 0 {
+                    pairs.push(((*our).clone(), (*their).clone()));
+                }
             }
             None => missing(our, What::MailboxThere, &mut repair),
         }
@@ -58,7 +63,7 @@ fn missing(mailbox: &Mailbox, what: What, repair: &mut Repair) {
     }
 }
 
-fn compare_pair(our: &Mailbox, their: &Mailbox, repair: &mut Repair, pairs: &mut Pairs) {
+fn compare_pair(our: &Mailbox, their: &Mailbox, repair: &mut Repair) {
     let mut how = false;
     if our.path != their.path {
         repair.differ(&our.path, What::Name, 0, their.path.join("/"));
@@ -91,9 +96,6 @@ fn compare_pair(our: &Mailbox, their: &Mailbox, repair: &mut Repair, pairs: &mut
             false => (&mut repair.theirs, their),
         };
         side.push(Telling { mailbox: mailbox.clone(), ..Default::default() });
-    }
-    if our.digest != their.digest || our.messages != their.messages {
-        pairs.push((our.clone(), their.clone()));
     }
 }
 
@@ -139,7 +141,7 @@ mod tests {
     #[test]
     fn equal_lists_do_not_differ() {
         let both = list(&[mailbox(1, "INBOX", 7), mailbox(2, "Work", 8)], &["Work"]);
-        let (repair, pairs) = compare(&both, &both);
+        let (repair, pairs) = compare(&both, &both, false);
         assert!(repair.is_empty() && pairs.is_empty() && repair.ours.is_empty() && repair.theirs.is_empty());
     }
 
@@ -147,7 +149,7 @@ mod tests {
     fn what_is_missing_is_told_by_who_has_it() {
         let ours = list(&[mailbox(1, "INBOX", 7), mailbox(2, "Work", 8)], &["Work"]);
         let theirs = list(&[mailbox(1, "INBOX", 9), mailbox(3, "Play", 8)], &["Play"]);
-        let (repair, pairs) = compare(&ours, &theirs);
+        let (repair, pairs) = compare(&ours, &theirs, false);
         assert_eq!(pairs, [(mailbox(1, "INBOX", 7), mailbox(1, "INBOX", 9))]);
         assert_eq!(
             found(&repair),
@@ -167,7 +169,7 @@ mod tests {
     fn two_mailboxes_of_one_name_are_compared_as_one_and_both_are_told() {
         let ours = list(&[mailbox(1, "Work", 7)], &[]);
         let theirs = list(&[mailbox(2, "Work", 7)], &[]);
-        let (repair, pairs) = compare(&ours, &theirs);
+        let (repair, pairs) = compare(&ours, &theirs, false);
         assert_eq!((found(&repair), pairs.len()), (vec![("Work".into(), What::Guid)], 0));
         assert!(repair.ours[0].create && repair.theirs[0].create);
     }
@@ -176,7 +178,7 @@ mod tests {
     fn a_name_that_is_taken_by_another_pair_is_no_match() {
         let ours = list(&[mailbox(1, "Work", 7)], &[]);
         let theirs = list(&[mailbox(2, "Work", 7), mailbox(1, "Old", 7)], &[]);
-        let (repair, _) = compare(&ours, &theirs);
+        let (repair, _) = compare(&ours, &theirs, false);
         assert_eq!(found(&repair), [("Work".into(), What::Name), ("Work".into(), What::MailboxHere)]);
     }
 
@@ -191,7 +193,7 @@ mod tests {
             };
             List { mailboxes: (0..100_000).map(mailbox).collect(), ..Default::default() }
         };
-        let (repair, pairs) = compare(&named("Work", 0), &named("Play", 500_000));
+        let (repair, pairs) = compare(&named("Work", 0), &named("Play", 500_000), false);
         assert_eq!((repair.ours.len(), repair.theirs.len(), pairs.len()), (100_000, 100_000, 0));
     }
 
@@ -202,7 +204,7 @@ mod tests {
             list(&[Mailbox { named, ..mailbox(1, name, 7) }], &[])
         };
         let told = |ours, theirs| {
-            let (repair, _) = compare(&ours, &theirs);
+            let (repair, _) = compare(&ours, &theirs, false);
             assert_eq!(found(&repair)[0].1, What::Name);
             let told = |side: &[Telling]| side.iter().map(|t| (t.mailbox.path.join("/"), t.was.join("/"))).collect();
             let (ours, theirs): (Vec<_>, Vec<_>) = (told(&repair.ours), told(&repair.theirs));
@@ -222,7 +224,7 @@ mod tests {
     fn the_higher_uidnext_is_told() {
         let ours = list(&[mailbox(1, "INBOX", 7)], &[]);
         let theirs = list(&[Mailbox { uid_next: 9, ..mailbox(1, "INBOX", 7) }], &[]);
-        let (repair, _) = compare(&ours, &theirs);
+        let (repair, _) = compare(&ours, &theirs, false);
         assert_eq!(found(&repair), [("INBOX".into(), What::UidNext)]);
         assert!(repair.ours.is_empty() && !repair.theirs[0].create && repair.theirs[0].saves.is_empty());
     }

@@ -19,6 +19,9 @@ pub mod repair;
 /// 16 bytes, of a mailbox.
 pub type Guid = Vec<u8>;
 
+/// SHA-256, see [`digest::Contents`].
+pub type BodyHash = [u8; 32];
+
 /// A mailbox, as one side has it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mailbox {
@@ -41,6 +44,8 @@ pub struct Message {
     /// System flags, enum mail_flags without MAIL_RECENT.
     pub flags: u32,
     pub keywords: Vec<String>,
+    /// Of its contents; None: they were not read.
+    pub body: Option<BodyHash>,
 }
 
 /// UIDs, both ends included.

@@ -20,6 +20,7 @@ pub enum What {
     MailThere,
     Uid,
     Flags,
+    Body,
     SubscriptionHere,
     SubscriptionThere,
 }
@@ -38,6 +39,7 @@ impl What {
             What::MailThere => "mail_missing_there",
             What::Uid => "uid",
             What::Flags => "flags",
+            What::Body => "body",
             What::SubscriptionHere => "subscription_missing_here",
             What::SubscriptionThere => "subscription_missing_there",
         }
@@ -63,6 +65,13 @@ pub struct MoreFlags {
     pub keywords: Vec<String>,
 }
 
+/// A message that has not the same contents on both sides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Apart {
+    pub uid: u32,
+    pub guid: String,
+}
+
 /// What one side must tell of one mailbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Telling {
@@ -72,6 +81,8 @@ pub struct Telling {
     pub create: bool,
     pub saves: Vec<Range>,
     pub flags: Vec<MoreFlags>,
+    /// One side is enough: whoever hears of it keeps what it has.
+    pub apart: Vec<Apart>,
     /// Nothing else: that its name is subscribed to.
     pub subscribed: bool,
     /// Nothing else: that it has its name and not this one.
@@ -139,13 +150,15 @@ impl Repair {
                 return false;
             }
             telling.flags.retain(|more| is_known(&[What::Flags], more.uid));
+            telling.apart.retain(|apart| is_known(&[What::Body], apart.uid));
             telling.subscribed &= is_known(&[What::SubscriptionHere, What::SubscriptionThere], 0);
             // Listed under the name that it has here.
             if !is_named(&path) && !is_named(&telling.was) {
                 telling.was.clear();
             }
             let says_more = telling.create || telling.subscribed || !telling.was.is_empty();
-            says_more || !telling.saves.is_empty() || !telling.flags.is_empty() || is_known(&[What::UidNext], 0)
+            let of_messages = telling.saves.len() + telling.flags.len() + telling.apart.len();
+            says_more || of_messages > 0 || is_known(&[What::UidNext], 0)
         };
         self.ours.retain_mut(is_to_be_told);
         self.theirs.retain_mut(is_to_be_told);
@@ -185,7 +198,7 @@ mod tests {
     }
 
     fn found(ours: &List, theirs: &List) -> Repair {
-        list::compare(ours, theirs).0
+        list::compare(ours, theirs, false).0
     }
 
     fn tells_nothing(repair: &Repair) -> bool {

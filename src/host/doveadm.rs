@@ -131,7 +131,7 @@ extern "C" fn dt_rs_waiting(
     }
 }
 
-/// `user`: NULL: all users.
+/// `user`: NULL: all users. `bodies`: every mail is read.
 ///
 /// # Safety
 /// `user` is NUL-terminated or null.
@@ -139,6 +139,7 @@ extern "C" fn dt_rs_waiting(
 unsafe extern "C" fn dt_rs_compare(
     user: *const c_char,
     repair: bool,
+    bodies: bool,
     row: extern "C" fn(*mut c_void, *const ffi::DtDifferenceRow),
     context: *mut c_void,
     error: *mut c_char,
@@ -147,7 +148,7 @@ unsafe extern "C" fn dt_rs_compare(
     let result = guard("doveadm dovetail compare", Err("Internal error, see above".to_owned()), || {
         let settings = read(std::ptr::null_mut()).map_err(|errors| errors.join("; "))?;
         let user = (!user.is_null()).then(|| text(user));
-        client::compare(&settings.socket, user.as_deref(), repair, TIMEOUT, |difference| {
+        client::compare(&settings.socket, user.as_deref(), (repair, bodies), TIMEOUT, |difference| {
             let (user, peer) = (c_string(&difference.user), c_string(&difference.peer));
             let mailbox = c_string(&change::printable(&difference.path.join("/")));
             let (what, detail) = (c_string(&difference.what), c_string(&difference.detail));

@@ -79,12 +79,12 @@ pub fn clear_failed(socket: &Path, user: Option<&str>, timeout: Duration) -> Res
 pub fn compare(
     socket: &Path,
     user: Option<&str>,
-    repair: bool,
+    (repair, bodies): (bool, bool),
     timeout: Duration,
     mut each: impl FnMut(&Difference),
 ) -> Result<(), String> {
     let mut error = String::new();
-    let request = CompareRequest { user: user.unwrap_or_default().to_owned(), all: user.is_none(), repair };
+    let request = CompareRequest { user: user.unwrap_or_default().to_owned(), all: user.is_none(), repair, bodies };
     ask_on(&connect(socket)?, timeout, Kind::CompareRequest(request), |kind| match kind {
         Kind::CompareList(list) => {
             list.differences.iter().for_each(&mut each);

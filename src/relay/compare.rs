@@ -19,8 +19,8 @@ use super::questions::{at_once, tell_frames, Asker, Unanswered, Wanted};
 use crate::change::{self, GUID_BYTES, MESSAGE_GUID_BYTES_MAX};
 use crate::compare::descent::{Ask, Descent};
 use crate::compare::list::{self, List, Pairs};
-use crate::compare::repair::{Difference, Keys, MoreFlags, Repair, Telling};
-use crate::compare::{InRange, Mailbox, Message, Range};
+use crate::compare::repair::{Apart, Difference, Keys, MoreFlags, Repair, Telling};
+use crate::compare::{BodyHash, InRange, Mailbox, Message, Range};
 use crate::journal::{Failed, JournalError};
 use crate::merge::mailbox::Named;
 use crate::wire::proto::frame::Kind;
@@ -64,6 +64,8 @@ const USERS_AT_ONCE: usize = 1_000;
 /// A user who is to be compared.
 struct User {
     repair: bool,
+    /// Every message is read.
+    bodies: bool,
     /// A person waits for it: what does not work now is an error.
     asked: bool,
     /// Nobody does, and nothing is known to differ.
@@ -71,6 +73,13 @@ struct User {
     due_ms: u64,
     /// After the last one that did not come to its end.
     pause_ms: u64,
+}
+
+impl User {
+    /// Whose mail is to be made the same, and nobody waits for it.
+    fn listed(due_ms: u64) -> User {
+        User { repair: true, bodies: false, asked: false, in_background: false, due_ms, pause_ms: 0 }
+    }
 }
 
 /// All of them, by name and by when their turn is.
@@ -134,6 +143,7 @@ struct Run {
     equal: Vec<usize>,
     away: Vec<usize>,
     repair: bool,
+    bodies: bool,
     asked: bool,
     in_background: bool,
     pause_ms: u64,
@@ -167,13 +177,14 @@ struct Listener {
     /// The userdb is asked for them.
     is_listing: bool,
     repair: bool,
+    bodies: bool,
     error: String,
 }
 
 impl Listener {
     /// It has not begun before it was asked for.
     fn waits_for(&self, run: &Run) -> bool {
-        run.id > self.after && (run.repair || !self.repair)
+        run.id > self.after && (run.repair || !self.repair) && (run.bodies || !self.bodies)
     }
 }
 
@@ -215,7 +226,7 @@ impl Comparisons {
         runs.chain(alive).chain(users).chain((self.list_at_ms != u64::MAX).then_some(self.list_at_ms)).min()
     }
 
-    fn want(&mut self, user: &Arc<str>, repair: bool, asked: bool, now_ms: u64) {
+    fn want(&mut self, user: &Arc<str>, wanted: User, now_ms: u64) {
         if !self.is_busy() {
             self.progress = Progress { began_ms: now_ms, ..Progress::default() };
         }
@@ -223,21 +234,23 @@ impl Comparisons {
         if known.as_ref().is_none_or(|known| known.in_background) {
             self.progress.users += 1;
         }
-        let known = known.unwrap_or(User { repair, asked, in_background: false, due_ms: now_ms, pause_ms: 0 });
-        let wanted = User {
-            repair: known.repair || repair,
-            asked: known.asked || asked,
-            in_background: false,
-            due_ms: if asked { now_ms } else { known.due_ms },
-            ..known
+        let wanted = match known {
+            Some(known) => User {
+                repair: known.repair || wanted.repair,
+                bodies: known.bodies || wanted.bodies,
+                asked: known.asked || wanted.asked,
+                in_background: false,
+                due_ms: if wanted.asked { now_ms } else { known.due_ms },
+                ..known
+            },
+            None => wanted,
         };
         self.users.add(user, wanted);
     }
 
     /// When it is his turn among all users.
     pub fn want_in_background(&mut self, user: &Arc<str>, now_ms: u64) {
-        let wanted = User { repair: true, asked: false, in_background: true, due_ms: now_ms, pause_ms: 0 };
-        self.users.add(user, wanted);
+        self.users.add(user, User { in_background: true, ..User::listed(now_ms) });
     }
 
     /// Nobody is compared, or to be now.
@@ -280,6 +293,7 @@ impl Engine {
             after: self.comparisons.last_id,
             is_listing: request.all,
             repair: request.repair,
+            bodies: request.bodies,
             error: String::new(),
         };
         self.comparisons.listeners.insert(token, listener);
@@ -337,7 +351,7 @@ impl Engine {
 
     fn compare_users(&mut self, token: Token, users: Vec<String>) {
         let Some(listener) = self.comparisons.listeners.get_mut(&token) else { return };
-        let repair = listener.repair;
+        let (repair, bodies) = (listener.repair, listener.bodies);
         let users: Vec<Arc<str>> = users.iter().map(|user| user.as_str().into()).collect();
         listener.users.extend(users.iter().cloned());
         for user in users {
@@ -350,7 +364,8 @@ impl Engine {
                     ..Default::default()
                 });
             }
-            self.comparisons.want(&user, repair, true, self.now_ms);
+            let wanted = User { repair, bodies, asked: true, ..User::listed(self.now_ms) };
+            self.comparisons.want(&user, wanted, self.now_ms);
         }
     }
 
@@ -447,7 +462,7 @@ impl Engine {
                 let users = users.iter().filter(|user| change::check_user(user).is_ok());
                 for user in users.map(|user| Arc::from(user.as_str())) {
                     if !self.comparisons.is_running(&user) {
-                        self.comparisons.want(&user, true, false, self.now_ms);
+                        self.comparisons.want(&user, User::listed(self.now_ms), self.now_ms);
                     }
                 }
             }
@@ -472,6 +487,7 @@ impl Engine {
             equal: vec![],
             away: vec![],
             repair: wanted.repair,
+            bodies: wanted.bodies,
             asked: wanted.asked,
             in_background: wanted.in_background,
             pause_ms: wanted.pause_ms,
@@ -539,7 +555,7 @@ impl Engine {
         if run.repair && has_failed && !run.in_background && is_listed() {
             let pause_ms = (run.pause_ms * 2).clamp(RETRY_MS_MIN, RETRY_MS_MAX);
             let due_ms = self.now_ms + pause_ms;
-            let user = User { repair: true, asked: false, in_background: false, due_ms, pause_ms };
+            let user = User { bodies: run.bodies, pause_ms, ..User::listed(due_ms) };
             self.comparisons.users.add(&run.user, user);
             self.comparisons.progress.users += 1;
         }
@@ -722,6 +738,11 @@ impl Engine {
             self.comparisons.runs.push(run);
             return;
         }
+        let have_bodies = || ours.iter().chain(&theirs).all(|said| said.bodies);
+        if run.descent.as_ref().is_some_and(Descent::has_bodies) && !have_bodies() {
+            self.comparisons.runs.push(run);
+            return self.fail_run(id, "its version of Dovetail does not compare bodies");
+        }
         let is_taken = match &mut run.descent {
             None => take_lists(&mut run, &ours, &theirs),
             Some(descent) => take_descent(descent, &ours, &theirs),
@@ -729,6 +750,10 @@ impl Engine {
         if !is_taken {
             self.comparisons.runs.push(run);
             return self.fail_run(id, "it answers what it was not asked");
+        }
+        if run.bodies {
+            // To read all takes longer.
+            run.until_ms = self.now_ms + SETTLE_MS_MAX;
         }
         loop {
             if run.descent.as_ref().is_some_and(|descent| descent.ask().is_some()) {
@@ -740,7 +765,7 @@ impl Engine {
                 run.found.add(descent.finish());
             }
             match run.pairs.pop() {
-                Some((ours, theirs)) => run.descent = Some(Descent::new(ours, theirs)),
+                Some((ours, theirs)) => run.descent = Some(Descent::new(ours, theirs, run.bodies)),
                 None => return self.all_is_found(run),
             }
         }
@@ -877,7 +902,8 @@ fn survey(run: &Run, of_theirs: bool) -> Survey {
         Ask::Digests(ranges) => (false, ranges),
         Ask::Messages(ranges) => (true, ranges),
     };
-    Survey { user, mailbox, messages, ranges: ranges.iter().map(uid_range).collect(), ..Default::default() }
+    let (ranges, bodies) = (ranges.iter().map(uid_range).collect(), descent.has_bodies());
+    Survey { user, mailbox, messages, ranges, bodies, ..Default::default() }
 }
 
 fn named(mailbox: &Mailbox) -> proto::Mailbox {
@@ -898,6 +924,7 @@ fn parts(telling: &Telling) -> Vec<TellOf> {
         was: telling.was.clone(),
         saves: telling.saves.iter().take(RANGES_MAX).map(uid_range).collect(),
         flags: vec![],
+        apart: vec![],
     };
     let mut all = vec![first];
     for saves in telling.saves.get(RANGES_MAX..).unwrap_or_default().chunks(RANGES_MAX) {
@@ -918,13 +945,22 @@ fn parts(telling: &Telling) -> Vec<TellOf> {
         };
         all.push(TellOf { mailbox: mailbox.clone(), flags: flags.iter().map(update).collect(), ..Default::default() });
     }
+    for apart in telling.apart.chunks(FLAGS_MAX) {
+        let message = |apart: &Apart| proto::MessageRange {
+            first_uid: apart.uid,
+            last_uid: apart.uid,
+            guid: apart.guid.clone(),
+            ..Default::default()
+        };
+        all.push(TellOf { mailbox: mailbox.clone(), apart: apart.iter().map(message).collect(), ..Default::default() });
+    }
     all
 }
 
 /// False: an answer is malformed.
 fn take_lists(run: &mut Run, ours: &[Surveyed], theirs: &[Surveyed]) -> bool {
     let (Some(ours), Some(theirs)) = (list_of(ours), list_of(theirs)) else { return false };
-    (run.found, run.pairs) = list::compare(&ours, &theirs);
+    (run.found, run.pairs) = list::compare(&ours, &theirs, run.bodies);
     true
 }
 
@@ -985,11 +1021,16 @@ fn messages_of(said: &[Surveyed]) -> Option<Vec<Message>> {
     let messages = said.iter().flat_map(|surveyed| &surveyed.messages);
     let messages = messages.map(|found| {
         let is_valid = (1..=MESSAGE_GUID_BYTES_MAX).contains(&found.guid.len()) && found.uid != 0;
+        let body = match found.body.as_slice() {
+            [] => None,
+            hash => Some(BodyHash::try_from(hash).ok()?),
+        };
         is_valid.then(|| Message {
             uid: found.uid,
             guid: found.guid.clone(),
             flags: found.flags,
             keywords: found.keywords.clone(),
+            body,
         })
     });
     messages.collect()

@@ -17,7 +17,7 @@ use crate::journal::{Elsewhere, FlagChange, JournalError};
 use crate::merge::flags::{Range, Update};
 use crate::merge::rule::Rule;
 use crate::wire::proto::op::What;
-use crate::wire::proto::{Change, Expunge, FlagUpdate, Mailbox, MessageRange, Op, SeqOf, Span, Stamp};
+use crate::wire::proto::{Apart, Change, Expunge, FlagUpdate, Mailbox, MessageRange, Op, SeqOf, Span, Stamp};
 
 /// Longer than a change of ours waits until it is told, mostly.
 const RACE_MS_MAX: u64 = 60_000;
@@ -88,6 +88,9 @@ impl Coming {
                     }
                 }
                 What::Flags(FlagUpdate { messages, .. }) | What::Expunge(Expunge { messages }) => {
+                    messages.iter().for_each(|range| self.name(mailbox, range.first_uid, &range.guid));
+                }
+                What::Apart(Apart { messages }) => {
                     messages.iter().for_each(|range| self.name(mailbox, range.first_uid, &range.guid));
                 }
                 What::Claim(claim) => drop(self.moved.insert(claim.guid.clone())),

@@ -220,10 +220,11 @@ static void cmd_dovetail_compare_users(struct doveadm_cmd_context *cctx, bool re
 {
 	const char *user = NULL;
 	char error[1024];
-	bool all = FALSE;
+	bool all = FALSE, bodies = FALSE;
 
 	(void)doveadm_cmd_param_str(cctx, "user", &user);
 	(void)doveadm_cmd_param_bool(cctx, "all-users", &all);
+	(void)doveadm_cmd_param_bool(cctx, "bodies", &bodies);
 	if ((user != NULL) == all) {
 		i_error("Either -u <user> or -A must be given");
 		doveadm_exit_code = EX_USAGE;
@@ -237,7 +238,7 @@ static void cmd_dovetail_compare_users(struct doveadm_cmd_context *cctx, bool re
 	doveadm_print_header_simple("what");
 	doveadm_print_header("uid", "uid", DOVEADM_PRINT_HEADER_FLAG_NUMBER);
 	doveadm_print_header("detail", "detail", DOVEADM_PRINT_HEADER_FLAG_EXPAND);
-	if (dt_rs_compare(user, repair, cmd_dovetail_difference_row, NULL, error, sizeof(error)) < 0) {
+	if (dt_rs_compare(user, repair, bodies, cmd_dovetail_difference_row, NULL, error, sizeof(error)) < 0) {
 		i_error("%s", error);
 		doveadm_exit_code = EX_TEMPFAIL;
 	}
@@ -372,20 +373,22 @@ DOVEADM_CMD_PARAMS_END
 	},
 	{
 		.name = "dovetail compare",
-		.usage = "-u <user>|-A",
+		.usage = "-u <user>|-A [-b]",
 		.cmd = cmd_dovetail_compare,
 DOVEADM_CMD_PARAMS_START
 DOVEADM_CMD_PARAM('u', "user", CMD_PARAM_STR, 0)
 DOVEADM_CMD_PARAM('A', "all-users", CMD_PARAM_BOOL, 0)
+DOVEADM_CMD_PARAM('b', "bodies", CMD_PARAM_BOOL, 0)
 DOVEADM_CMD_PARAMS_END
 	},
 	{
 		.name = "dovetail resync",
-		.usage = "-u <user>|-A [-n]",
+		.usage = "-u <user>|-A [-b] [-n]",
 		.cmd = cmd_dovetail_resync,
 DOVEADM_CMD_PARAMS_START
 DOVEADM_CMD_PARAM('u', "user", CMD_PARAM_STR, 0)
 DOVEADM_CMD_PARAM('A', "all-users", CMD_PARAM_BOOL, 0)
+DOVEADM_CMD_PARAM('b', "bodies", CMD_PARAM_BOOL, 0)
 DOVEADM_CMD_PARAM('n', "no-change", CMD_PARAM_BOOL, 0)
 DOVEADM_CMD_PARAMS_END
 	},

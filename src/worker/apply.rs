@@ -8,6 +8,7 @@ mod mailboxes;
 use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
 
+use super::apart::{self, Own};
 use super::body::{self, Fetched};
 use super::connection::Connection;
 use super::elsewhere::{Elsewhere, Known, Resolved, GONE};
@@ -335,6 +336,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 What::Save(save) => self.save(stamp, mailbox, save)?,
                 What::Flags(update) => self.update_flags(mailbox, update)?,
                 What::Expunge(expunge) => self.expunge(mailbox, expunge)?,
+                What::Apart(apart) => self.set_apart(mailbox, apart)?,
                 What::Claim(claim) => self.claim(mailbox, claim)?,
                 What::Nack(nack) => self.nack(mailbox, nack)?,
                 What::Create(create) => self.create(stamp, mailbox, create)?,
@@ -1060,6 +1062,42 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         Ok(())
     }
 
+    /// Not all servers have the same contents under these GUIDs. Those that we have stay, and are told, under other ones.
+    fn set_apart(&mut self, mailbox: &proto::Mailbox, apart: &proto::Apart) -> Outcome<()> {
+        if !self.enter_for_change(mailbox)? {
+            return Ok(());
+        }
+        for message in &apart.messages {
+            for (uid, _) in self.find(std::slice::from_ref(message))? {
+                let Some(own) = apart::own(self.storage, uid, &message.guid, message.first_uid)? else { continue };
+                self.keep_apart(own)?;
+                self.storage.expunge(uid, uid)?;
+                self.pending = Pending::Changes;
+            }
+        }
+        Ok(())
+    }
+
+    /// It is told before the other one goes: whoever is killed behind that does not come here again.
+    fn keep_apart(&mut self, own: Own) -> Outcome<()> {
+        self.flush()?;
+        let is_new = apart::keep(self.storage, &own)?;
+        if let Some(open) = &mut self.open {
+            open.uid_next = self.storage.status().uid_next;
+        }
+        // Otherwise the peer has the same, or a worker was killed.
+        if is_new || self.again.contains(&self.current.seq) {
+            if let Some(uid) = self.storage.find_messages(&own.guid)?.pop() {
+                if let Some(save) = self.save_again(uid)? {
+                    self.note("set_apart");
+                    self.tell_op(What::Save(save));
+                    self.report()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Nothing is taken away because it went there when an index was made anew: that may be a loss. It is told again.
     fn compare_rebuilt(&mut self, mailbox: &proto::Mailbox, rebuilt: &proto::MailboxRebuilt) -> Outcome<()> {
         if !self.enter_for_change(mailbox)? {
@@ -1238,6 +1276,64 @@ mod tests {
         let causes = told.iter().flat_map(|change| change.stamp.clone().unwrap().vector).collect();
         let told = told.iter().flat_map(|change| &change.ops).map(|op| op.what.clone().unwrap()).collect();
         Outcome { done, notes, error, told, causes, doubts }
+    }
+
+    fn apart(seq: u64, uid: u32, guid: &str) -> proto::Change {
+        let range = proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.into(), ..Default::default() };
+        change(seq, What::Apart(proto::Apart { messages: vec![range] }))
+    }
+
+    /// The GUID that the message gets, as its server has it.
+    fn guid_apart(uid: u32, guid: &str, body: &[u8]) -> String {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(uid, guid)]);
+        storage.bodies.insert(uid, body.to_vec());
+        storage.open("INBOX", false).unwrap();
+        apart::own(&mut storage, uid, guid, uid).unwrap().unwrap().guid
+    }
+
+    #[test]
+    fn whoever_hears_that_contents_differ_keeps_its_own_and_tells_of_them() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(4, "four"), (5, "five")]);
+        let (theirs, ours) = (guid_apart(5, "five", b"theirs"), guid_apart(5, "five", b"five"));
+        let outcome = apply(&mut storage, Script::default(), &[save(1, 6, &theirs), apart(2, 5, "five")]);
+        assert_eq!((outcome.done, outcome.error.as_deref()), (2, None));
+        assert_eq!(storage.messages("INBOX"), [(4, "four".into()), (6, theirs), (7, ours.clone())]);
+        let [What::Save(told)] = &outcome.told[..] else { panic!("{outcome:?}") };
+        assert_eq!((told.guid.as_str(), told.birth.as_ref().unwrap().uid, told.found), (ours.as_str(), 7, true));
+        assert_eq!(outcome.causes[0].seq, 2);
+    }
+
+    #[test]
+    fn whoever_has_the_same_contents_as_who_tells_has_them_once() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "five")]);
+        let theirs = guid_apart(5, "five", b"five");
+        let outcome = apply(&mut storage, Script::default(), &[save(1, 6, &theirs), apart(2, 5, "five")]);
+        assert_eq!((storage.messages("INBOX"), outcome.told.len()), (vec![(6, theirs)], 0));
+    }
+
+    #[test]
+    fn a_worker_that_was_killed_while_it_set_apart_is_no_reason_to_keep_it_twice() {
+        let mut storage = FakeStorage::default();
+        let ours = guid_apart(5, "five", b"five");
+        storage.add("INBOX", GUID, 9, &[(5, "five"), (6, &ours)]);
+        storage.again = vec![2];
+        let outcome = apply(&mut storage, Script::default(), &[apart(2, 5, "five")]);
+        assert_eq!(storage.messages("INBOX"), [(6, ours)]);
+        // Nobody may have heard of it.
+        assert!(matches!(&outcome.told[..], [What::Save(_)]), "{outcome:?}");
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_expunged() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(5, "five")]);
+        storage.unreadable = Some(5);
+        let outcome = apply(&mut storage, Script::default(), &[apart(2, 5, "five")]);
+        assert!(outcome.done == 0 && outcome.error.is_some(), "{outcome:?}");
+        assert_eq!(storage.messages("INBOX").len(), 1);
     }
 
     #[test]

@@ -155,7 +155,7 @@ impl Fetched {
         }
     }
 
-    fn push<S: Storage>(&mut self, storage: &mut S, data: &[u8]) -> Result<()> {
+    pub(super) fn push<S: Storage>(&mut self, storage: &mut S, data: &[u8]) -> Result<()> {
         if let Fetched::Memory(bytes) = self {
             if bytes.len() + data.len() <= MEMORY_BYTES_MAX {
                 bytes.extend_from_slice(data);

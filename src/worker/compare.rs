@@ -5,7 +5,8 @@ use std::io::{Read, Write};
 
 use prost::Message as _;
 
-use super::apply::{locate, Failure};
+use super::apart::{self, FLAGS};
+use super::apply::{locate, printable, Failure};
 use super::body::Link;
 use super::connection::Connection;
 use super::job::{check_asker, send_spans_alone};
@@ -17,9 +18,6 @@ use crate::wire::proto::{self, frame::Kind, MailboxDigest, MessageDigest, RangeD
 
 /// Ranges and messages in one answer: with GUIDs and keywords of any length they are split further.
 const ANSWER_BYTES_MAX: usize = 48_000;
-/// Without MAIL_RECENT, which a session has, and no mailbox.
-const FLAGS: u32 = 0x1f;
-
 const GONE: &str = "it was renamed or deleted just now";
 
 type Outcome = std::result::Result<(), Failure>;
@@ -31,7 +29,7 @@ pub fn survey<S: Storage, C: Read + Write>(
     survey: &Survey,
 ) -> Link<bool> {
     storage.applying(&[]);
-    let mut answers = Answers { connection, job: survey.job, next: Surveyed::default(), bytes: 0 };
+    let mut answers = Answers { connection, survey, next: Surveyed::default(), bytes: 0 };
     let outcome = answer(storage, &mut answers, survey).and_then(|()| Ok(answers.flush()?));
     storage.close_user();
     send_spans_alone(storage, connection)?;
@@ -49,7 +47,7 @@ pub fn survey<S: Storage, C: Read + Write>(
 /// What is said, a frame at a time.
 struct Answers<'a, C> {
     connection: &'a mut Connection<C>,
-    job: u64,
+    survey: &'a Survey,
     next: Surveyed,
     bytes: usize,
 }
@@ -69,7 +67,8 @@ impl<C: Read + Write> Answers<'_, C> {
         }
         self.bytes = 0;
         let next = std::mem::take(&mut self.next);
-        self.connection.send(Kind::Surveyed(Surveyed { job: self.job, more: true, ..next }))
+        let Survey { job, bodies, .. } = *self.survey;
+        self.connection.send(Kind::Surveyed(Surveyed { job, bodies, more: true, ..next }))
     }
 }
 
@@ -93,7 +92,7 @@ fn answer_list<S: Storage, C: Read + Write>(storage: &mut S, answers: &mut Answe
         let status = storage.status();
         let mut digest = Digest::default();
         for uid in storage.uids()? {
-            message(storage, uid)?.iter().for_each(|message| digest.add(message));
+            message(storage, uid, false)?.iter().for_each(|message| digest.add(message));
         }
         storage.close();
         let mailbox = proto::Mailbox {
@@ -128,18 +127,20 @@ fn answer_ranges<S: Storage, C: Read + Write>(
         return Err(GONE.to_string().into());
     }
     let uids = storage.uids()?;
+    let in_mailbox = |error: String| format!("mailbox {}: {error}", printable(&mailbox.path.join("/")));
     for range in &survey.ranges {
         let begin = uids.partition_point(|uid| *uid < range.first);
         let in_range = uids[begin..].iter().take_while(|uid| **uid <= range.last);
         let mut digest = Digest::default();
         for uid in in_range {
-            let Some(message) = message(storage, *uid)? else { continue };
+            let Some(message) = message(storage, *uid, survey.bodies).map_err(in_mailbox)? else { continue };
             if !survey.messages {
                 digest.add(&message);
                 continue;
             }
-            let Message { uid, guid, flags, keywords } = message;
-            let found = MessageDigest { uid, guid, flags, keywords };
+            let Message { uid, guid, flags, keywords, body } = message;
+            let body = body.map_or(vec![], |hash| hash.to_vec());
+            let found = MessageDigest { uid, guid, flags, keywords, body };
             answers.room_for(found.encoded_len())?.messages.push(found);
         }
         if !survey.messages {
@@ -153,8 +154,15 @@ fn answer_ranges<S: Storage, C: Read + Write>(
 }
 
 /// None: it is gone.
-fn message<S: Storage>(storage: &mut S, uid: u32) -> Result<Option<Message>> {
+fn message<S: Storage>(storage: &mut S, uid: u32, with_body: bool) -> Result<Option<Message>> {
     let Some(guid) = storage.message_guid(uid)? else { return Ok(None) };
     let Some((flags, keywords)) = storage.message_flags(uid)? else { return Ok(None) };
-    Ok(Some(Message { uid, guid, flags: flags & FLAGS, keywords }))
+    let body = match with_body {
+        true => match apart::hash(storage, uid, &guid)? {
+            None => return Ok(None),
+            hash => hash,
+        },
+        false => None,
+    };
+    Ok(Some(Message { uid, guid, flags: flags & FLAGS, keywords, body }))
 }

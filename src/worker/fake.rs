@@ -78,6 +78,8 @@ pub struct FakeStorage {
     pub commits_failed: u32,
     /// A message whose file cannot be read.
     pub unreadable: Option<u32>,
+    /// Of messages, by UID: what their bodies are instead of their GUIDs.
+    pub bodies: BTreeMap<u32, Vec<u8>>,
     /// How often a mailbox was opened, and the GUID of a message read.
     pub opened: usize,
     pub guids_read: usize,
@@ -363,10 +365,11 @@ impl Storage for FakeStorage {
         self.steps.push(Step::Mark(offset, bytes.to_vec()));
         Ok(())
     }
-    /// A body is the message's GUID.
+    /// A body is the message's GUID, mostly.
     fn body_open(&mut self, uid: u32, guid: &str) -> Result<bool> {
         let is_there = self.mailbox().messages.get(&uid).is_some_and(|there| there == guid);
-        self.reading = if is_there { guid.into() } else { Vec::new() };
+        let body = self.bodies.get(&uid).cloned().unwrap_or_else(|| guid.into());
+        self.reading = if is_there { body } else { Vec::new() };
         Ok(is_there)
     }
     fn body_read(&mut self, buffer: &mut [u8]) -> Result<usize> {

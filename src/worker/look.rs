@@ -1083,7 +1083,7 @@ mod tests {
             What::Rename(rename) => format!("rename to {}", rename.new_path.join("/")),
             What::Subscription(proto::Subscription { subscribed: true }) => "subscribe".into(),
             What::Subscription(_) => "unsubscribe".into(),
-            What::Claim(_) | What::Nack(_) => "a look tells no claims".into(),
+            What::Claim(_) | What::Nack(_) | What::Apart(_) => "a look does not tell it".into(),
         };
         let of_change = |change: &proto::Change| change.ops.iter().map(word).collect::<Vec<_>>();
         answers.iter().filter_map(|answer| answer.change.as_ref()).flat_map(of_change).collect()

@@ -8,6 +8,7 @@
 //! It must not know Dovecot: storage is the trait [`storage::Storage`], whose implementation is `host::worker`.
 #![forbid(unsafe_code)]
 
+pub mod apart;
 pub mod apply;
 pub mod body;
 pub mod compare;

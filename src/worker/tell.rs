@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{Read, Write};
 
+use super::apart;
 use super::apply::{locate, Failure};
 use super::body::Link;
 use super::connection::Connection;
@@ -33,6 +34,7 @@ pub fn tell<S: Storage, C: Read + Write>(storage: &mut S, connection: &mut Conne
         Err(reason) => Err(reason.into()),
     };
     storage.close_user();
+    storage.unlock_user();
     send_spans_alone(storage, connection)?;
     let error = match outcome {
         Ok(()) => String::new(),
@@ -54,6 +56,7 @@ fn joined(parts: Vec<TellOf>) -> Vec<TellOf> {
             Some(last) if is_more && !last.subscribed && last.mailbox == part.mailbox => {
                 last.saves.extend(part.saves);
                 last.flags.extend(part.flags);
+                last.apart.extend(part.apart);
             }
             _ => whole.push(part),
         }
@@ -88,7 +91,10 @@ impl<S: Storage, C: Read + Write> Teller<'_, S, C> {
             // Its deletion is told by itself.
             return Ok(());
         };
-        if !self.storage.open(&vname, true)? {
+        if !of.apart.is_empty() && !self.storage.lock_user(self.user)? {
+            return Err("another worker still applies changes of this user".to_string().into());
+        }
+        if !self.storage.open(&vname, of.apart.is_empty())? {
             return Ok(());
         }
         let status = self.storage.status();
@@ -118,6 +124,10 @@ impl<S: Storage, C: Read + Write> Teller<'_, S, C> {
                 self.say(What::Flags(holds), &before)?;
             }
         }
+        self.tell_apart(of.apart, &before)?;
+        // What was set apart has got a UID.
+        let status = self.storage.status();
+        let mailbox = Mailbox { uid_next: status.uid_next, highest_modseq: status.highest_modseq, ..mailbox };
         self.storage.close();
         let mut last = std::mem::take(&mut self.ops);
         if last.is_empty() {
@@ -125,6 +135,27 @@ impl<S: Storage, C: Read + Write> Teller<'_, S, C> {
             last.push(change::nothing());
         }
         Ok(self.send(last, &mailbox)?)
+    }
+
+    /// Whoever is killed in between does it once more: what is named is gone only when what it was is there under its other GUID. If that was
+    /// not told then, it is missing at the peer, as what is named is here; both are found.
+    fn tell_apart(&mut self, messages: Vec<proto::MessageRange>, before: &Mailbox) -> Outcome {
+        for message in messages {
+            let uid = message.first_uid;
+            let Some(own) = apart::own(self.storage, uid, &message.guid, uid)? else { continue };
+            apart::keep(self.storage, &own)?;
+            let Some(kept) = self.storage.find_messages(&own.guid)?.pop() else { continue };
+            self.storage.expunge(uid, uid)?;
+            apart::commit(self.storage)?;
+            let Some((flags, keywords)) = self.storage.message_flags(kept)? else { continue };
+            let Some(save) = look::save(self.storage, kept, flags as u8)? else { continue };
+            let mut save = proto::Save { keywords, found: true, ..save };
+            let_body_ride(self.storage, kept, &mut save, &mut self.room);
+            let apart = proto::Apart { messages: vec![message] };
+            self.send(vec![What::Save(save), What::Apart(apart)], before)?;
+            send_spans_alone(self.storage, self.connection)?;
+        }
+        Ok(())
     }
 
     fn tell_saves(&mut self, mut ranges: Vec<UidRange>, before: &Mailbox) -> Outcome {
@@ -309,6 +340,40 @@ mod tests {
         let flags = whats(&changes).filter(|what| matches!(what, What::Flags(_))).count();
         // To find it by its GUID it is opened, too.
         assert_eq!((flags, storage.opened, storage.guids_read), (2, 2, 300));
+    }
+
+    #[test]
+    fn what_is_set_apart_is_kept_under_another_guid_and_told_once() {
+        let mut storage = storage(5);
+        storage.flags.insert(2, (1, vec!["work".into()]));
+        let named = |uid: u32, guid: &str| {
+            let guid = guid.to_owned();
+            proto::MessageRange { first_uid: uid, last_uid: uid, guid, ..Default::default() }
+        };
+        // The second one is another one by now.
+        let apart = vec![named(2, "guid 2"), named(4, "guid of before")];
+        let (changes, error) = told(&mut storage, vec![TellOf { apart: apart.clone(), ..part(&[]) }]);
+        assert_eq!(error, "");
+        let [What::Save(save), What::Apart(told_apart), What::Rebuilt(_)] = &whats(&changes).collect::<Vec<_>>()[..]
+        else {
+            panic!("{changes:?}")
+        };
+        assert_eq!((save.birth.as_ref().unwrap().uid, save.found, save.guid.len()), (6, true, 32));
+        assert_eq!(told_apart.messages, apart[..1]);
+        let uids: Vec<u32> = storage.messages("INBOX").into_iter().map(|(uid, _)| uid).collect();
+        assert_eq!(uids, [1, 3, 4, 5, 6]);
+        assert_eq!(changes.last().unwrap().mailbox.as_ref().unwrap().uid_next, 7);
+        let (changes, _) = told(&mut storage, vec![TellOf { apart, ..part(&[]) }]);
+        assert_eq!((saves(&changes), storage.messages("INBOX").len()), (vec![], 5));
+    }
+
+    #[test]
+    fn nothing_is_set_apart_while_another_worker_applies_changes() {
+        let mut storage = storage(1);
+        storage.is_locked = true;
+        let message = proto::MessageRange { first_uid: 1, last_uid: 1, guid: "guid 1".into(), ..Default::default() };
+        let (changes, error) = told(&mut storage, vec![TellOf { apart: vec![message], ..part(&[]) }]);
+        assert!(changes.is_empty() && error.starts_with("another worker"), "{error}");
     }
 
     #[test]

@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::cluster::snapshot::table;
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
-use crate::scene::{mail, mail_of_size, Scene, SOON};
+use crate::scene::{mail, mail_of_size, stories, Scene, SOON};
 
 /// What stands in the list of what failed is compared after half a minute.
 const BY_ITSELF: Duration = Duration::from_secs(120);
@@ -619,4 +621,107 @@ fn what_differs_and_nobody_knows_is_found_in_the_background() {
     });
     assert_eq!(t.settled().messages("INBOX").len(), 44);
     are_equal(&t, &["compare", "-u", user]);
+}
+
+/// Beside Dovecot's back, in the mail's own file.
+fn change_body(server: &Server, user: &str, from: &str, to: &str) {
+    fn change_below(folder: &Path, from: &[u8], to: &[u8]) -> usize {
+        let mut changed = 0;
+        for entry in fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry")) {
+            if entry.file_type().expect("its kind").is_dir() {
+                changed += change_below(&entry.path(), from, to);
+                continue;
+            }
+            let bytes = fs::read(entry.path()).expect("a file");
+            if let Some(at) = bytes.windows(from.len()).position(|bytes| bytes == from) {
+                let file = fs::File::options().write(true).open(entry.path()).expect("a mail's file");
+                file.write_all_at(to, at as u64).expect("write");
+                changed += 1;
+            }
+        }
+        changed
+    }
+    assert_eq!(from.len(), to.len());
+    let home = server.outside(&format!("/home/{user}"));
+    assert_eq!(change_below(&home, from.as_bytes(), to.as_bytes()), 1, "{from}");
+}
+
+/// How many mails in INBOX have that in them.
+fn with_text(server: &Server, user: &str, text: &str) -> usize {
+    server.doveadm(&["search", "-u", user, "mailbox", "INBOX", "body", text]).lines().count()
+}
+
+stories! {
+    fn a_body_that_differs_is_found_and_both_stay(t) {
+        let user = t.user.as_str();
+        ["one", "two", "three"].iter().for_each(|subject| t.here().deliver(user, &mail(subject)));
+        t.here().imap(user).select("INBOX").ok("STORE 2 +FLAGS (\\Seen work)");
+        let before = t.settled();
+        change_body(t.there(), user, "Hello from two", "Jello from two");
+        are_equal(t, &["compare", "-u", user]);
+        let only: BTreeSet<String> = ["INBOX body 2".to_owned()].into();
+        for server in t.servers() {
+            assert_eq!(words(server, &["compare", "-b", "-u", user]), only, "compared by {}", server.name());
+        }
+        assert_eq!(words(t.here(), &["resync", "-b", "-n", "-u", user]), only);
+        assert_eq!(words(t.here(), &["resync", "-b", "-u", user]), only);
+        let after = t.settled();
+        are_equal(t, &["compare", "-b", "-u", user]);
+        are_equal(t, &["compare", "-u", user]);
+        for server in t.servers() {
+            let texts = ["Hello from one", "Hello from two", "Jello from two", "Hello from three"];
+            assert_eq!(texts.map(|text| with_text(server, user, text)), [1; 4], "{}", server.name());
+        }
+        let [_, second, _] = before.messages("INBOX")[..] else { panic!("{before:?}") };
+        let after: Vec<_> = after.mailboxes["INBOX"].messages.iter().collect();
+        let [(1, _), (3, _), ours, theirs] = after[..] else { panic!("{after:?}") };
+        for (uid, apart) in [ours, theirs] {
+            assert_eq!((&apart.flags, &apart.received), (&second.flags, &second.received));
+            assert!(apart.guid != second.guid && *uid > 3);
+        }
+        // It is over.
+        t.there().deliver(user, &mail("four"));
+        assert_eq!(t.settled().messages("INBOX").len(), 5);
+    }
+
+    fn formats_keep_the_same_body_in_different_ways_and_it_is_the_same(t) {
+        let user = t.user.as_str();
+        t.here().deliver(user, &mail("by LMTP"));
+        let mut imap = t.here().imap(user);
+        imap.append("INBOX", &mail("by IMAP"));
+        imap.append("INBOX", b"Subject: bare\n\none\ntwo\n\n");
+        imap.append("INBOX", b"Subject: mixed\r\n\none\r\ntwo\nwithout an end");
+        imap.append("INBOX", &mail_of_size(300_000));
+        drop(imap);
+        t.settled();
+        are_equal(t, &["compare", "-b", "-u", user]);
+    }
+}
+
+/// Each has something else, and all notice at once.
+#[test]
+fn three_bodies_that_differ_all_stay_also_when_workers_are_killed() {
+    let formats = [("a", Format::Sdbox), ("b", Format::Maildir), ("c", Format::Mdbox)];
+    let t = Scene::on(Cluster::start(formats.map(|(name, format)| Setup::new(name, format)).into()), "story-bodies");
+    ["killed with signal 9", "dovetail"].iter().for_each(|text| t.expects_in_log(text));
+    let user = t.user.as_str();
+    ["one", "two"].iter().for_each(|subject| t.servers()[0].deliver(user, &mail(subject)));
+    t.settled();
+    change_body(&t.servers()[1], user, "Hello from two", "Jello from two");
+    change_body(&t.servers()[2], user, "Hello from two", "Cello from two");
+    std::thread::scope(|scope| {
+        for server in t.servers() {
+            scope.spawn(|| server.try_doveadm(&["dovetail", "resync", "-b", "-u", user]));
+        }
+        for n in 0..6 {
+            wait_until(SOON, "a worker has begun", || t.servers()[n % 3].kill("dovetail-worker") > 0);
+        }
+    });
+    differences(&t.servers()[0], &["resync", "-b", "-u", user]);
+    t.converged_within(BY_ITSELF, user);
+    are_equal(&t, &["compare", "-b", "-u", user]);
+    for server in t.servers() {
+        let texts = ["Hello from one", "Hello from two", "Jello from two", "Cello from two"];
+        assert_eq!(texts.map(|text| with_text(server, user, text)), [1; 4], "{}", server.name());
+    }
 }

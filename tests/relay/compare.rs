@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use dovetail::wire::proto::frame::Kind;
 use dovetail::wire::proto::{
-    Ack, Answer, Change, Intent, Mailbox, MailboxDigest, Name, Record, Stamp, Surveyed, UserPeers,
+    Ack, Answer, Change, Intent, Mailbox, MailboxDigest, Name, RangeDigest, Record, Stamp, Surveyed, UserPeers,
 };
 
 use super::house::*;
@@ -178,5 +178,42 @@ fn a_worker_that_goes_away_over_what_it_is_to_tell_is_no_end_of_the_comparison()
         drop(c.next_tell());
         is_compared(&c, &mut b);
         assert_eq!(resync.join().unwrap(), Ok(()));
+    });
+}
+
+/// Both are asked for the contents only behind the list, in ranges.
+#[test]
+fn a_peer_that_does_not_know_how_to_compare_bodies_is_named() {
+    let house = House::new();
+    let c = house.server("c", &[("b", "127.0.0.1:9".into())]);
+    let mut b = c.connect_as_peer("b");
+    let list = || {
+        let (guid, path) = (vec![1; 16], vec!["INBOX".into()]);
+        let mailbox = Some(Mailbox { guid, path, uid_validity: 1, uid_next: 2, ..Default::default() });
+        let mailboxes = vec![MailboxDigest { mailbox, messages: 1, digest: 7, ..Default::default() }];
+        Surveyed { more: true, mailboxes, ..Default::default() }
+    };
+    std::thread::scope(|scope| {
+        let resync = scope.spawn(|| c.resync_bodies("jane"));
+        let (mut worker, survey) = c.next_survey();
+        assert!(!survey.bodies);
+        worker.send(Kind::Surveyed(Surveyed { job: survey.job, ..list() }));
+        worker.finish(Kind::Surveyed(Surveyed { job: survey.job, ..Default::default() }));
+        let id = b.next_question().id;
+        b.send(Kind::Answer(Answer { id, more: true, surveyed: Some(list()), ..Default::default() }));
+        b.send(Kind::Answer(Answer { id, ..Default::default() }));
+
+        let (mut worker, survey) = c.next_survey();
+        assert!(survey.bodies && !survey.messages);
+        let ranges = vec![RangeDigest { range: Some(survey.ranges[0]), messages: 1, digest: 8 }];
+        let found = Surveyed { more: true, ranges, ..Default::default() };
+        worker.send(Kind::Surveyed(Surveyed { job: survey.job, bodies: true, ..found.clone() }));
+        worker.finish(Kind::Surveyed(Surveyed { job: survey.job, ..Default::default() }));
+        let question = b.next_question();
+        assert!(question.survey.is_some_and(|survey| survey.bodies));
+        b.send(Kind::Answer(Answer { id: question.id, more: true, surveyed: Some(found), ..Default::default() }));
+        b.send(Kind::Answer(Answer { id: question.id, ..Default::default() }));
+        let error = "user jane, server b: its version of Dovetail does not compare bodies";
+        assert_eq!(resync.join().unwrap(), Err(error.to_owned()));
     });
 }

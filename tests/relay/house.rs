@@ -228,7 +228,12 @@ impl Server {
 
     /// The user is compared with all peers until nothing differs.
     pub fn resync(&self, user: &str) -> Result<(), String> {
-        client::compare(&self.local, Some(user), true, PATIENCE, |_| {})
+        client::compare(&self.local, Some(user), (true, false), PATIENCE, |_| {})
+    }
+
+    /// The same, with all that is in the mails.
+    pub fn resync_bodies(&self, user: &str) -> Result<(), String> {
+        client::compare(&self.local, Some(user), (true, true), PATIENCE, |_| {})
     }
 
     pub fn progress(&self) -> Progress {

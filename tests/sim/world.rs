@@ -764,6 +764,7 @@ fn described(change: &proto::Change) -> String {
         }
         Some(What::Flags(update)) => format!("flags {}", ranges(&update.messages)),
         Some(What::Expunge(expunge)) => format!("expunge {}", ranges(&expunge.messages)),
+        Some(What::Apart(apart)) => format!("apart {}", ranges(&apart.messages)),
         Some(What::Claim(claim)) => {
             let proto::Claim { guid, uid, was, raised, of, of_uid } = claim;
             format!("claim {uid}={} was {was:?} of {of}{of_uid} raised {raised}", short(guid))

@@ -11,7 +11,7 @@ use super::*;
 type Box = BTreeMap<u32, Message>;
 
 fn message(uid: u32, guid: &str, flags: u32) -> Message {
-    Message { uid, guid: guid.into(), flags, keywords: vec![] }
+    Message { uid, guid: guid.into(), flags, ..Default::default() }
 }
 
 fn mailbox(messages: &Box) -> Mailbox {
@@ -39,7 +39,11 @@ fn listed(messages: &Box, ranges: &[Range]) -> Vec<Message> {
 
 /// What is found; and how many digests and messages crossed the wire for it.
 fn compare(ours: &Box, theirs: &Box) -> (Repair, usize) {
-    let mut descent = Descent::new(mailbox(ours), mailbox(theirs));
+    compare_with(ours, theirs, false)
+}
+
+fn compare_with(ours: &Box, theirs: &Box, bodies: bool) -> (Repair, usize) {
+    let mut descent = Descent::new(mailbox(ours), mailbox(theirs), bodies);
     let mut crossed = 0;
     while let Some(ask) = descent.ask() {
         let is_taken = match ask {
@@ -180,9 +184,66 @@ fn a_copy_inside_of_the_mailbox_is_another_message() {
 fn answers_that_were_not_asked_for_are_not_taken() {
     let ours: Box = (1..=10).map(|uid| (uid, message(uid, "g", 0))).collect();
     let theirs: Box = (1..=9).map(|uid| (uid, message(uid, "h", 0))).collect();
-    let mut descent = Descent::new(mailbox(&ours), mailbox(&theirs));
+    let mut descent = Descent::new(mailbox(&ours), mailbox(&theirs), false);
     assert!(!descent.take_digests(&[], &[]));
     assert!(!descent.take_messages(&[message(99, "g", 0)], &[]));
     assert!(!descent.take_messages(&[message(2, "g", 0), message(1, "g", 0)], &[]));
     assert!(descent.take_messages(&listed(&ours, &[Range { first: 1, last: 10 }]), &[]));
 }
+
+/// Whose contents are their GUIDs, unless they are said.
+fn with_bodies(messages: &Box, others: &[u32]) -> Box {
+    let hash = |message: &Message| {
+        let mut contents = crate::compare::digest::Contents::default();
+        contents.push(message.guid.as_bytes());
+        contents.push(if others.contains(&message.uid) { b" " } else { b"" });
+        contents.finish()
+    };
+    messages.iter().map(|(uid, m)| (*uid, Message { body: Some(hash(m)), ..m.clone() })).collect()
+}
+
+#[test]
+fn one_body_of_many_is_found_and_one_side_sets_it_apart() {
+    let all: Box = (1..=5_000).map(|uid| (uid, message(uid, &format!("g{uid}"), 0))).collect();
+    let (ours, mut theirs) = (with_bodies(&all, &[]), with_bodies(&all, &[3_333]));
+    // Who has other contents has other flags by itself.
+    theirs.get_mut(&3_333).unwrap().flags = 8;
+    theirs.get_mut(&17).unwrap().flags = 8;
+    let (repair, crossed) = compare_with(&ours, &theirs, true);
+    let found: Vec<_> = repair.differences.iter().map(|d| (d.what, d.uid)).collect();
+    assert_eq!(found, [(What::Flags, 17), (What::Body, 3_333)]);
+    let detail = &repair.differences[1].detail;
+    assert!(detail.starts_with("GUID g3333, SHA-256 ") && detail.ends_with(" there"), "{detail}");
+    assert_eq!(repair.ours[0].apart, [Apart { uid: 3_333, guid: "g3333".into() }]);
+    assert!(repair.theirs[0].apart.is_empty(), "one side is enough");
+    assert!(crossed < 300, "{crossed}");
+
+    let (repair, _) = compare_with(&ours, &with_bodies(&all, &[]), true);
+    assert!(repair.is_empty());
+    let (repair, _) = compare_with(&ours, &all, true);
+    assert!(repair.is_empty(), "what is not known differs in nothing");
+}
+
+/// Who has no bodies has the same digests.
+#[test]
+fn without_bodies_nothing_is_asked_of_what_is_equal() {
+    let all: Box = (1..=5_000).map(|uid| (uid, message(uid, &format!("g{uid}"), 0))).collect();
+    let (repair, crossed) = compare(&all, &all.clone());
+    assert_eq!((repair.is_empty(), crossed), (true, 0));
+}
+
+#[test]
+fn questions_for_bodies_are_short_whatever_uids_there_are() {
+    let few: Box = [1, 2, UID_HIGH].map(|uid| (uid, message(uid, &format!("g{uid}"), 0))).into();
+    let mut descent = Descent::new(mailbox(&few), mailbox(&few), true);
+    let mut questions = 0;
+    while let Some(Ask::Digests(ranges)) = descent.ask() {
+        let digests: Vec<InRange> = ranges.iter().map(|range| in_range(&few, *range)).collect();
+        assert!(descent.take_digests(&digests, &digests));
+        questions += 1;
+    }
+    assert!(questions <= PIECES_MAX as usize + 1, "{questions}");
+    assert!(descent.finish().is_empty());
+}
+
+const UID_HIGH: u32 = u32::MAX - (1 << 21);
