@@ -368,6 +368,19 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_that_was_killed_before_it_expunged_what_it_set_apart_is_no_reason_to_keep_it_twice() {
+        let message = proto::MessageRange { first_uid: 2, last_uid: 2, guid: "guid 2".into(), ..Default::default() };
+        let mut before = storage(2);
+        before.open("INBOX", false).unwrap();
+        let kept = apart::own(&mut before, 2, "guid 2", 2).unwrap().unwrap().guid;
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "guid 1"), (2, "guid 2"), (3, &kept)]);
+        let (changes, error) = told(&mut storage, vec![TellOf { apart: vec![message], ..part(&[]) }]);
+        assert_eq!((saves(&changes), error.as_str()), (vec![(3, true)], ""));
+        assert_eq!(storage.messages("INBOX"), [(1, "guid 1".into()), (3, kept)]);
+    }
+
+    #[test]
     fn nothing_is_set_apart_while_another_worker_applies_changes() {
         let mut storage = storage(1);
         storage.is_locked = true;

@@ -700,10 +700,10 @@ stories! {
 
 /// Each has something else, and all notice at once.
 #[test]
-fn three_bodies_that_differ_all_stay_also_when_workers_are_killed() {
+fn three_bodies_that_differ_all_stay_also_when_workers_and_relays_are_killed() {
     let formats = [("a", Format::Sdbox), ("b", Format::Maildir), ("c", Format::Mdbox)];
     let t = Scene::on(Cluster::start(formats.map(|(name, format)| Setup::new(name, format)).into()), "story-bodies");
-    ["killed with signal 9", "dovetail"].iter().for_each(|text| t.expects_in_log(text));
+    ["killed with signal 9", "Peer ", "dovetail"].iter().for_each(|text| t.expects_in_log(text));
     let user = t.user.as_str();
     ["one", "two"].iter().for_each(|subject| t.servers()[0].deliver(user, &mail(subject)));
     t.settled();
@@ -713,10 +713,14 @@ fn three_bodies_that_differ_all_stay_also_when_workers_are_killed() {
         for server in t.servers() {
             scope.spawn(|| server.try_doveadm(&["dovetail", "resync", "-b", "-u", user]));
         }
-        for n in 0..6 {
-            wait_until(SOON, "a worker has begun", || t.servers()[n % 3].kill("dovetail-worker") > 0);
+        wait_until(SOON, "the first is set apart", || {
+            t.servers().iter().any(|server| with_text(server, user, "ello from") != 2)
+        });
+        for service in ["dovetail-worker", "dovetail", "dovetail-worker"] {
+            t.servers().iter().for_each(|server| wait_until(SOON, "it runs", || server.kill(service) > 0));
         }
     });
+    wait_for_connection(&t);
     differences(&t.servers()[0], &["resync", "-b", "-u", user]);
     t.converged_within(BY_ITSELF, user);
     are_equal(&t, &["compare", "-b", "-u", user]);
