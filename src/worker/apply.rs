@@ -1520,6 +1520,22 @@ mod tests {
         assert_eq!((storage.guid("Play"), storage.messages("Play")), ([4; 16], named(&[(1, "one")])));
     }
 
+    /// It may have been its name before.
+    #[test]
+    fn under_the_uidvalidity_that_comes_with_other_messages_their_uids_name_no_others() {
+        let mut storage = FakeStorage::default();
+        storage.add("Work", [4; 16], 10, &[(1, "ours")]);
+        storage.add("Play", [3; 16], 20, &[(1, "one"), (2, "two")]);
+        let became = change(1, create_of(true, &[3]));
+        let outcome = apply_as(true, &mut storage, Script::default(), &[of((4, "Work"), 10, became)]);
+        assert_eq!((outcome.error, storage.uid_validity("Work")), (None, 20));
+        let uids: Vec<u32> =
+            storage.messages("Work").into_iter().filter(|(uid, _)| *uid > 2).map(|(uid, _)| uid).collect();
+        assert_eq!((uids.len(), storage.messages("Work").len()), (3, 3), "{:?}", storage.messages("Work"));
+        let is_told = |what: &What| matches!(what, What::Claim(claim) if claim.guid == "ours" && claim.was == [1]);
+        assert!(outcome.told.iter().any(is_told), "{:?}", outcome.told);
+    }
+
     #[test]
     fn what_became_one_with_a_mailbox_that_is_deleted_next_stays() {
         for guid in [3, 5] {

@@ -11,6 +11,7 @@ use super::super::storage::{Existence, Guid, Result, Storage, Update};
 use super::{guid_of, locate, Apply, Marks, Open, Outcome, Pending, Reason, GONE_MAX, NO_GUID};
 use crate::merge::mailbox::{merge, Identity};
 use crate::merge::rule::Rule;
+use crate::merge::uid::{Put, There};
 use crate::wire::proto::{self, op::What};
 
 impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
@@ -356,7 +357,9 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             }
             self.storage.close();
             // By its name, whichever GUID that has.
-            let target = proto::Mailbox { path: path.clone(), uid_validity: source.uid_validity, ..Default::default() };
+            let target = proto::Mailbox { path: path.clone(), ..Default::default() };
+            self.make_room(&target, source, uid_next)?;
+            let target = proto::Mailbox { uid_validity: source.uid_validity, ..target };
             self.enter(&target, Reason::Save)?;
             let from_path = name::path(from, &self.namespace).unwrap_or_default();
             for mut save in saves {
@@ -396,6 +399,23 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 return Ok(());
             }
         }
+    }
+
+    /// The mailbox gets the UIDVALIDITY of the other one, which may have had its name before: under that, UIDs below `uid_next` have named
+    /// the other one's messages.
+    fn make_room(&mut self, target: &proto::Mailbox, source: Identity, uid_next: u32) -> Outcome<()> {
+        self.enter(target, Reason::Save)?;
+        let status = self.storage.status();
+        let ours = Identity { guid: status.guid, uid_validity: status.uid_validity, had_mail: status.uid_next > 1 };
+        if merge(ours, source, None).uid_validity == ours.uid_validity {
+            return Ok(());
+        }
+        for uid in self.storage.uids()?.into_iter().filter(|uid| *uid < uid_next) {
+            let Some(guid) = self.storage.message_guid(uid)? else { continue };
+            let to = self.here(None).next.max(uid_next);
+            self.put(&guid, uid, Put::At(to), There { uid, next: 0, raised: 0 }, uid)?;
+        }
+        Ok(())
     }
 
     /// Opens the mailbox. None if it is not there.
