@@ -738,7 +738,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             return Ok(None);
         }
         if is_told_again {
-            if let Some(stands) = self.storage.find_messages(guid)?.pop() {
+            let mut found = self.storage.find_messages(guid)?;
+            if save.kept {
+                let logs = self.storage.log_files()?;
+                found.retain(|uid| !self.is_kept_beside(&logs, (*uid, wanted), guid));
+            }
+            if let Some(stands) = found.pop() {
                 if wanted != 0 && !self.moves {
                     self.take_claim(guid, stands, There { uid: wanted, next: 0, raised: 0 })?;
                 }
@@ -796,6 +801,16 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             Put::At(uid) => Some(uid),
             Put::Stay | Put::Next => Some(0),
         })
+    }
+
+    /// Whether the message that has the first UID here is another copy of the one that was kept there with the second: of those, each is
+    /// told.
+    fn is_kept_beside(&self, logs: &[Vec<u8>], (here, wanted): (u32, u32), guid: &str) -> bool {
+        if self.saved.contains(&here) || self.has_another_there((here, wanted), guid) {
+            return true;
+        }
+        // A third server may have given it the one that is known.
+        self.is_pair && self.uid_there(logs, here, guid).is_some_and(|there| there != wanted)
     }
 
     /// What is known of a message that was saved before, where its UID was taken. Another one with the same GUID is none of it:
@@ -1492,6 +1507,15 @@ mod tests {
             let guids: Vec<String> = storage.messages("INBOX").into_iter().map(|(_, guid)| guid).collect();
             assert_eq!((outcome.error, guids.iter().filter(|guid| *guid == "one").count()), (None, 1), "{guids:?}");
         }
+    }
+
+    #[test]
+    fn copies_that_are_kept_with_their_mailbox_are_all_there_again() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[]);
+        let kept = [told_again(1, 1, "one"), told_again(2, 2, "one"), told_again(3, 2, "one")];
+        apply(&mut storage, Script::default(), &kept);
+        assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (2, "one")]));
     }
 
     #[test]
