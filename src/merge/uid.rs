@@ -78,14 +78,12 @@ pub fn tell(stands: u32, there: u32, resolves: bool) -> Tell {
     }
 }
 
-/// Another server cannot put the message where it was claimed, which is `there.uid`. None: nothing to do here. `is_new`: the
-/// message came there just now, so that a claim which went there before may have been for nothing.
-pub fn answer(here: Here, there: There, is_new: bool) -> Option<Put> {
+/// Another server cannot put the message where it was claimed, which is `there.uid`. None: nothing to do here.
+pub fn answer(here: Here, there: There) -> Option<Put> {
     match here.stands.filter(|_| here.resolves)? {
         stands if stands <= there.uid => Some(Put::At(raise(here, there))),
-        // It was raised since.
-        _ if is_new => Some(Put::Stay),
-        _ => None,
+        // It was raised since. That claim may have come there before the message, and for nothing; or it was another server's.
+        _ => Some(Put::Stay),
     }
 }
 
@@ -124,7 +122,6 @@ mod tests {
         uid: u32,
         next: u32,
         raised: u32,
-        is_new: bool,
     }
 
     #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -197,15 +194,9 @@ mod tests {
         }
 
         fn send(&mut self, from: usize, what: What, message: Message, uid: u32, raised: u32) {
-            let change = Change { what, message, uid, raised, next: self.servers[from].next, is_new: false };
+            let change = Change { what, message, uid, raised, next: self.servers[from].next };
             for to in (0..self.servers.len()).filter(|to| *to != from) {
                 self.lines.entry((from, to)).or_default().push_back(change.clone());
-            }
-        }
-
-        fn mark_new(&mut self, from: usize, is_new: bool) {
-            for line in self.lines.iter_mut().filter(|(line, _)| line.0 == from).map(|(_, line)| line) {
-                line.back_mut().expect("it was just sent").is_new = is_new;
             }
         }
 
@@ -253,7 +244,7 @@ mod tests {
                 _ if server.expunged.contains(&change.message) => None,
                 What::Claim if here.stands.is_none() => None,
                 What::Save | What::Claim => Some(place(here, there)),
-                What::Nack => answer(here, there, change.is_new),
+                What::Nack => answer(here, there),
             };
             match put {
                 Some(Put::At(uid)) => server.put(change.message, uid),
@@ -270,10 +261,7 @@ mod tests {
             let stands = put.and_then(|_| server.messages.get(&change.message).copied());
             match stands.map(|stands| (stands, tell(stands, change.uid, resolves))) {
                 Some((stands, Tell::Claim)) => self.send(to, What::Claim, change.message, stands, change.raised + 1),
-                Some((_, Tell::Nack)) => {
-                    self.send(to, What::Nack, change.message, change.uid, change.raised);
-                    self.mark_new(to, change.what == What::Save);
-                }
+                Some((_, Tell::Nack)) => self.send(to, What::Nack, change.message, change.uid, change.raised),
                 _ => {}
             }
             self.lines.retain(|_, line| !line.is_empty());
@@ -407,6 +395,15 @@ mod tests {
             let order: Vec<usize> = order.into_iter().filter(|server| *server < count).collect();
             play(Cluster { again: 10, ..Cluster::chain(&order) }, count, steps);
         }
+    }
+
+    /// The claim that holds went to a server before it had the message, and the acting resolver had it from another one.
+    #[test]
+    fn a_claim_that_the_acting_resolver_had_from_another_one_is_told_again() {
+        use Step::{Cut, Deliver, Expunge, Save};
+        let from = [Save(2), Save(4), Save(2), Deliver(11), Deliver(18), Cut(3, 2)].into_iter();
+        let steps = from.chain([0; 7].map(Deliver)).chain([Deliver(5), Save(1), Deliver(3), Deliver(0), Expunge(4, 0)]);
+        play(Cluster { again: 10, ..Cluster::chain(&[4, 3, 2, 1, 0]) }, 5, steps.collect());
     }
 
     fn play(mut cluster: Cluster, count: usize, steps: Vec<Step>) {

@@ -438,13 +438,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             }
             self.solved(Rule::UidTaken);
             self.note_elsewhere(asked.there, &asked.guid, uid, false);
-            self.tell_uid(
-                &asked.guid,
-                uid,
-                There { uid: asked.there, next: 0, raised: 0 },
-                (vec![], asked.there),
-                true,
-            );
+            self.tell_uid(&asked.guid, uid, There { uid: asked.there, next: 0, raised: 0 }, (vec![], asked.there));
         }
         Ok(())
     }
@@ -714,7 +708,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             self.diverge();
             self.solved(Rule::UidTaken);
             self.note_elsewhere(wanted, &save.guid, uid, false);
-            self.tell_uid(&save.guid, uid, There { uid: wanted, next: 0, raised: 0 }, (vec![], wanted), true);
+            self.tell_uid(&save.guid, uid, There { uid: wanted, next: 0, raised: 0 }, (vec![], wanted));
         }
         self.flush()?;
         Ok(true)
@@ -777,7 +771,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                     self.diverge();
                     self.solved(Rule::UidTaken);
                     self.note_elsewhere(wanted, guid, stands, false);
-                    self.tell_uid(guid, stands, There { uid: wanted, next: 0, raised: 0 }, (vec![], wanted), true);
+                    self.tell_uid(guid, stands, There { uid: wanted, next: 0, raised: 0 }, (vec![], wanted));
                     return Ok(None);
                 }
                 self.tell_if_elsewhere(guid, wanted)?;
@@ -1727,8 +1721,7 @@ mod tests {
         storage.add("INBOX", GUID, 9, &[(5, "ours")]);
         let changes = [save(1, 5, "theirs")];
         let outcome = apply(&mut storage, Script::default(), &changes);
-        let cannot =
-            proto::Nack { guid: "theirs".into(), uid: 5, stands: 6, next: 7, is_new: true, of: "a".into(), raised: 0 };
+        let cannot = proto::Nack { guid: "theirs".into(), uid: 5, stands: 6, next: 7, of: "a".into(), raised: 0 };
         assert_eq!(outcome.told, [What::Nack(cannot.clone())]);
         // Its worker may have been killed before it could say so.
         let outcome = apply(&mut storage, Script::default(), &changes);
@@ -1748,11 +1741,14 @@ mod tests {
         assert_eq!(outcome.told, [raised("one", 15, &[9], 14)]);
         assert_eq!(storage.messages("INBOX"), named(&[(6, "two"), (15, "one")]));
         let outcome = apply_as(true, &mut storage, Script::default(), &[nack(3, "one", 9, 14, 15)]);
-        assert_eq!(outcome.told, [], "it was raised since");
+        assert_eq!(
+            outcome.told,
+            [raised("one", 15, &[], 14)],
+            "it was raised since, which that one may not have heard"
+        );
 
         let outcome = apply(&mut storage, Script::default(), &[claim(4, "two", 8, &[6])]);
-        let cannot =
-            proto::Nack { guid: "two".into(), uid: 8, stands: 6, next: 16, raised: 1, is_new: false, of: "a".into() };
+        let cannot = proto::Nack { guid: "two".into(), uid: 8, stands: 6, next: 16, raised: 1, of: "a".into() };
         assert_eq!(outcome.told, [What::Nack(cannot)]);
         assert_eq!(storage.messages("INBOX"), named(&[(6, "two"), (15, "one")]));
     }
@@ -1854,7 +1850,7 @@ mod tests {
     fn of_copies_of_one_message_a_third_servers_is_known_by_its_uid_there() {
         let ours = [(9, "one"), (10, "one")];
         let mut refused = proto::Nack { guid: "one".into(), uid: 5, stands: 9, next: 10, ..Default::default() };
-        (refused.of, refused.is_new) = ("c".into(), true);
+        refused.of = "c".into();
         let mut storage = FakeStorage::default();
         storage.add("INBOX", GUID, 9, &ours);
         storage.elsewhere = vec![of_c(5, 9)];

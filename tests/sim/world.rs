@@ -770,8 +770,8 @@ fn described(change: &proto::Change) -> String {
             format!("claim {uid}={} was {was:?} of {of}{of_uid} raised {raised}", short(guid))
         }
         Some(What::Nack(nack)) => {
-            let proto::Nack { guid, uid, stands, next, raised, is_new, of } = nack;
-            format!("nack {uid}={} stands {stands} next {next} raised {raised} new {is_new} of {of}", short(guid))
+            let proto::Nack { guid, uid, stands, next, raised, of } = nack;
+            format!("nack {uid}={} stands {stands} next {next} raised {raised} of {of}", short(guid))
         }
         Some(What::Create(create)) => {
             let was: Vec<String> = create.was.iter().map(|guid| named(guid)).collect();

@@ -21,14 +21,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
 
     /// Says to the peers what they must know of a message that is at `stands` here, if something. `was`: UIDs that it had here,
     /// and the one that it has where the change comes from (0: not known).
-    pub(super) fn tell_uid(
-        &mut self,
-        guid: &str,
-        stands: u32,
-        there: There,
-        (was, of_uid): (Vec<u32>, u32),
-        is_new: bool,
-    ) {
+    pub(super) fn tell_uid(&mut self, guid: &str, stands: u32, there: There, (was, of_uid): (Vec<u32>, u32)) {
         let next = self.here(None).next;
         let There { uid, raised, .. } = there;
         let (guid, of) = (guid.to_owned(), self.current.origin.clone());
@@ -38,7 +31,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 let raised = raised.saturating_add(1);
                 What::Claim(proto::Claim { guid, uid: stands, was, raised, of, of_uid })
             }
-            Tell::Nack => What::Nack(proto::Nack { guid, uid, stands, next, raised, is_new, of }),
+            Tell::Nack => What::Nack(proto::Nack { guid, uid, stands, next, raised, of }),
         });
     }
 
@@ -91,7 +84,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         };
         if let Some(stands) = stands.filter(|uid| *uid > wanted) {
             self.note_elsewhere(wanted, guid, stands, false);
-            self.tell_uid(guid, stands, There { uid: wanted, next: 0, raised: 0 }, (vec![], wanted), true);
+            self.tell_uid(guid, stands, There { uid: wanted, next: 0, raised: 0 }, (vec![], wanted));
         }
         Ok(())
     }
@@ -215,7 +208,6 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             self.note_if_elsewhere_there(nack.stands, &nack.guid, here);
             return Ok(());
         }
-        let was_applied = self.is_applied();
         let there = There { uid: nack.uid, next: nack.next, raised: nack.raised };
         let mut stands = match self.refused(nack)? {
             Standing::At(uid) => uid,
@@ -225,7 +217,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 return self.answer_without(&nack.guid, there);
             }
         };
-        if let Some(put) = uid::answer(self.here(Some(stands)), there, nack.is_new || was_applied) {
+        if let Some(put) = uid::answer(self.here(Some(stands)), there) {
             stands = self.put(&nack.guid, stands, put, there, nack.stands)?;
         }
         self.note_if_elsewhere_there(nack.stands, &nack.guid, stands);
@@ -299,7 +291,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             _ => stands,
         };
         let was = if now == stands { vec![] } else { vec![stands] };
-        self.tell_uid(guid, now, there, (was, of_uid), false);
+        self.tell_uid(guid, now, there, (was, of_uid));
         Ok(now)
     }
 
@@ -416,7 +408,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         }
         self.end_moving()?;
         if self.resolves {
-            self.tell_uid(&guid, to, There { uid: from, next: 0, raised: 0 }, (vec![from], 0), false);
+            self.tell_uid(&guid, to, There { uid: from, next: 0, raised: 0 }, (vec![from], 0));
         }
         Ok(())
     }
