@@ -270,6 +270,31 @@ fn what_was_expunged_on_the_server_that_is_restored_does_not_come_back() {
     });
 }
 
+/// Comparing deletes nothing.
+#[test]
+fn a_mailbox_that_was_deleted_since_the_backup_comes_back_with_its_mails() {
+    in_formats(&[Format::Sdbox, Format::Maildir], "deleted-since", |t| {
+        begin(t);
+        t.a().imap(&t.user).ok("CREATE Gone");
+        t.a().imap(&t.user).append("Gone", &mail("gone"));
+        t.settled();
+        t.b().stop();
+        let backups = ALL.map(|below| Backup::of(t.b(), below));
+        t.b().start();
+        wait_for_connection(t);
+        t.a().imap(&t.user).ok("DELETE Gone");
+        let before = go_on(t);
+        assert!(!before.mailboxes.contains_key("Gone"));
+        t.b().stop();
+        backups.iter().for_each(Backup::restore);
+        t.b().start();
+        wait_for_connection(t);
+        let after = repaired(t);
+        has_all(&before, &after);
+        assert_eq!(after.messages("Gone").len(), 1);
+    });
+}
+
 /// What its relay knew is gone, as on a new machine with the old one's disk of mails.
 #[test]
 fn a_server_without_its_state_is_compared_by_itself() {

@@ -6,7 +6,7 @@ use std::fs;
 use std::time::Duration;
 
 use super::dice::Dice;
-use super::plan::{side_name, Event, Fault, Phase, What, MAILBOXES};
+use super::plan::{side_name, Event, Fault, Phase, Step, What, MAILBOXES};
 use crate::cluster::backup::Backup;
 use crate::cluster::{holds_within_slowly, wait_until, Format, Server, Setup};
 use crate::scene::Scene;
@@ -102,6 +102,14 @@ impl Great {
         let mut dice = Dice::new(seed, 9_000 + number);
         let steps: usize = phase.clients.iter().map(Vec::len).sum();
         let victim = self.victim();
+        if number == 2 && victim.is_some() {
+            // Otherwise few have a mailbox of their own to delete.
+            for steps in &mut phase.clients {
+                let at = dice.between(0, steps.len() - 1);
+                let (user, pick) = (steps[at].user, dice.roll());
+                steps.insert(at, Step { user, what: What::Delete { pick } });
+            }
+        }
         match (number, self) {
             (2, Great::Overflow { victim } | Great::StateLost { victim }) => {
                 phase.both = false;
@@ -126,6 +134,10 @@ impl Great {
                     let (side, applied) = (dice.between(0, THIRD), dice.between(0, 20) as u64);
                     phase.events.push(Event { after, fault: Fault::Interrupt { side, applied } });
                 }
+            }
+            (3, Great::Added) => {
+                phase.both = true;
+                phase.other = THIRD;
             }
             (2, Great::Removed) => {
                 let after = dice.between(1, steps - 1);

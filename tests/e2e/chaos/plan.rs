@@ -29,6 +29,8 @@ pub struct Phase {
     pub writer: usize,
     /// Both are: every second client writes to the other one.
     pub both: bool,
+    /// That one.
+    pub other: usize,
     /// This one is stopped before it begins, and still when it is over.
     pub down: Option<usize>,
     /// What each client does, one step after the other.
@@ -174,7 +176,7 @@ impl Phase {
             Fault::add_to_servers(&mut dice, writer, steps, &mut events);
         }
         events.sort_by_key(|event| event.after);
-        let mut it = Phase { writer, both, down: None, clients, events };
+        let mut it = Phase { writer, both, other: 1 - writer, down: None, clients, events };
         if let Some(great) = great {
             great.adapt(seed, phase, &mut it);
         }
@@ -183,8 +185,8 @@ impl Phase {
 
     /// The server that a client writes to.
     pub fn side_of(&self, client: usize) -> usize {
-        if self.both {
-            (self.writer + client) % 2
+        if self.both && client % 2 == 1 {
+            self.other
         } else {
             self.writer
         }
@@ -341,9 +343,8 @@ impl Display for Plan {
         for (n, phase) in self.phases.iter().enumerate() {
             let steps: Vec<usize> = phase.clients.iter().map(Vec::len).collect();
             let writers = match phase.both {
-                true => "a and b are",
-                false if phase.writer == 0 => "a is",
-                false => "b is",
+                true => format!("{} and {} are", side_name(phase.writer), side_name(phase.other)),
+                false => format!("{} is", side_name(phase.writer)),
             };
             writeln!(f, "phase {}: {writers} written to, clients with {steps:?} steps", n + 1)?;
             for event in &phase.events {
