@@ -754,13 +754,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             true => self.was_expunged_at(wanted, guid)? && self.is_expunged_by_client(wanted)?,
             false => self.was_expunged_from(wanted, guid)?,
         };
-        if was_expunged && is_found {
-            self.tell_expunge_again(wanted, guid);
-        }
-        if was_expunged && !self.has_diverged() {
-            return Ok(None);
-        }
-        match self.given_another(wanted, guid, save.copied_from.as_ref())? {
+        let standing = match was_expunged && !self.has_diverged() {
+            true => Standing::Unknown,
+            false => self.given_another(wanted, guid, save.copied_from.as_ref())?,
+        };
+        match standing {
             Standing::At(stands) => {
                 if stands < wanted {
                     // A message that is elsewhere is above.
@@ -782,7 +780,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 self.tell_expunge_again(wanted, guid);
                 return Ok(None);
             }
-            Standing::Unknown if was_expunged => return Ok(None),
+            Standing::Unknown if was_expunged => {
+                if is_found {
+                    self.tell_expunge_again(wanted, guid);
+                }
+                return Ok(None);
+            }
             Standing::Unknown => {}
         }
         if wanted == 0 {
@@ -936,8 +939,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     }
 
     /// The UIDs here of the messages meant, as ranges.
-    fn find(&mut self, messages: &[proto::MessageRange]) -> Outcome<Vec<(u32, u32)>> {
-        let mut found = Vec::new();
+    fn find(&mut self, messages: &[proto::MessageRange]) -> Outcome<Found> {
+        let mut found = Found::default();
         for range in messages {
             if range.guid.is_empty() && range.guid_128.is_empty() {
                 self.find_by_uid(range, &mut found)?;
@@ -946,14 +949,14 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             if range.guid.is_empty() {
                 let uid = self.find_hashed(range)?.map(|uid| (uid, uid));
                 // It may be named by several UIDs that it had.
-                found.extend(uid.filter(|uid| !found.contains(uid)));
+                found.sure.extend(uid.filter(|uid| !found.sure.contains(uid)));
                 continue;
             }
             if self.is_gone(range.first_uid, &range.guid) {
                 continue;
             }
             match self.named(range.first_uid, &range.guid)? {
-                Standing::At(uid) => found.push((uid, uid)),
+                Standing::At(uid) => found.sure.push((uid, uid)),
                 Standing::Expunged => {}
                 // It was given another UID here.
                 Standing::Unknown => {
@@ -967,7 +970,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                         None => true,
                     };
                     match all.iter().rfind(is_it) {
-                        Some(uid) => found.push((*uid, *uid)),
+                        Some(uid) => found.guessed.push((*uid, *uid)),
                         None => self.doubt_unknown(),
                     }
                 }
@@ -1018,18 +1021,20 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     }
 
     /// Of messages that the origin names by their UIDs alone.
-    fn find_by_uid(&mut self, range: &proto::MessageRange, found: &mut Vec<(u32, u32)>) -> Result<()> {
+    fn find_by_uid(&mut self, range: &proto::MessageRange, found: &mut Found) -> Result<()> {
         let Some(open) = &self.open else { return Ok(()) };
         let Resolved { uids, elsewhere } = self.elsewhere.resolve(&open.guid, range.first_uid, range.last_uid);
-        found.extend(uids);
+        found.sure.extend(uids);
         let elsewhere: Vec<Known> = elsewhere.into_iter().filter(|known| known.here != GONE).cloned().collect();
         for Known { guid, here, .. } in elsewhere {
-            let uid = match self.standing_here(here, &guid)? {
-                Standing::At(uid) => Some(uid),
-                Standing::Expunged => None,
-                Standing::Unknown => self.storage.find_messages(&guid)?.pop(),
-            };
-            found.extend(uid.map(|uid| (uid, uid)));
+            match self.standing_here(here, &guid)? {
+                Standing::At(uid) => found.sure.push((uid, uid)),
+                Standing::Expunged => {}
+                Standing::Unknown => {
+                    let uid = self.storage.find_messages(&guid)?.pop();
+                    found.guessed.extend(uid.map(|uid| (uid, uid)));
+                }
+            }
         }
         Ok(())
     }
@@ -1039,7 +1044,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             return Ok(());
         }
         self.flush_other_keywords(update)?;
-        for (first, last) in self.find(&update.messages)? {
+        let Found { sure, guessed } = self.find(&update.messages)?;
+        for (first, last) in sure.into_iter().chain(guessed) {
             self.storage.update_flags(first, last, update)?;
             self.pending = Pending::Changes;
         }
@@ -1063,10 +1069,20 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if !self.enter_for_change(mailbox)? {
             return Ok(());
         }
-        for (first, last) in self.find(&expunge.messages)? {
+        let Found { sure, guessed } = self.find(&expunge.messages)?;
+        for (first, last) in sure {
             self.storage.expunge(first, last)?;
             self.pending = Pending::Changes;
             self.open.iter_mut().for_each(|open| open.expunges = true);
+        }
+        // Perhaps another copy was meant. If the peer still has this one, it shall come back.
+        if !guessed.is_empty() {
+            self.flush()?;
+            for (first, last) in guessed {
+                self.storage.expunge(first, last)?;
+            }
+            self.pending = Pending::Changes;
+            self.flush()?;
         }
         Ok(())
     }
@@ -1077,7 +1093,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             return Ok(());
         }
         for message in &apart.messages {
-            for (uid, _) in self.find(std::slice::from_ref(message))? {
+            let Found { sure, guessed } = self.find(std::slice::from_ref(message))?;
+            for (uid, _) in sure.into_iter().chain(guessed) {
                 let Some(own) = apart::own(self.storage, uid, &message.guid, message.first_uid)? else { continue };
                 self.keep_apart(own)?;
                 self.storage.expunge(uid, uid)?;
@@ -1156,6 +1173,14 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         Ok(true)
     }
+}
+
+/// Messages that a change names, as ranges of their UIDs here.
+#[derive(Default)]
+struct Found {
+    sure: Vec<(u32, u32)>,
+    /// By nothing but its GUID: perhaps another copy is meant, which never came.
+    guessed: Vec<(u32, u32)>,
 }
 
 /// What is known of a message that has, or had, another UID.
@@ -2239,6 +2264,19 @@ mod tests {
         let told = found_again(&mut storage, |save| save.found = true);
         assert_eq!(storage.messages("INBOX"), []);
         assert!(expunges(&told, "two"), "{told:?}");
+    }
+
+    /// This server was set back, and has never had the copy: what it expunges instead comes back from the peer.
+    #[test]
+    fn only_an_expunge_of_what_is_surely_meant_is_said_to_be_a_clients() {
+        for (named_by, is_sure) in [(12, true), (19, false)] {
+            let mut storage = FakeStorage::default();
+            apply(&mut storage, Script::default(), &[save(1, 12, "two"), expunge(2, named_by, "two")]);
+            assert_eq!(storage.messages("INBOX"), []);
+            assert!(storage.open("INBOX", false).unwrap());
+            let mark = storage.mark().unwrap();
+            assert_eq!(mark[..8] == Marks::default().expunges().1[..], is_sure, "{mark:?}");
+        }
     }
 
     /// It was moved out and back: the one that is here is another one.
