@@ -131,15 +131,14 @@ fn play(seed: u64) {
     let mut gone = BTreeSet::new();
     for (number, phase) in plan.phases.iter().enumerate().map(|(n, phase)| (n + 1, phase)) {
         procedure.before(number, |server| fill(server, &users, &ledger));
-        if plan.great.is_some_and(Great::brings_mailboxes_back) {
-            let mut ledger = ledger.lock().expect("a ledger");
-            match number {
-                2 => gone = ledger.gone(),
-                3 => ledger.brings_back(&gone),
-                _ => {}
-            }
+        let brings_back = plan.great.and_then(Great::brings_mailboxes_back);
+        if brings_back == Some(number) {
+            gone = ledger.lock().expect("a ledger").gone();
         }
         play_phase(&scene, phase, &users, &ledger);
+        if number == 3 && brings_back.is_some() {
+            ledger.lock().expect("a ledger").brings_back(&gone);
+        }
         procedure.after(number);
         if procedure.is_checked(number) {
             check(&scene, &users, &ledger);

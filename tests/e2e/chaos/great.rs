@@ -85,12 +85,17 @@ impl Great {
 
     /// What was moved out of a mailbox and back meanwhile is taken for what is there, which was saved at another time.
     pub fn mixes_save_dates(self) -> bool {
-        self.brings_mailboxes_back() || matches!(self, Great::MailboxRestored { .. })
+        self.brings_mailboxes_back() == Some(2) || matches!(self, Great::MailboxRestored { .. })
     }
 
-    /// A mailbox that was deleted in the second phase may be back with what was in it: who compares deletes nothing.
-    pub fn brings_mailboxes_back(self) -> bool {
-        self.is_away() || matches!(self, Great::ServerRestored { what, .. } if what.contains(&"/home"))
+    /// A mailbox that is deleted from that phase on may be back with what was in it: who compares deletes nothing, and who has
+    /// forgotten what it has heard of takes no deletion for one of all that is there.
+    pub fn brings_mailboxes_back(self) -> Option<usize> {
+        match self {
+            Great::ServerRestored { what: STATE, .. } => Some(3),
+            Great::Overflow { .. } | Great::StateLost { .. } | Great::ServerRestored { .. } => Some(2),
+            _ => None,
+        }
     }
 
     /// Which server is written to in that phase, where only one is.
