@@ -224,7 +224,7 @@ fn with_relay_and_fail_a_relay_that_hangs_makes_it_fail() {
 
 #[test]
 fn with_peers_2_of_three_servers_both_others_have_it_or_it_fails() {
-    let setups = ["a", "b", "c"].map(|name| setup(name, Format::Sdbox, "peers:2", "5s", "fail"));
+    let setups = ["a", "b", "c"].map(|name| setup(name, Format::Sdbox, "peers:2", "10s", "fail"));
     let t = Scene::on(Cluster::start(setups.into()), "story-ack-peers-2");
     for text in ["Peer ", "is not acknowledged as dovetail_ack wants", "could not be replicated"] {
         t.expects_in_log(text);
