@@ -329,13 +329,17 @@ impl Server {
     pub fn kill_all(&self) {
         let Some(mut master) = self.master.lock().unwrap_or_else(|e| e.into_inner()).take() else { return };
         let namespace = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-        let own = namespace(master.id()).expect("its master runs");
+        let master_pid = master.id();
+        let own = namespace(master_pid).expect("its master runs");
         // While it is held, no other server's gets its number.
         let _held = fs::File::open(format!("/proc/{}/ns/mnt", master.id())).expect("its master runs");
         let processes = || -> Vec<String> {
             let all = fs::read_dir("/proc").expect("/proc").flatten();
             let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-            pids.filter(|pid| namespace(*pid).as_ref() == Some(&own)).map(|pid| pid.to_string()).collect()
+            let mut pids: Vec<u32> = pids.filter(|pid| namespace(*pid).as_ref() == Some(&own)).collect();
+            // The master first, so that it logs nothing of the others; theirs are lower where the numbers began anew.
+            pids.sort_by_key(|pid| *pid != master_pid);
+            pids.iter().map(u32::to_string).collect()
         };
         // Those that a process has started meanwhile come next.
         wait_until(Duration::from_secs(10), "all of its processes are dead", || {
