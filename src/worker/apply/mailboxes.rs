@@ -14,9 +14,6 @@ use crate::merge::rule::Rule;
 use crate::merge::uid::{Put, There};
 use crate::wire::proto::{self, op::What};
 
-/// Tries to delete a mailbox that has no messages.
-const DELETIONS_MAX: usize = 3;
-
 impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     // ---- Finding the mailbox -----------------------------------------------------------------------------------------
 
@@ -458,15 +455,9 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             // Only what is known to be known: something may come in meanwhile.
             let uids = self.storage.uids()?;
             self.expunge_here(&uids)?;
-            for _ in 0..DELETIONS_MAX {
-                self.storage.close();
-                if self.storage.delete_empty(&vname)? || self.storage.existence(&vname)? == Existence::None {
-                    return Ok(());
-                }
-                // Also a session that opens it at that moment may be in the way.
-                if !self.storage.open(&vname, false)? || !self.storage.uids()?.is_empty() {
-                    break;
-                }
+            self.storage.close();
+            if self.storage.delete_empty(&vname)? || self.storage.existence(&vname)? == Existence::None {
+                return Ok(());
             }
         }
         self.solved_in(mailbox.path.clone(), Rule::MailStays);
