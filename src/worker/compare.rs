@@ -9,7 +9,7 @@ use super::apart::{self, FLAGS};
 use super::apply::{locate, printable, Failure};
 use super::body::Link;
 use super::connection::Connection;
-use super::job::{check_asker, send_spans_alone};
+use super::job::{check_asker, end_question};
 use super::name;
 use super::storage::{Result, Storage};
 use crate::compare::digest::Digest;
@@ -31,15 +31,8 @@ pub fn survey<S: Storage, C: Read + Write>(
     storage.applying(&[]);
     let mut answers = Answers { connection, survey, next: Surveyed::default(), bytes: 0 };
     let outcome = answer(storage, &mut answers, survey).and_then(|()| Ok(answers.flush()?));
-    storage.close_user();
-    send_spans_alone(storage, connection)?;
-    let error = match outcome {
-        Ok(()) => String::new(),
-        Err(Failure::User(reason) | Failure::Never(reason)) => reason,
-        Err(Failure::Link(error)) => return Err(error),
-    };
+    let error = end_question(storage, connection, outcome)?;
     let is_done = error.is_empty();
-    let error = error.chars().take(1000).collect();
     connection.send(Kind::Surveyed(Surveyed { job: survey.job, error, ..Default::default() }))?;
     Ok(is_done)
 }

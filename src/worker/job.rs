@@ -26,7 +26,7 @@ const SPANS_APPLIED_MAX: usize = 512;
 /// Conflicts told in one frame at most, each with its mailbox's name.
 const CONFLICTS_MAX: usize = 32;
 
-const ERROR_CHARS_MAX: usize = 1000;
+pub const ERROR_CHARS_MAX: usize = 1000;
 
 /// What a connection has asked for so far.
 pub struct Jobs {
@@ -343,6 +343,23 @@ pub fn send_spans_alone<S: Storage, C: Read + Write>(storage: &mut S, connection
         connection.send(Kind::Record(proto::Record { spans: vec![span], ..Default::default() }))?;
     }
     Ok(())
+}
+
+/// Ends a survey or a telling: closes the user, says what was written meanwhile. What the last answer says of an error: nothing if
+/// there was none.
+pub fn end_question<S: Storage, C: Read + Write>(
+    storage: &mut S,
+    connection: &mut Connection<C>,
+    outcome: Result<(), Failure>,
+) -> Link<String> {
+    storage.close_user();
+    storage.unlock_user();
+    send_spans_alone(storage, connection)?;
+    match outcome {
+        Ok(()) => Ok(String::new()),
+        Err(Failure::User(reason) | Failure::Never(reason)) => Ok(reason.chars().take(ERROR_CHARS_MAX).collect()),
+        Err(Failure::Link(error)) => Err(error),
+    }
 }
 
 /// The last answer to a job; what does not fit goes ahead.

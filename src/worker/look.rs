@@ -90,7 +90,8 @@ pub fn look<S: Storage, C: Read + Write>(
             connection.send(Kind::Looked(Looked { job, more: true, spans: vec![span], ..Default::default() }))?;
         }
     }
-    let error: String = outcome.err().or(found.later).unwrap_or_default().chars().take(1000).collect();
+    let error: String =
+        outcome.err().or(found.later).unwrap_or_default().chars().take(super::job::ERROR_CHARS_MAX).collect();
     let is_done = error.is_empty();
     let looked_at = if wanted.whole && !found.is_idle { now_secs } else { 0 };
     connection.send(Kind::Looked(Looked { job, error, looked_at, ..Default::default() }))?;

@@ -10,7 +10,7 @@ use super::apart;
 use super::apply::{locate, Failure};
 use super::body::Link;
 use super::connection::Connection;
-use super::job::{check_asker, send_spans_alone};
+use super::job::{check_asker, end_question, send_spans_alone};
 use super::look::{self, holding};
 use super::name;
 use super::storage::{Result, Storage};
@@ -33,16 +33,8 @@ pub fn tell<S: Storage, C: Read + Write>(storage: &mut S, connection: &mut Conne
         Ok(_) => Teller { storage, connection, job, user: &user, room, ops: Vec::new() }.tell_all(mailboxes),
         Err(reason) => Err(reason.into()),
     };
-    storage.close_user();
-    storage.unlock_user();
-    send_spans_alone(storage, connection)?;
-    let error = match outcome {
-        Ok(()) => String::new(),
-        Err(Failure::User(reason) | Failure::Never(reason)) => reason,
-        Err(Failure::Link(error)) => return Err(error),
-    };
+    let error = end_question(storage, connection, outcome)?;
     let is_done = error.is_empty();
-    let error = error.chars().take(1000).collect();
     connection.send(Kind::Looked(Looked { job, error, ..Default::default() }))?;
     Ok(is_done)
 }
