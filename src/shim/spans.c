@@ -11,6 +11,7 @@
 #include "mail-transaction-log-private.h"
 #include "maildir-storage.h"
 #include "full.h"
+#include "making.h"
 #include "spans.h"
 #include "uidlist.h"
 
@@ -126,6 +127,21 @@ dt_spans_mailbox_create(struct mailbox *box,
 	return 0;
 }
 
+/* Dovecot's index of the mailboxes asks for each new one that it finds (node_lookup_guid()), and does without. */
+static int
+dt_spans_mailbox_get_metadata(struct mailbox *box,
+			      enum mailbox_metadata_items items,
+			      struct mailbox_metadata *metadata_r)
+{
+	struct dt_spans_mailbox *sbox = DT_SPANS_BOX_CONTEXT(box);
+
+	if (!box->opened && !box->creating && (items & MAILBOX_METADATA_GUID) != 0 && dt_making_is(box)) {
+		mail_storage_set_error(box->storage, MAIL_ERROR_NOTFOUND, T_MAIL_ERR_MAILBOX_NOT_FOUND(box->vname));
+		return -1;
+	}
+	return sbox->module_ctx.super.get_metadata(box, items, metadata_r);
+}
+
 static int
 dt_spans_mailbox_update(struct mailbox *box,
 			const struct mailbox_update *update)
@@ -198,6 +214,7 @@ static void dt_spans_mailbox_allocated(struct mailbox *box)
 	box->vlast = &sbox->module_ctx.super;
 	v->open = dt_spans_mailbox_open;
 	v->create_box = dt_spans_mailbox_create;
+	v->get_metadata = dt_spans_mailbox_get_metadata;
 	v->update_box = dt_spans_mailbox_update;
 	v->free = dt_spans_mailbox_free;
 	MODULE_CONTEXT_SET(box, dt_spans_mailbox_module, sbox);

@@ -16,6 +16,7 @@
 #include "mailbox-list-private.h"
 #include "index-mail.h"
 #include "inbox.h"
+#include "making.h"
 #include "spans.h"
 #include "full.h"
 #include "stray.h"
@@ -27,8 +28,6 @@
 
 /* Each fails only if another process does something at the same moment. */
 #define DT_CREATE_TRIES 5
-/* Its folders are made at once, if nobody is stopped in between. */
-#define DT_MAKING_SECS 2
 
 /* A mailbox in which a message is looked up by its GUID is read for that from its beginning to its end. */
 
@@ -344,26 +343,10 @@ int dt_worker_existence(const char *vname, enum dt_existence *existence_r)
 	return 1;
 }
 
-/* Whether a session is just making this maildir. To open it would make its folders (maildir_mailbox_open()), and the session would be
-   told that they existed before it (create_maildir_subdirs()): a CREATE that worked would fail. */
-static bool worker_is_being_made(struct mailbox *box)
-{
-	const char *path;
-	struct stat st;
-
-	return dt_spans_is_maildir(box) && !box->inbox_any &&
-		mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0 && stat(path, &st) == 0 &&
-		st.st_mtime + DT_MAKING_SECS >= time(NULL) &&
-		stat(t_strconcat(path, "/tmp", NULL), &st) < 0 && errno == ENOENT;
-}
-
 int dt_worker_box_guid(struct mailbox *box, unsigned char guid_r[16])
 {
 	struct mailbox_metadata metadata;
 	const char *path;
-
-	if (worker_is_being_made(box))
-		return 0;
 
 	/* mailbox_get_metadata(), in which Dovecot 2.3 panics when the list's index cannot be read: that
 	   index_list_get_metadata() takes for a success without a GUID. */
@@ -643,7 +626,7 @@ int dt_worker_open(const char *vname, bool readonly)
 	dt_worker_close();
 	T_BEGIN {
 		w.box = dt_worker_alloc(vname, readonly ? MAILBOX_FLAG_READONLY : 0);
-		if (worker_is_being_made(w.box))
+		if (dt_making_is(w.box))
 			ret = 0;
 		/* Without it the modseqs that we set would not be kept. */
 		else if ((!readonly &&
