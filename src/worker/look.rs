@@ -222,7 +222,10 @@ fn find_in_list<S: Storage>(
     let mut listed = storage.mailboxes(wanted.since)?;
     let mut elsewhere = Vec::new();
     let mut replaced = Vec::new();
-    for known in wanted.mailboxes.iter().filter(|known| !known.subscribed) {
+    // What is below another one went before it.
+    let mut known: Vec<_> = wanted.mailboxes.iter().filter(|known| !known.subscribed).collect();
+    known.sort_by_key(|known| std::cmp::Reverse(known.path.len()));
+    for known in known {
         if listed.iter().any(|listed| listed.guid[..] == known.guid) {
             continue;
         }
@@ -1497,6 +1500,22 @@ mod tests {
         let missing: Vec<u8> = answers.iter().filter_map(|answer| answer.missing.first().copied()).collect();
         assert_eq!(missing, [3, 4]);
     }
+
+    #[test]
+    fn of_mailboxes_that_were_deleted_the_lower_ones_are_told_first() {
+        let mut storage = storage(&[SDBOX]);
+        storage.deleted.extend([[2; 16], [3; 16]]);
+        let known = |guid: u8, path: &[&str]| LookAt {
+            guid: vec![guid; 16],
+            path: path.iter().map(ToString::to_string).collect(),
+            ..inbox()
+        };
+        let all = vec![known_up_to(SDBOX, SDBOX.len() as u64), known(2, &["Upper"]), known(3, &["Upper", "Lower"])];
+        let answers = look_at(&mut storage, all, true);
+        let paths: Vec<_> = answers.iter().filter_map(|a| Some(&a.change.as_ref()?.mailbox.as_ref()?.path)).collect();
+        assert_eq!(paths, [&vec!["Upper", "Lower"], &vec!["Upper"]]);
+    }
+
     #[test]
     fn subscriptions_are_told_whether_there_is_a_mailbox_or_not() {
         let mut storage = storage(&[SDBOX]);

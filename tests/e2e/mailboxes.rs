@@ -138,6 +138,7 @@ stories! {
     fn a_worker_meets_mailboxes_that_are_just_renamed_and_deleted(t) {
         // Of a mailbox that is deleted and made again while a session has the old one's index.
         t.expects_in_log("duplicate transaction log sequence");
+        t.expects_in_log("indexid changed");
         let mut imap = given_a_user(t);
         imap.ok("CREATE Moving");
         imap.append("Moving", &mail("moved"));
