@@ -259,6 +259,7 @@ fn what_was_expunged_on_the_server_that_is_restored_does_not_come_back() {
         imap.ok("EXPUNGE");
         imap.ok("MOVE 3 INBOX");
         drop(imap);
+        t.settled();
         let before = go_on(t);
         t.b().stop();
         backups.iter().for_each(Backup::restore);
