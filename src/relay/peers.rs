@@ -22,9 +22,9 @@ use crate::wire::frame;
 use crate::wire::proto::frame::Kind;
 use crate::wire::proto::{Ack, Bonds, Change, Frame, Hello, Linked, PeerRemoved, Refused};
 
-/// Pauses between attempts to connect.
+/// Pauses between attempts to connect. A peer that is back is found within the longest.
 const RETRY_MS_MIN: u64 = 50;
-const RETRY_MS_MAX: u64 = 30_000;
+const RETRY_MS_MAX: u64 = 5_000;
 /// Clocks that differ more are reported.
 const CLOCK_SECS_MAX: u128 = 60;
 /// A session that was up for this long was a good one: the pauses begin again.
