@@ -205,7 +205,7 @@ fn with_relay_and_fail_a_relay_that_hangs_makes_it_fail() {
     t.a().deliver(&t.user, &mail("first"));
     let mut imap = t.a().imap(&t.user);
     imap.append("INBOX", &mail("second"));
-    let relay = t.a().pids("dovetail")[0];
+    let [relay] = t.a().pids("dovetail")[..] else { panic!("one relay") };
     signal(relay, "STOP");
     let third = [crate::cluster::imap::Appended { flags: "", date: "", mail: &mail("third") }];
     let result = imap.try_append_all("INBOX", &third).result;

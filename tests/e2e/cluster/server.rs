@@ -676,8 +676,16 @@ pub fn is_of_doveadm(line: &str) -> bool {
     line.contains(" doveadm(") && line.contains("Error:") && !line.contains("dovetail: ")
 }
 
+/// A process that is to stop has stopped.
 pub fn signal(pid: u32, name: &str) {
-    let _ = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).stderr(Stdio::null()).status();
+    let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).stderr(Stdio::null()).status();
+    if name == "STOP" && status.expect("kill").success() {
+        let is_stopped = || {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.rsplit(')').next().is_none_or(|fields| !fields.trim_start().starts_with(['R', 'S', 'D']))
+        };
+        wait_until(Duration::from_secs(10), "the process has stopped", is_stopped);
+    }
 }
 
 pub fn require_root() {
