@@ -24,6 +24,8 @@
 #include "index-mail.h"
 #include "maildir-storage.h"
 #include "maildir-uidlist.h"
+#include "dbox-storage.h"
+#include "mdbox-storage.h"
 #include "master-service.h"
 #include "time-util.h"
 #include "inbox.h"
@@ -905,11 +907,22 @@ static void capture_log_deletion(struct mailbox *box)
 		mailbox_list_add_change(box->list, MAILBOX_LOG_RECORD_DELETE_MAILBOX, guid);
 }
 
+/* Dovecot makes the storage's indexes anew, for which it opens and closes all of its mailboxes. To sync one meanwhile would end in its
+   panic (mdbox_storage_rebuild_init()). */
+static bool capture_is_rebuilding(struct mailbox *box)
+{
+	const struct mdbox_storage *mdbox = MDBOX_STORAGE(box->storage);
+
+	return strcmp(box->storage->name, MDBOX_STORAGE_NAME) == 0 && mdbox->rebuilding_storage;
+}
+
 static void capture_close(struct mailbox *box)
 {
 	struct capture_box *cbox = CAPTURE_CONTEXT(box);
 
-	capture_name_all();
+	/* What is to be named then is in a mailbox that is open elsewhere. */
+	if (!capture_is_rebuilding(box))
+		capture_name_all();
 	capture_log_deletion(box);
 	cbox->module_ctx.super.close(box);
 }
