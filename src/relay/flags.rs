@@ -4,7 +4,7 @@
 //! when it is told, not when it is made, one of ours may be told with a later clock than a peer's that was applied to the
 //! mailbox behind it. Everywhere else ours holds: here it is made once more ([`super::redo`]).
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use prost::Message;
@@ -72,7 +72,12 @@ struct Coming {
     named: HashMap<(Vec<u8>, String), HashSet<u32>>,
     /// Those that get other UIDs.
     moved: HashSet<String>,
+    /// By origin and mailbox, the GUIDs of new ones by the UIDs with which it saved them.
+    names: HashMap<(String, Vec<u8>), Names>,
 }
+
+/// GUIDs of messages by the UIDs that a server has given them.
+type Names = BTreeMap<u32, String>;
 
 impl Coming {
     fn add(&mut self, mailbox: &[u8], change: &Change) {
@@ -85,6 +90,9 @@ impl Coming {
                     // What is told again may have been here before.
                     if !save.found && !save.kept {
                         self.new.entry((mailbox.to_vec(), save.guid.clone())).or_default().insert(uid);
+                        let origin = change.stamp.as_ref().map(|stamp| stamp.origin.clone()).unwrap_or_default();
+                        let names = self.names.entry((origin, mailbox.to_vec())).or_default();
+                        names.insert(uid, save.guid.clone());
                     }
                 }
                 What::Flags(FlagUpdate { messages, .. }) | What::Expunge(Expunge { messages }) => {
@@ -129,6 +137,17 @@ struct Kept {
     origin: String,
     mailbox: Vec<u8>,
     updates: Vec<Update>,
+}
+
+impl Kept {
+    /// Its updates. `names`: of the messages of this origin.
+    fn named(&self, origin: &str, names: &Names) -> Vec<Update> {
+        let mut updates = self.updates.clone();
+        if self.origin == origin {
+            updates.iter_mut().for_each(|update| name(update, names));
+        }
+        updates
+    }
 }
 
 /// One of the two in a race.
@@ -252,6 +271,27 @@ fn undone(other: &Runner, ours: &Runner) -> Vec<Undone> {
     pairs.map(|update| Undone { made: ours.made.clone(), mailbox: ours.mailbox.clone(), update }).collect()
 }
 
+/// Those of the range that have names get them.
+fn named(range: &Range, names: &Names) -> Vec<Range> {
+    let Range { first, last, guid } = range;
+    if !guid.is_empty() || first > last {
+        return vec![range.clone()];
+    }
+    let unnamed = |first, last| Range { first, last, guid: String::new() };
+    let (mut parts, mut next) = (Vec::new(), Some(*first));
+    for (uid, guid) in names.range(first..=last) {
+        parts.extend(next.filter(|next| next < uid).map(|next| unnamed(next, uid - 1)));
+        parts.push(Range { first: *uid, last: *uid, guid: guid.clone() });
+        next = uid.checked_add(1);
+    }
+    parts.extend(next.filter(|next| next <= last).map(|next| unnamed(next, *last)));
+    parts
+}
+
+fn name(update: &mut Update, names: &Names) {
+    update.messages = update.messages.iter().flat_map(|range| named(range, names)).collect();
+}
+
 /// What later changes leave of it.
 fn left_of(mut part: Update, later: &[Update], apart: &HashSet<String>) -> Vec<Update> {
     // A mailbox may have copies of a message, with its GUID: they stay in this order.
@@ -288,6 +328,23 @@ fn others_of(uid: u32, here: HashSet<u32>, known: &[Elsewhere], there: impl Iter
     here.into_iter().filter(|at| others.contains(at) && *at != stands && !was_moved(*at, stands)).collect()
 }
 
+/// The messages of which a change of flags gives the UIDs alone get their names, if there are not too many.
+fn name_all(change: &mut Change, names: &Names) {
+    if names.is_empty() {
+        return;
+    }
+    let mut named = change.clone();
+    for op in &mut named.ops {
+        let Some(What::Flags(flags)) = &op.what else { continue };
+        let mut update = update(flags);
+        name(&mut update, names);
+        *op = operation(update);
+    }
+    if change::check_change(&named).is_ok() {
+        *change = named;
+    }
+}
+
 impl Engine {
     /// Takes out of a peer's changes what later changes of the same flags have decided. To be called before they are applied.
     pub fn reduce_flags<'a>(
@@ -310,9 +367,17 @@ impl Engine {
             let Some(stamp) = &change.stamp else { continue };
             let made = Stamp { vector: vec![], ..stamp.clone() };
             let guid = self.lists.canonical(user, mailbox_guid(change)).to_vec();
+            let stamp = stamp.clone();
             let is_later =
                 |kept: &&Kept| kept.mailbox == guid && (kept.clock, &kept.origin) > (stamp.clock, &stamp.origin);
-            let later: Vec<&Update> = kept.iter().filter(is_later).flat_map(|kept| &kept.updates).collect();
+            let later: Vec<&Kept> = kept.iter().filter(is_later).collect();
+            let names = match later.is_empty() {
+                true => Names::new(),
+                false => self.names(user, &stamp.origin, &guid, &updates(change), &coming)?,
+            };
+            name_all(change, &names);
+            let later: Vec<Update> = later.into_iter().flat_map(|kept| kept.named(&stamp.origin, &names)).collect();
+            let later: Vec<&Update> = later.iter().collect();
             let of_copies = self.of_copies(user, &stamp.origin, &guid, &updates(change), &later, &coming)?;
             let later = self.of_other_uids(user, &stamp.origin, &guid, &later)?;
             let is_apart = |range: &Range| match coming.saved.contains(&range.guid) {
@@ -343,6 +408,29 @@ impl Engine {
             Some(Kept { clock, origin, mailbox, updates: updates(&change) })
         });
         Ok(kept.collect())
+    }
+
+    /// Of the messages that the server means by their UIDs alone, and that may be others here: it saved them when it had not heard of
+    /// these yet.
+    fn names(
+        &self,
+        user: &str,
+        origin: &str,
+        mailbox: &[u8],
+        updates: &[Update],
+        coming: &Coming,
+    ) -> Result<Names, JournalError> {
+        let unnamed = updates.iter().flat_map(|update| &update.messages).filter(|range| range.guid.is_empty());
+        let span = unnamed.map(|range| (range.first, range.last));
+        let Some((first, last)) = span.reduce(|all, one| (all.0.min(one.0), all.1.max(one.1))) else {
+            return Ok(Names::new());
+        };
+        let mut names = coming.names.get(&(origin.to_owned(), mailbox.to_vec())).cloned().unwrap_or_default();
+        if self.users_elsewhere.contains(user) {
+            let known = self.journal.elsewhere(user, origin, mailbox, (first, last))?;
+            names.extend(known.into_iter().map(|known| (known.uid, known.guid)));
+        }
+        Ok(names)
     }
 
     /// What later changes did to a copy of a message, they did not do to the message.
@@ -660,6 +748,21 @@ mod tests {
         assert_eq!(others(5, &[4, 10], &[at(5, 10, false)], &[5]), [], "4 may be what it was, and nobody has said so");
         let moved = [at(5, 11, false), at(10, 11, true)];
         assert_eq!(others(5, &[10, 11], &moved, &[5]), [], "it was at 10 here");
+    }
+
+    #[test]
+    fn messages_with_names_are_told_apart_from_the_others_of_a_range() {
+        let names = |all: &[u32]| all.iter().map(|uid| (*uid, format!("of {uid}"))).collect::<Names>();
+        let in_words = |(first, last), all: &[u32]| {
+            let parts = named(&Range { first, last, guid: String::new() }, &names(all));
+            let word = |Range { first, last, guid }| if guid.is_empty() { format!("{first}-{last}") } else { guid };
+            parts.into_iter().map(word).collect::<Vec<_>>().join(", ")
+        };
+        assert_eq!(in_words((2, 9), &[]), "2-9");
+        assert_eq!(in_words((2, 9), &[1, 2, 3, 6, 9, 10]), "of 2, of 3, 4-5, of 6, 7-8, of 9");
+        assert_eq!(in_words((1, u32::MAX), &[u32::MAX]), format!("1-{}, of {}", u32::MAX - 1, u32::MAX));
+        let one = Range { first: 5, last: 5, guid: "x".into() };
+        assert_eq!(named(&one, &names(&[5])), [one]);
     }
 
     #[test]

@@ -173,6 +173,41 @@ fn of_one_flag_the_later_change_holds_maildir_and_mdbox() {
     of_one_flag_the_later_change_holds(Format::Maildir, Format::Mdbox, "story-flag-maildir");
 }
 
+/// Which were saved while the servers were cut, and are named by their UIDs alone where there are many.
+fn flags_of_different_mails_with_one_uid_all_hold(format_a: Format, format_b: Format, user: &str) {
+    const MAILS: usize = 105;
+    let t = pair_over_lines(format_a, format_b, user);
+    t.expects_in_log("dovetail");
+    t.a().deliver(&t.user, &mail("before"));
+    t.settled();
+    t.lines.iter().for_each(|line| line.hang(true));
+    for server in [t.a(), t.b()] {
+        deliver(server, &t.user, 0..MAILS);
+    }
+    let store = |server: &Server, flag: &str| {
+        server.imap(&t.user).select("INBOX").ok(&format!("STORE 1:* +FLAGS ({flag})"));
+    };
+    // Either is the earlier one once.
+    store(t.b(), "\\Flagged");
+    store(t.a(), "\\Flagged $Work");
+    store(t.b(), "$Work");
+    t.lines.iter().for_each(|line| line.hang(false));
+    let snapshot = t.settled();
+    assert_each_once(&t, &snapshot, 2 * MAILS + 1);
+    let flags = snapshot.messages("INBOX").into_iter().map(|message| message.flags.join(" "));
+    assert_eq!(flags.filter(|flags| flags != "$Work \\Flagged").collect::<Vec<_>>(), [""; 0]);
+}
+
+#[test]
+fn flags_of_different_mails_with_one_uid_all_hold_sdbox() {
+    flags_of_different_mails_with_one_uid_all_hold(Format::Sdbox, Format::Sdbox, "story-one-uid-sdbox");
+}
+
+#[test]
+fn flags_of_different_mails_with_one_uid_all_hold_mdbox_and_maildir() {
+    flags_of_different_mails_with_one_uid_all_hold(Format::Mdbox, Format::Maildir, "story-one-uid-maildir");
+}
+
 /// A change holds over those that its maker had seen, whatever the clocks say.
 #[test]
 fn clocks_hours_apart_lose_no_change() {
