@@ -25,7 +25,7 @@ use self::great::{Great, Procedure};
 use self::ledger::Ledger;
 use self::plan::{Phase, Plan};
 use self::reader::Reader;
-use self::writer::{has_lost_uids, resync_what_is_corrupted, token, was_rebuilt, Writer};
+use self::writer::{has_lost_uids, loses_save_dates, resync_what_is_corrupted, token, was_rebuilt, Writer};
 use crate::cluster::{holds_within_slowly, wait_until, Cluster, Server, Setup};
 use crate::scene::Scene;
 
@@ -114,7 +114,7 @@ fn play(seed: u64) {
     if plan.great.is_some_and(Great::mixes_save_dates) {
         cluster = cluster.without_save_dates();
     }
-    let scene = Scene::on(cluster.ignoring_empty_folders(), &users[0]);
+    let scene = Scene::on(cluster.ignoring_empty_folders().without_save_dates_where(loses_save_dates), &users[0]);
     let _story = Story(&plan, &scene);
     // Dovecot's own words about killed processes and what they left. A panic is one of ours, or of Dovecot's.
     [

@@ -263,6 +263,14 @@ pub fn was_rebuilt(server: &Server, user: &str) -> bool {
     server.log().lines().any(|line| line.contains(&of_user) && is_it(line))
 }
 
+/// Whether Dovecot has lost save dates: they are in the index's cache, for which the disk may have been too full, and in an mdbox's map,
+/// which may have been made anew. Then a file's last change stands for them.
+pub fn loses_save_dates(server: &Server, user: &str) -> bool {
+    let of_user = format!("({user})");
+    let is_it = |line: &str| line.contains("/dovecot.index.cache: No space left");
+    was_rebuilt(server, user) || server.log().lines().any(|line| line.contains(&of_user) && is_it(line))
+}
+
 /// A dbox whose index was broken, in 2.3 also by a full disk: the next one knows no mail before somebody asks for a resync.
 const CORRUPTED: &str = "dovecot.index.log: marked corrupted";
 

@@ -208,6 +208,8 @@ pub struct Cluster {
     pub lines: Vec<Line>,
     /// Whether save dates are compared.
     has_save_dates: bool,
+    /// Unless a server says that it has lost those of a user.
+    loses_save_dates: fn(&Server, &str) -> bool,
     ignores_empty_folders: bool,
     /// The first so many are held to be the same.
     members: AtomicUsize,
@@ -258,7 +260,16 @@ impl Cluster {
         // Maildir has them in its cache only, which may go with a killed process.
         let has_save_dates = servers.iter().all(|server| server.format() != Format::Maildir);
         let members = AtomicUsize::new(servers.len());
-        Cluster { servers, lines, has_save_dates, ignores_empty_folders: false, members, reachable, janitor }
+        Cluster {
+            servers,
+            lines,
+            has_save_dates,
+            loses_save_dates: |_, _| false,
+            ignores_empty_folders: false,
+            members,
+            reachable,
+            janitor,
+        }
     }
 
     pub fn pair(format_a: Format, format_b: Format) -> Cluster {
@@ -273,6 +284,11 @@ impl Cluster {
     /// An index that Dovecot makes anew has others.
     pub fn without_save_dates(self) -> Cluster {
         Cluster { has_save_dates: false, ..self }
+    }
+
+    /// Does not compare them of users of whom this is true on some server.
+    pub fn without_save_dates_where(self, loses_save_dates: fn(&Server, &str) -> bool) -> Cluster {
+        Cluster { loses_save_dates, ..self }
     }
 
     /// Who is killed while he creates a mailbox may leave a folder, which is none yet.
@@ -357,8 +373,10 @@ impl Cluster {
             if !is_time {
                 return false;
             }
+            let has_save_dates =
+                self.has_save_dates && !self.servers.iter().any(|server| (self.loses_save_dates)(server, user));
             let take = |server| {
-                let mut snapshot = Snapshot::try_take(server, user, self.has_save_dates)?;
+                let mut snapshot = Snapshot::try_take(server, user, has_save_dates)?;
                 if self.ignores_empty_folders {
                     snapshot.forget_empty_folders();
                 }
