@@ -92,10 +92,20 @@ pub fn measure(variant: Variant, cluster: &Running, plan: &Plan, load: Option<f6
     }
 }
 
+/// Of one verb alone, at the low rate, until a client of the last server is told of it.
+pub fn measure_lmtp(variant: Variant, cluster: &Running, plan: &Plan, circumstances: &str, report: &mut Report) {
+    let user = prepare(cluster, Verb::Lmtp, 0, circumstances).expect("the first mail reaches every server");
+    let lags = sample(cluster, Verb::Lmtp, &user, plan.lag_samples, plan.lag_rate_per_sec, PATIENCE);
+    for percentile in [50.0, 99.0] {
+        let name = format!("lag LMTP p{percentile}, {circumstances}");
+        report.add(&name, "ms", variant, Value::percentile(&lags, percentile, PATIENCE));
+    }
+}
+
 /// Makes a user with all the mails that the verb needs, on both servers. None if B never got them.
 fn prepare(cluster: &Running, verb: Verb, samples: usize, circumstances: &str) -> Option<String> {
     let user = format!("lag-{}-{}", verb.name().to_lowercase(), circumstances.replace(' ', "-"));
-    let mails: Vec<Vec<u8>> = (0..samples).map(mail).collect();
+    let mails: Vec<Vec<u8>> = (0..samples.max(1)).map(mail).collect();
     let flags = if verb == Verb::Expunge { "\\Deleted" } else { "" };
     let count = match verb {
         Verb::Lmtp | Verb::Append => 1,

@@ -12,6 +12,7 @@ mod instructions;
 mod journal;
 mod lag;
 mod load;
+mod mesh;
 mod outage;
 mod processes;
 mod report;
@@ -50,6 +51,10 @@ pub struct Plan {
     /// Mails of the one large mailbox that is compared.
     pub seed_big: usize,
     pub ack_mails: usize,
+    /// How long two servers are cut from each other.
+    pub partition_secs: u32,
+    /// Mails to one of several servers.
+    pub mesh_mails: usize,
 }
 
 const FULL: Plan = Plan {
@@ -70,6 +75,8 @@ const FULL: Plan = Plan {
     seed_mails: 1_000,
     seed_big: 100_000,
     ack_mails: 500,
+    partition_secs: 30,
+    mesh_mails: 1_000,
 };
 
 const QUICK: Plan = Plan {
@@ -90,6 +97,8 @@ const QUICK: Plan = Plan {
     seed_mails: 100,
     seed_big: 5_000,
     ack_mails: 100,
+    partition_secs: 5,
+    mesh_mails: 200,
 };
 
 fn main() {
@@ -100,8 +109,8 @@ fn main() {
     let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty() && value != "0");
     let plan = if set("DOVETAIL_BENCH_QUICK").is_some() { &QUICK } else { &FULL };
     let wanted = set("DOVETAIL_BENCH_VARIANTS").unwrap_or_else(|| "plain dsync dovetail".into());
-    let parts =
-        set("DOVETAIL_BENCH_PARTS").unwrap_or_else(|| "lag load burst cost speed outage seed ack journal".into());
+    let parts = set("DOVETAIL_BENCH_PARTS")
+        .unwrap_or_else(|| "lag load burst cost speed outage partition mesh seed ack journal".into());
     let variants = Variant::wanted(&wanted);
     let in_memory = set("DOVETAIL_BENCH_MAILS").is_some_and(|value| value == "memory");
     let measures = |part: &str| parts.split_whitespace().any(|p| p == part);
@@ -135,6 +144,12 @@ fn main() {
         let cluster = Variant::Dovetail.start(in_memory);
         outage::measure(Variant::Dovetail, &cluster, plan, &mut report);
         report_complaints(Variant::Dovetail, &cluster, &mut report);
+    }
+    if measures("partition") && variants.contains(&Variant::Dovetail) {
+        mesh::measure_partition(plan, &mut report);
+    }
+    if measures("mesh") && variants.contains(&Variant::Dovetail) {
+        mesh::measure_five(plan, &mut report);
     }
     if measures("seed") && variants.contains(&Variant::Dovetail) {
         seeding::measure(plan, &mut report);

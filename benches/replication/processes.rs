@@ -50,6 +50,14 @@ fn name_and_parent(stat: &str) -> (&str, &str) {
     (stat.get(start..end).unwrap_or(""), parent)
 }
 
+/// What it has spent of the CPU's time, in user and in system mode: ms, in the kernel's ticks of 10.
+pub fn cpu_ms(pid: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let rest = stat.rfind(')').and_then(|end| stat.get(end + 1..)).unwrap_or("");
+    let ticks = rest.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok());
+    10.0 * ticks.sum::<u64>() as f64
+}
+
 /// (PSS, RSS) in kB.
 pub fn memory_kb(pid: u32) -> (u64, u64) {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();

@@ -112,7 +112,16 @@ impl Variant {
                     .into()
             }
         };
-        let cluster = Cluster::start(setups.into_iter().map(change).collect());
+        self.start_those(setups.into_iter().map(change).collect(), ports, in_memory)
+    }
+
+    /// Servers with these names, each a peer of every other.
+    pub fn start_all(self, names: &[&str]) -> Running {
+        self.start_those(names.iter().map(|name| quiet(Setup::new(name, Format::Sdbox))).collect(), None, false)
+    }
+
+    fn start_those(self, setups: Vec<Setup>, ports: Option<PortBlock>, in_memory: bool) -> Running {
+        let cluster = Cluster::start(setups);
         let janitor = in_memory.then(|| move_homes_to_memory(&cluster));
         let running = Running { cluster, _ports: ports, _janitor: janitor };
         running.a().deliver("warm-up", &mail(0));
