@@ -158,8 +158,17 @@ fn play(seed: u64) {
 /// Brings a mail of the size that fills a small journal with a few.
 fn fill(server: &Server, users: &[String], ledger: &Mutex<Ledger>) {
     let (progress, connections) = (Progress::default(), BTreeMap::new());
-    let mut writer =
-        Writer { server, users, ledger, progress: &progress, number: 0, side: 0, both: false, connections };
+    let mut writer = Writer {
+        server,
+        servers: &[],
+        users,
+        ledger,
+        progress: &progress,
+        number: 0,
+        side: 0,
+        both: false,
+        connections,
+    };
     writer.deliver(0, 25_000);
 }
 
@@ -167,6 +176,7 @@ fn play_phase(scene: &Scene, phase: &Phase, users: &[String], ledger: &Mutex<Led
     let progress = Progress::default();
     let writer = |number| Writer {
         server: &scene.servers()[phase.side_of(number)],
+        servers: scene.servers(),
         users,
         ledger,
         progress: &progress,
