@@ -151,6 +151,8 @@ struct Asked {
     there: u32,
     /// That it is to get here; 0: the next one.
     uid: u32,
+    /// UIDNEXT when it was saved.
+    uid_next: u32,
     /// Its flags and keywords.
     flags: proto::FlagUpdate,
 }
@@ -422,16 +424,14 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
 
     /// Tells of messages that have another UID than elsewhere.
     fn look_where_saved(&mut self, asked: &[Asked], saved: &[u32]) -> Outcome<()> {
-        let torn = self.drop_saved_again(asked, saved)?;
-        let (asked, saved): (Vec<&Asked>, Vec<u32>) =
-            asked.iter().zip(saved).filter(|(asked, _)| !torn.contains(&asked.uid)).unzip();
+        let stand = self.drop_saved_again(asked, saved)?;
         // Another process may have taken a UID since we looked.
-        if asked.iter().zip(&saved).any(|(asked, uid)| asked.uid != 0 && asked.uid != *uid) {
+        if asked.iter().zip(&stand).any(|(asked, uid)| asked.uid != 0 && asked.uid != *uid) {
             self.diverge();
             self.write_marks()?;
             self.storage.commit()?;
         }
-        for (asked, uid) in asked.iter().zip(saved).filter(|(asked, _)| asked.there != 0) {
+        for (asked, uid) in asked.iter().zip(stand).filter(|(asked, _)| asked.there != 0) {
             if asked.there == uid {
                 self.note_if_elsewhere(uid, &asked.guid, uid);
                 continue;
@@ -444,25 +444,38 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     }
 
     /// Only the sync in our commit has found the message's file: a worker that was killed had put it into its place, or the index had lost it
-    /// in a power failure. Ours goes again. Returns the UIDs of such messages.
+    /// in a power failure. Ours goes again. Returns the UIDs where the messages stand then.
     fn drop_saved_again(&mut self, asked: &[Asked], saved: &[u32]) -> Outcome<Vec<u32>> {
-        let mut torn = Vec::new();
-        for (asked, uid) in asked.iter().zip(saved).filter(|(asked, uid)| asked.uid != 0 && asked.uid != **uid) {
-            if saved.contains(&asked.uid) || !self.is_same(asked.uid, &asked.guid)? {
-                continue;
-            }
-            self.storage.expunge(*uid, *uid)?;
-            self.storage.update_flags(asked.uid, asked.uid, &asked.flags)?;
-            torn.push(asked.uid);
+        let mut stand = saved.to_vec();
+        for ((asked, saved_at), stands) in asked.iter().zip(saved).zip(&mut stand) {
+            let Some(found) = self.found_by_sync(asked, *saved_at, saved)? else { continue };
+            self.storage.expunge(*saved_at, *saved_at)?;
+            self.storage.update_flags(found, found, &asked.flags)?;
+            *stands = found;
         }
-        if !torn.is_empty() {
+        if stand != saved {
             // Or a look would tell it as somebody's expunge.
             self.write_marks()?;
             self.storage.commit()?;
             // Ours has used up a UID.
             self.tell_uid_next();
         }
-        Ok(torn)
+        Ok(stand)
+    }
+
+    /// The UID of the message if it has come just before it was saved.
+    fn found_by_sync(&mut self, asked: &Asked, saved_at: u32, saved: &[u32]) -> Result<Option<u32>> {
+        let came = match asked.uid {
+            0 if self.storage.is_torn_when_killed() => asked.uid_next..saved_at,
+            uid if uid != 0 && uid != saved_at => uid..uid.saturating_add(1),
+            _ => return Ok(None),
+        };
+        for uid in came {
+            if !saved.contains(&uid) && self.is_same(uid, &asked.guid)? {
+                return Ok(Some(uid));
+            }
+        }
+        Ok(None)
     }
 
     /// The changes' origin has the message at `uid` of the open mailbox, and it is at `here` (0: not there yet, or GONE). `moved`: it was at
@@ -666,10 +679,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 self.storage.save(&message, body)?;
             }
         }
+        let uid_next = self.open.as_ref().map_or(0, |open| open.uid_next);
         if let Some(open) = &mut self.open {
             open.uid_next = open.uid_next.max(uid.saturating_add(1));
         }
-        let asked = Asked { guid: save.guid.clone(), there: wanted, uid, flags: all_flags(save) };
+        let asked = Asked { guid: save.guid.clone(), there: wanted, uid, uid_next, flags: all_flags(save) };
         match &mut self.pending {
             Pending::Saves(all) => all.push(asked),
             pending => *pending = Pending::Saves(vec![asked]),
@@ -965,11 +979,16 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                     let is_it = |uid: &&u32| match self.uid_there(&logs, **uid, &range.guid) {
                         // A third server may have given it the one that is known.
                         _ if !self.is_pair => all.len() == 1 || !self.is_of_another(**uid, &range.guid),
-                        // It was given another one there, which is a higher one, and nobody has said so yet.
-                        Some(there) => all.len() == 1 && there < range.first_uid,
+                        Some(_) => false,
                         None => true,
                     };
-                    match all.iter().rfind(is_it) {
+                    // It was given another one there, which is a higher one, and nobody has said so yet.
+                    let is_below = |uid: &&u32| {
+                        self.uid_there(&logs, **uid, &range.guid).is_some_and(|there| there < range.first_uid)
+                    };
+                    let mut below = all.iter().filter(is_below);
+                    let only = below.next().filter(|_| self.is_pair && below.next().is_none());
+                    match all.iter().rfind(is_it).or(only) {
                         Some(uid) => found.guessed.push((*uid, *uid)),
                         None => self.doubt_unknown(),
                     }
@@ -2095,6 +2114,27 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_the_sync_of_our_own_commit_finds_is_not_there_twice() {
+        for (found_at, there) in [(3, 3), (4, 1)] {
+            let mut storage = FakeStorage::default();
+            storage.add("INBOX", GUID, 9, &[(2, "other")]);
+            if there == 1 {
+                // Somebody's has its UID: it gets the next one.
+                storage.add("INBOX", GUID, 9, &[(1, "another"), (3, "other")]);
+            }
+            storage.lacking = Some((found_at, "one".into()));
+            let outcome = apply(&mut storage, Script::default(), &[save(1, there, "one")]);
+            assert_eq!(outcome.error, None);
+            let messages = storage.messages("INBOX");
+            let copies: Vec<u32> = messages.iter().filter(|(_, guid)| guid == "one").map(|(uid, _)| *uid).collect();
+            assert_eq!(copies, [found_at], "{messages:?}");
+            assert!(outcome.told.len() == 1 || there == 1, "{:?}", outcome.told);
+            let is_known = |one: &proto::Elsewhere| (one.uid, one.here) == (there, found_at);
+            assert_eq!(storage.elsewhere.iter().any(is_known), there == 1, "{:?}", storage.elsewhere);
+        }
+    }
+
+    #[test]
     fn what_a_client_expunged_that_a_killed_worker_had_saved_is_told_by_the_uid_that_the_peer_knows() {
         let log: &[u8] = include_bytes!("../../tests/golden/indexlog/2.4-sdbox.log");
         let mut storage = FakeStorage::default();
@@ -2264,6 +2304,34 @@ mod tests {
         let told = found_again(&mut storage, |save| save.found = true);
         assert_eq!(storage.messages("INBOX"), []);
         assert!(expunges(&told, "two"), "{told:?}");
+    }
+
+    /// Where it has got a higher UID, of which nobody has told yet, and copies of it are there that have another one for sure.
+    #[test]
+    fn what_is_done_to_a_message_that_was_moved_meanwhile_finds_it_among_its_copies() {
+        let flagged = |(first_uid, guid): (u32, &str)| {
+            let message =
+                proto::MessageRange { first_uid, last_uid: first_uid, guid: guid.into(), ..Default::default() };
+            change(1, What::Flags(proto::FlagUpdate { messages: vec![message], add: 8, ..Default::default() }))
+        };
+        let found = |copies: &[(u32, u32)]| {
+            let mut storage = FakeStorage::default();
+            let messages: Vec<(u32, &str)> = copies.iter().map(|(here, _)| (*here, "two")).collect();
+            storage.add("INBOX", GUID, 9, &messages);
+            let known = |(here, uid): &(u32, u32)| proto::Elsewhere {
+                mailbox_guid: GUID.to_vec(),
+                uid: *uid,
+                guid: "two".into(),
+                here: *here,
+                ..Default::default()
+            };
+            storage.elsewhere = copies.iter().map(known).collect();
+            apply(&mut storage, Script::default(), &[flagged((4, "two"))]);
+            storage.flagged
+        };
+        assert_eq!(found(&[(2, 1)]), [(2, 2)]);
+        assert_eq!(found(&[(2, 1), (17, 5)]), [(2, 2)], "UIDs only rise");
+        assert_eq!(found(&[(2, 1), (17, 3)]), [], "it may be either");
     }
 
     /// This server was set back, and has never had the copy: what it expunges instead comes back from the peer.
