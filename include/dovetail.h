@@ -186,7 +186,7 @@ struct dt_span {
 };
 
 /*
- GUID of a message in an open mailbox, or NULL; valid until the next call.
+ GUID of a message in an open mailbox, valid until the next call. Empty if the message is gone; NULL if nothing is known of it.
  */
 typedef const char *(*DtGuidOf)(const uint8_t *mailbox_guid, uint32_t uid);
 

@@ -10,7 +10,7 @@ pub mod records;
 pub mod transaction;
 
 pub use link::{Link, LinkConfig};
-pub use transaction::{mailbox_change, Done, Saved, Transaction, Untold};
+pub use transaction::{mailbox_change, Done, Known, Saved, Transaction, Untold};
 
 use crate::wire::proto;
 use records::Records;
@@ -121,10 +121,10 @@ pub struct Begun {
 
 impl Notes {
     /// Asks for the GUIDs of messages whose flags were changed: mailbox and UID.
-    pub fn name(&mut self, mut guid_of: impl FnMut(&Guid, u32) -> Option<String>) {
+    pub fn name(&mut self, mut known: impl FnMut(&Guid, u32) -> Known) {
         for note in &mut self.0 {
             if let Note::Commit(place, transaction, _) = note {
-                transaction.name(|uid| guid_of(&place.guid, uid));
+                transaction.name(|uid| known(&place.guid, uid));
             }
         }
     }

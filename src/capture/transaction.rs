@@ -25,11 +25,24 @@ pub struct Transaction {
     flags: Vec<proto::FlagUpdate>,
     /// Messages in them.
     updates: usize,
+    /// UIDs of those that were expunged before anybody asked for their GUIDs.
+    gone: Vec<u32>,
     expunges: Vec<proto::MessageRange>,
     bytes: usize,
     body_bytes: usize,
     bytes_max: usize,
     overflowed: bool,
+}
+
+/// What is known of a message whose flags were changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Known {
+    /// Its GUID.
+    As(String),
+    /// It was expunged, or has another UID since.
+    Gone,
+    /// Nothing: its UID must do.
+    Nothing,
 }
 
 /// What most transactions do: system flags of one message change.
@@ -136,15 +149,29 @@ impl Transaction {
     }
 
     /// Asks for the GUIDs of messages whose flags were changed, so that the peer finds them even if it gave them another UID.
-    pub fn name(&mut self, mut guid_of: impl FnMut(u32) -> Option<String>) {
+    pub fn name(&mut self, mut known: impl FnMut(u32) -> Known) {
         self.list_single();
         let messages = self.flags.iter_mut().flat_map(|update| &mut update.messages);
-        for message in messages.take(NAMED_UPDATES_MAX) {
-            if message.guid.is_empty() {
-                message.guid = guid_of(message.first_uid).unwrap_or_default();
-                self.bytes += message.guid.len();
+        for message in messages.take(NAMED_UPDATES_MAX).filter(|message| message.guid.is_empty()) {
+            match known(message.first_uid) {
+                Known::As(guid) => {
+                    message.guid = guid;
+                    self.bytes += message.guid.len();
+                }
+                Known::Gone => self.gone.push(message.first_uid),
+                Known::Nothing => {}
             }
         }
+    }
+
+    /// What is gone, and did not only move, needs no flags. A peer may have another message with its UID: if it never heard of this one.
+    fn forget_gone(&mut self) {
+        let gone = std::mem::take(&mut self.gone);
+        let is_gone = |range: &proto::MessageRange| {
+            range.guid.is_empty() && range.first_uid == range.last_uid && gone.contains(&range.first_uid)
+        };
+        self.flags.iter_mut().for_each(|update| update.messages.retain(|range| !is_gone(range)));
+        self.flags.retain(|update| !update.messages.is_empty());
     }
 
     /// Calls `follow` with what is done to which messages that were there before. It returns the message's GUID if its UID
@@ -157,6 +184,7 @@ impl Transaction {
             update.messages = messages;
         }
         name_moved(&mut self.expunges, |range| follow(range, Done::Expunge));
+        self.forget_gone();
     }
 
     /// One message was expunged.
@@ -285,7 +313,7 @@ mod tests {
         for uid in 1..=100_000 {
             transaction.flags(uid, None, delta(2));
         }
-        transaction.name(|uid| (uid != 7).then(|| format!("guid {uid}")));
+        transaction.name(|uid| if uid == 7 { Known::Nothing } else { Known::As(format!("guid {uid}")) });
         let changes = changes(transaction, &[]);
         assert_eq!(changes.len(), 1);
         let Some(proto::op::What::Flags(flags)) = &changes[0].ops[0].what else { panic!() };
@@ -305,11 +333,26 @@ mod tests {
     fn a_single_update_is_named_and_told_like_any_other() {
         let mut transaction = Transaction::new(64 << 20);
         transaction.flags(7, None, proto::FlagUpdate { add: 2, remove: 4, ..Default::default() });
-        transaction.name(|uid| Some(format!("guid {uid}")));
+        transaction.name(|uid| Known::As(format!("guid {uid}")));
         let changes = changes(transaction, &[]);
         let message = proto::MessageRange { first_uid: 7, last_uid: 7, guid: "guid 7".into(), ..Default::default() };
         let expected = proto::FlagUpdate { messages: vec![message], add: 2, remove: 4, ..Default::default() };
         assert_eq!(changes[0].ops[0].what, Some(proto::op::What::Flags(expected)));
+    }
+
+    #[test]
+    fn a_message_that_is_gone_before_it_is_told_needs_no_flags() {
+        let mut transaction = Transaction::new(64 << 20);
+        (7..=9).for_each(|uid| transaction.flags(uid, None, delta(4)));
+        transaction.expunge(7, Some("guid 7".into()));
+        transaction.name(|uid| if uid == 9 { Known::Nothing } else { Known::Gone });
+        // 8 has moved.
+        transaction.follow(|range, _| (range.first_uid == 8).then(|| "guid 8".into()));
+        let changes = changes(transaction, &[]);
+        let ops: Vec<_> = changes[0].ops.iter().map(|op| op.what.as_ref().unwrap()).collect();
+        let [proto::op::What::Flags(flags), proto::op::What::Expunge(_)] = ops[..] else { panic!("{ops:?}") };
+        let named: Vec<_> = flags.messages.iter().map(|range| (range.first_uid, range.guid.as_str())).collect();
+        assert_eq!(named, [(8, "guid 8"), (9, "")]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::ffi;
 use super::settings::{read, text};
 use super::worker::{read_bounded, storage_separator, StringList};
-use crate::capture::{mailbox_change, Begun, Capture, Commit, Done, LinkConfig, Place, Saved, Transaction};
+use crate::capture::{mailbox_change, Begun, Capture, Commit, Done, Known, LinkConfig, Place, Saved, Transaction};
 use crate::guard;
 use crate::settings::{Ack, Settings};
 use crate::time::now_us;
@@ -382,7 +382,7 @@ extern "C" fn dt_rs_span(span: *const ffi::DtSpan) -> bool {
     })
 }
 
-/// GUID of a message in an open mailbox, or NULL; valid until the next call.
+/// GUID of a message in an open mailbox, valid until the next call. Empty if the message is gone; NULL if nothing is known of it.
 pub type DtGuidOf = extern "C" fn(mailbox_guid: *const u8, uid: u32) -> *const c_char;
 
 /// Does it to the message where it is now, see follow.h.
@@ -398,7 +398,14 @@ extern "C" fn dt_rs_name(guid_of: DtGuidOf) {
     guard("name", (), || {
         let Some(mut notes) = with_process(|process| process.capture.take_notes()) else { return };
         // Dovecot may commit meanwhile, which is noted as well.
-        notes.name(|mailbox, uid| optional_text(guid_of(mailbox.as_ptr(), uid)));
+        notes.name(|mailbox, uid| {
+            let guid = guid_of(mailbox.as_ptr(), uid);
+            match optional_text(guid) {
+                Some(guid) => Known::As(guid),
+                None if guid.is_null() => Known::Nothing,
+                None => Known::Gone,
+            }
+        });
         with_process(|process| process.capture.give_back(notes));
     });
 }

@@ -134,7 +134,12 @@ static const char *capture_name(const unsigned char mailbox_guid[16], uint32_t u
 		if (box != NULL)
 			capture_naming_begin(box);
 	}
-	return box == NULL || !mail_set_uid(capture_naming_mail, uid) ? NULL : capture_mail_guid(capture_naming_mail);
+	if (box == NULL)
+		return NULL;
+	if (mail_set_uid(capture_naming_mail, uid))
+		return capture_mail_guid(capture_naming_mail);
+	/* Another one that is open may not have been synced since it came. */
+	return uid < mail_index_get_header(box->view)->next_uid ? "" : NULL;
 }
 
 /* Must not be called inside of a commit. */

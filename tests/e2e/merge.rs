@@ -208,6 +208,35 @@ fn flags_of_different_mails_with_one_uid_all_hold_mdbox_and_maildir() {
     flags_of_different_mails_with_one_uid_all_hold(Format::Mdbox, Format::Maildir, "story-one-uid-maildir");
 }
 
+/// By a client that does not wait for answers, to a mail that the peer never had: it has another one with that UID.
+fn flags_of_a_mail_that_is_gone_are_not_set_on_another(format_a: Format, format_b: Format, user: &str) {
+    let t = pair_over_lines(format_a, format_b, user);
+    t.expects_in_log("dovetail");
+    t.a().deliver(&t.user, &mail("before"));
+    t.settled();
+    t.lines.iter().for_each(|line| line.hang(true));
+    t.a().deliver(&t.user, &mail("ours"));
+    t.b().untold(&["save", "-u", &t.user], &mail("theirs"));
+    let mut imap = t.b().imap(&t.user).select("INBOX");
+    imap.ok("STORE 2 +FLAGS (\\Deleted)\r\nx EXPUNGE");
+    assert_eq!(imap.uids(), [1]);
+    t.lines.iter().for_each(|line| line.hang(false));
+    let snapshot = t.settled();
+    assert_each_once(&t, &snapshot, 2);
+    let flags = snapshot.messages("INBOX").into_iter().map(|message| message.flags.join(" "));
+    assert_eq!(flags.collect::<Vec<_>>(), ["", ""]);
+}
+
+#[test]
+fn flags_of_a_mail_that_is_gone_are_not_set_on_another_sdbox() {
+    flags_of_a_mail_that_is_gone_are_not_set_on_another(Format::Sdbox, Format::Sdbox, "story-gone-sdbox");
+}
+
+#[test]
+fn flags_of_a_mail_that_is_gone_are_not_set_on_another_mdbox_and_maildir() {
+    flags_of_a_mail_that_is_gone_are_not_set_on_another(Format::Mdbox, Format::Maildir, "story-gone-maildir");
+}
+
 /// A change holds over those that its maker had seen, whatever the clocks say.
 #[test]
 fn clocks_hours_apart_lose_no_change() {

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
 use dovetail::capture::records::Records;
-use dovetail::capture::{mailbox_change, Commit, Done, Place, Saved, Transaction, Written};
+use dovetail::capture::{mailbox_change, Commit, Done, Known, Place, Saved, Transaction, Written};
 use dovetail::relay::connection::Pipe;
 use dovetail::wire::frame;
 use dovetail::wire::proto::{self, frame::Kind, op::What};
@@ -337,7 +337,10 @@ impl Local {
                     }
                 }
                 if *named {
-                    transaction.name(|uid| uids.iter().find(|(of, _)| *of == uid).map(|(_, guid)| guid.clone()));
+                    transaction.name(|uid| match uids.iter().find(|(of, _)| *of == uid) {
+                        Some((_, guid)) => Known::As(guid.clone()),
+                        None => Known::Gone,
+                    });
                 }
                 tell(|| {
                     format!("{}: process {number} changes flags +{add:x} -{remove:x} of {}", self.name, list(&uids))
