@@ -1013,8 +1013,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// The message with this hashed GUID. The one that has the UID here may have been saved at the same time.
     fn find_hashed(&mut self, range: &proto::MessageRange) -> Result<Option<u32>> {
         let guid = Guid::try_from(&range.guid_128[..]).map_err(|_| "malformed change: a GUID is not 16 bytes")?;
-        let there = self.storage.message_info(range.first_uid)?;
-        if there.is_some_and(|info| info.guid_128 == guid) {
+        let there = self.storage.message_info(range.first_uid)?.filter(|info| info.guid_128 == guid);
+        if there.is_some_and(|info| !self.is_of_another(range.first_uid, &info.guid)) {
             return Ok(Some(range.first_uid));
         }
         // Where it has another UID, that is known, or the log says that it was moved. Otherwise it never came: any other one with

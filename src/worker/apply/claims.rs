@@ -286,7 +286,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let now = match put {
             Put::At(uid) if uid != stands => match self.renumber(guid, stands, uid)? {
                 Some(uid) => uid,
-                None => return Ok(0),
+                None => return Ok(GONE),
             },
             _ => stands,
         };
