@@ -37,6 +37,7 @@ pub use logs::KnownLog;
 pub use open::{Options, Start};
 pub use seen::Seen;
 
+use std::cell::Cell;
 use std::path::PathBuf;
 
 use rusqlite::Connection;
@@ -64,6 +65,8 @@ pub enum JournalError {
     Io { path: PathBuf, error: std::io::Error },
     #[error("{path}: {error}")]
     Sqlite { path: PathBuf, error: rusqlite::Error },
+    #[error("{path}: a write failed, and what was written with it must not be kept alone")]
+    Broken { path: PathBuf },
 }
 
 /// See the module.
@@ -79,6 +82,9 @@ pub struct Journal {
     reserved: u64,
     is_writing: bool,
     is_urgent: bool,
+    /// A write failed. SQLite may have rolled back the transaction, or not: neither may anything of it be committed, nor what comes
+    /// behind it become durable.
+    is_broken: Cell<bool>,
     /// Bytes of the changes that are stored.
     bytes: u64,
     checkpoints: Checkpoints,
@@ -99,8 +105,9 @@ impl Journal {
     /// Makes everything since the last commit durable against the end of this process.
     pub fn commit(&mut self) -> Result<(), JournalError> {
         self.is_urgent = false;
-        if std::mem::take(&mut self.is_writing) {
+        if self.is_writing {
             self.run(|db| db.execute_batch("COMMIT"))?;
+            self.is_writing = false;
             self.checkpoints.note();
             if self.checkpoints.take_is_long() {
                 // Only here nobody commits meanwhile: it takes one wait for the disk every few thousand commits.
@@ -137,7 +144,14 @@ impl Journal {
     }
 
     fn run<T>(&self, f: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, JournalError> {
-        f(&self.db).map_err(|error| JournalError::Sqlite { path: self.path.clone(), error })
+        if self.is_broken.get() {
+            return Err(JournalError::Broken { path: self.path.clone() });
+        }
+        f(&self.db).map_err(|error| {
+            let is_failure = matches!(error, rusqlite::Error::SqliteFailure(..));
+            self.is_broken.set(self.is_writing && is_failure);
+            JournalError::Sqlite { path: self.path.clone(), error }
+        })
     }
 
     fn damaged(&self, why: String) -> JournalError {

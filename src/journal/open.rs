@@ -1,5 +1,6 @@
 //! Opening: a new file, the file of the last start, or a refusal that changes nothing.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension};
@@ -125,6 +126,7 @@ impl Journal {
             reserved: 0,
             is_writing: false,
             is_urgent: false,
+            is_broken: Cell::new(false),
             bytes: 0,
             checkpoints,
             _lock: lock,

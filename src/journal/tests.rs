@@ -230,6 +230,34 @@ fn what_does_not_fit_is_dropped_for_the_slow_peer_alone() {
     );
 }
 
+/// Where the log is known up to would be kept without the change that stands there.
+#[test]
+fn nothing_that_was_written_with_what_failed_is_kept() {
+    for is_rolled_back in [false, true] {
+        let folder = Folder::new(if is_rolled_back { "fails-whole" } else { "fails" });
+        let mut journal = folder.open();
+        let log = KnownLog { user: "jane".into(), mailbox: vec![7; 16], end: 400, ..Default::default() };
+        journal.set_log(&log).unwrap();
+        append(&mut journal, "jane", b"one");
+        journal.commit().unwrap();
+        // As on a full disk: SQLite does either.
+        let what = if is_rolled_back { "ROLLBACK" } else { "FAIL" };
+        let fails = format!(
+            "CREATE TEMP TRIGGER full BEFORE INSERT ON changes BEGIN SELECT RAISE({what}, 'disk is full'); END"
+        );
+        journal.run(|db| db.execute_batch(&fails)).unwrap();
+        journal.set_log(&KnownLog { end: 500, ..log.clone() }).unwrap();
+        journal.next_seq().unwrap();
+        assert!(journal.append("jane", 1, b"two", &["b"]).is_err());
+        assert!(journal.set_log(&KnownLog { end: 600, ..log.clone() }).is_err(), "nor what comes behind it");
+        assert!(journal.commit().is_err());
+        drop(journal);
+        let journal = folder.open();
+        assert_eq!(journal.log("jane", &[7; 16], "").unwrap().map(|log| log.end), Some(400));
+        assert_eq!(journal.unacknowledged("b", None, 0, 9).unwrap().len(), 1);
+    }
+}
+
 #[test]
 fn logs_are_known_by_user_and_mailbox() {
     let folder = Folder::new("logs");
