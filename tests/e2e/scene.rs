@@ -14,8 +14,9 @@ pub const SOON: Duration = Duration::from_secs(10);
 
 /// What Dovecot says by itself: when it is stopped or reloaded while it starts a process or lists its users, as after each start of a relay; and of a
 /// maildir that is renamed while another process opens it.
-const DOVECOTS_OWN: [&str; 5] = [
+const DOVECOTS_OWN: [&str; 6] = [
     "Failed to read configuration: fd_read() failed: Connection reset by peer",
+    "run/config) failed: read(size=8192) failed: Connection reset by peer",
     "auth-worker: Aborted LIST request",
     "net_connect_unix(auth-worker) failed",
     "userdb list: User listing returned failure",
