@@ -290,11 +290,19 @@ pub fn recovery(folder: &Path, committed: &mut dyn FnMut(&Journal, How)) {
     relay.commit();
 }
 
-/// Whether all that is in the write-ahead log is in the database as well (sqlite.org/walformat.html: mxFrame, nBackfill).
-/// Nobody but this process wants the locks that are given back here.
-fn is_checkpointed(folder: &Path) -> bool {
+/// How much there is in the write-ahead log, and how much of that is in the database as well (sqlite.org/walformat.html: mxFrame,
+/// nBackfill). Nobody but this process wants the locks that are given back here.
+fn frames(folder: &Path) -> (u32, u32) {
     let index = std::fs::read(folder.join(FILE).with_extension("sqlite-shm")).unwrap();
-    index[16..20] == index[96..100]
+    let number = |at: usize| u32::from_ne_bytes(index[at..at + 4].try_into().unwrap());
+    (number(16), number(96))
+}
+
+/// By the journal's thread, but for what a commit at the same moment may have kept it from.
+fn is_checkpointed(folder: &Path, db: &Connection) -> bool {
+    let has_begun = frames(folder).1 > 0;
+    // Then somebody else may do it, and finds little or nothing left to do.
+    has_begun && checkpoint(db, "PASSIVE") && frames(folder).0 == frames(folder).1
 }
 
 /// So many commits that the checkpoint's thread does its work.
@@ -314,8 +322,7 @@ pub fn thread(folder: &Path, committed: &mut dyn FnMut(&Journal, How)) {
     relay.commit();
     let deadline = Instant::now() + PATIENCE;
     let db = Connection::open(folder.join(FILE)).unwrap();
-    // Then somebody else may do it, and finds nothing left to do.
-    while !is_checkpointed(folder) || !checkpoint(&db, "PASSIVE") {
+    while !is_checkpointed(folder, &db) {
         assert!(
             Instant::now() < deadline,
             "waited in vain for the checkpoint: does opening take {COMMITS_OF_OPENING} commits?"
