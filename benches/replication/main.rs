@@ -149,7 +149,7 @@ fn main() {
         mesh::measure_partition(plan, &mut report);
     }
     if measures("mesh") && variants.contains(&Variant::Dovetail) {
-        mesh::measure_five(plan, &mut report);
+        mesh::measure_mesh(plan, &mut report);
     }
     if measures("seed") && variants.contains(&Variant::Dovetail) {
         seeding::measure(plan, &mut report);

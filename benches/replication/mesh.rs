@@ -15,7 +15,7 @@ use crate::Plan;
 
 const VARIANT: Variant = Variant::Dovetail;
 const DEADLINE: Duration = Duration::from_secs(300);
-/// Of a user, on each server.
+/// Who get the mail in turn.
 const USERS: usize = 20;
 /// On each server.
 const MAILS_PER_SEC: f64 = 40.0;
@@ -76,7 +76,7 @@ fn write(server: &Server, users: &[String], secs: f64) -> usize {
 }
 
 /// The same mails to the first of two servers, and of five.
-pub fn measure_five(plan: &Plan, report: &mut Report) {
+pub fn measure_mesh(plan: &Plan, report: &mut Report) {
     for names in [&["a", "b"][..], &["a", "b", "c", "d", "e"]] {
         let count = names.len();
         println!("mesh: {} mails to one of {count} servers", plan.mesh_mails);

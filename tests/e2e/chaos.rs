@@ -160,7 +160,7 @@ fn fill(server: &Server, users: &[String], ledger: &Mutex<Ledger>) {
     let (progress, connections) = (Progress::default(), BTreeMap::new());
     let mut writer = Writer {
         server,
-        servers: &[],
+        servers: std::slice::from_ref(server),
         users,
         ledger,
         progress: &progress,

@@ -85,12 +85,18 @@ fn pair_over_lines(format_a: Format, format_b: Format, user: &str) -> Scene {
     Scene::on(Cluster::start(setups), user)
 }
 
-fn both_accept_mail_while_they_are_cut(format_a: Format, format_b: Format, user: &str) {
+/// The same, cut from each other when both have one mail.
+fn cut_pair(format_a: Format, format_b: Format, user: &str) -> Scene {
     let t = pair_over_lines(format_a, format_b, user);
     t.expects_in_log("dovetail");
     t.a().deliver(&t.user, &mail("before"));
     t.settled();
     t.lines.iter().for_each(|line| line.hang(true));
+    t
+}
+
+fn both_accept_mail_while_they_are_cut(format_a: Format, format_b: Format, user: &str) {
+    let t = cut_pair(format_a, format_b, user);
     for server in [t.a(), t.b()] {
         deliver(server, &t.user, 0..10);
         server.imap(&t.user).select("INBOX").ok("STORE 3 +FLAGS (\\Flagged)");
@@ -176,11 +182,7 @@ fn of_one_flag_the_later_change_holds_maildir_and_mdbox() {
 /// Which were saved while the servers were cut, and are named by their UIDs alone where there are many.
 fn flags_of_different_mails_with_one_uid_all_hold(format_a: Format, format_b: Format, user: &str) {
     const MAILS: usize = 105;
-    let t = pair_over_lines(format_a, format_b, user);
-    t.expects_in_log("dovetail");
-    t.a().deliver(&t.user, &mail("before"));
-    t.settled();
-    t.lines.iter().for_each(|line| line.hang(true));
+    let t = cut_pair(format_a, format_b, user);
     for server in [t.a(), t.b()] {
         deliver(server, &t.user, 0..MAILS);
     }
@@ -210,11 +212,7 @@ fn flags_of_different_mails_with_one_uid_all_hold_mdbox_and_maildir() {
 
 /// By a client that does not wait for answers, to a mail that the peer never had: it has another one with that UID.
 fn flags_of_a_mail_that_is_gone_are_not_set_on_another(format_a: Format, format_b: Format, user: &str) {
-    let t = pair_over_lines(format_a, format_b, user);
-    t.expects_in_log("dovetail");
-    t.a().deliver(&t.user, &mail("before"));
-    t.settled();
-    t.lines.iter().for_each(|line| line.hang(true));
+    let t = cut_pair(format_a, format_b, user);
     t.a().deliver(&t.user, &mail("ours"));
     t.b().untold(&["save", "-u", &t.user], &mail("theirs"));
     let mut imap = t.b().imap(&t.user).select("INBOX");

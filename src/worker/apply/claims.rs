@@ -280,8 +280,8 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         Ok(true)
     }
 
-    /// `of_uid`: the UID that the message has where the change comes from. The one that it has here then; 0: it was expunged
-    /// meanwhile.
+    /// `of_uid`: the UID that the message has where the change comes from. The one that it has here then; [`GONE`]: it was
+    /// expunged meanwhile.
     pub(super) fn put(&mut self, guid: &str, stands: u32, put: Put, there: There, of_uid: u32) -> Outcome<u32> {
         let now = match put {
             Put::At(uid) if uid != stands => match self.renumber(guid, stands, uid)? {
