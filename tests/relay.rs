@@ -21,8 +21,8 @@ use dovetail::wire::proto::op::What;
 use dovetail::wire::proto::{
     Ack, AckWanted, Acked, Alias, Answer, Applied, Apply, Birth, BodyChunk, BodyMore, BodyRequest, Change, Doubt,
     Elsewhere, Expunge, FlagUpdate, Goodbye, Hello, Intent, Looked, Mailbox, MailboxCreate, MailboxDelete,
-    MailboxRebuilt, MailboxRename, MessageRange, Op, Pong, Record, Refused, Save, SeqOf, Span, Stamp, Subscription,
-    Surveyed,
+    MailboxRebuilt, MailboxRename, MessageRange, Op, Ping, Pong, Record, Refused, Save, SeqOf, Span, Stamp,
+    Subscription, Surveyed,
 };
 use relay::house::*;
 
@@ -312,17 +312,11 @@ fn of_two_relays_of_one_server_the_newer_one_is_talked_to() {
 
     let mut old = b.connect();
     old.say_hello_of("a", 5);
+    is_there(&mut old);
     assert!(matches!(old.next(), Kind::Refused(Refused { error, .. }) if error.contains("a later state of server a")));
     assert_eq!(b.peer("a").state, "connected");
     // If that one is still there, there are two.
-    let probe = loop {
-        match new.next() {
-            Kind::Ping(ping) => break ping,
-            Kind::Linked(_) => {}
-            other => panic!("{other:?}"),
-        }
-    };
-    new.send(Kind::Pong(Pong { id: probe.id }));
+    is_there(&mut new);
     assert!(matches!(new.next(), Kind::Refused(Refused { error, .. }) if error.contains("two servers")));
     assert!(new.is_closed());
     for epoch in [5, 6] {
@@ -331,6 +325,41 @@ fn of_two_relays_of_one_server_the_newer_one_is_talked_to() {
         assert!(matches!(again.next(), Kind::Refused(Refused { set_back: false, .. })));
     }
     assert_eq!(b.peer("a").state, "disputed");
+}
+
+/// It is asked, and answers.
+fn is_there(peer: &mut Wire) {
+    let probe = loop {
+        match peer.next() {
+            Kind::Ping(ping) => break ping,
+            Kind::Linked(_) => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    peer.send(Kind::Pong(Pong { id: probe.id }));
+}
+
+#[test]
+fn what_a_killed_relay_had_said_is_no_second_server() {
+    let house = House::new();
+    let b = house.server("b", &[("a", "127.0.0.1:9".into())]);
+    let mut a = b.connect();
+    a.say_hello_of("a", 6);
+    assert!(matches!(a.next(), Kind::Hello(_)));
+    // Its connection was made by a relay that is gone, and is accepted only now.
+    let mut killed = b.connect();
+    killed.say_hello_of("a", 5);
+    drop(killed);
+    until("it is gone", || b.noted("turned_away") == 1);
+    a.send(Kind::Ping(Ping { id: 1, heard_clock: 0 }));
+    loop {
+        match a.next() {
+            Kind::Pong(_) => break,
+            Kind::Linked(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(b.peer("a").state, "connected");
 }
 
 #[test]

@@ -263,7 +263,14 @@ impl Session {
             return Err(SessionError::NotForPeers);
         };
         if !self.heard_from {
-            return self.receive_greeting(kind).map(Some);
+            return match kind {
+                // It doubts that we are still there.
+                Kind::Ping(ping) if self.greeted => {
+                    self.answer(ping);
+                    Ok(None)
+                }
+                kind => self.receive_greeting(kind).map(Some),
+            };
         }
         let frames = self.control.frames.len() + self.bulk.frames.len() + self.acks.len();
         if frames > WAITING_MAX || self.control.bytes > CONTROL_BYTES_MAX {
@@ -303,11 +310,11 @@ impl Session {
         }))
     }
 
-    /// Asks whether it is there: [`Event::IsThere`].
-    pub fn probe(&mut self, now_ms: u64) {
+    /// What is to be sent to it to ask whether it is there: [`Event::IsThere`].
+    pub fn probe(&mut self, now_ms: u64) -> Kind {
         let id = PROBE | now_ms;
         self.probe = Some(id);
-        self.control.push(Kind::Ping(Ping { id, heard_clock: self.heard_clock }).into());
+        Kind::Ping(Ping { id, heard_clock: self.heard_clock })
     }
 
     /// To be called when [`Session::wake_up_ms`] has come.
@@ -525,6 +532,19 @@ mod tests {
     }
 
     #[test]
+    fn who_is_doubted_answers_before_it_is_let_in() {
+        let mut session = connecting_to_b();
+        sent(&mut session, &mut Outbox::new(0), 0);
+        let ping = || Frame::from(Kind::Ping(Ping { id: 7, heard_clock: 9 }));
+        assert_eq!(session.receive(ping(), 0), Ok(None));
+        assert_eq!(sent(&mut session, &mut Outbox::new(0), 0), [Kind::Pong(Pong { id: 7 })]);
+        assert_eq!(session.peers_heard_clock(), 0);
+        assert!(!session.is_up());
+        session.receive(hello("b"), 0).unwrap();
+        assert!(session.is_up());
+    }
+
+    #[test]
     fn two_sessions_greet_each_other() {
         let (mut a, mut b) = (connecting_to_b(), listening_as_b());
         let from_a = sent(&mut a, &mut outbox_with(1), 0);
@@ -547,7 +567,8 @@ mod tests {
         assert_eq!(listen(hello("a\nb")), SessionError::BadName);
         assert_eq!(listen(hello("x")), SessionError::UnknownName("x".into()));
         assert_eq!(listen(hello("c")), SessionError::WrongDirection("c".into()));
-        assert_eq!(connect(Kind::Ping(Ping { id: 1, heard_clock: 0 }).into()), SessionError::NoGreeting);
+        assert_eq!(connect(Kind::Pong(Pong { id: 1 }).into()), SessionError::NoGreeting);
+        assert_eq!(listen(Kind::Ping(Ping { id: 1, heard_clock: 0 }).into()), SessionError::NoGreeting);
         let refused = Kind::Refused(Refused { error: "no".into(), ..Default::default() });
         assert_eq!(connect(refused.into()), SessionError::RefusedByPeer("no".into()));
         let me = Kind::Hello(Hello { server: "b".into(), instance: b"a".to_vec(), ..Default::default() });

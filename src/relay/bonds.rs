@@ -3,10 +3,11 @@
 //! [`crate::peer::bond`] says how that is noticed. Whoever was set back begins a new epoch, as nobody can know what its numbers mean,
 //! and both sides compare all users. Two that have one name at the same time are let in no more until a person decides.
 
+use mio::Token;
 use prost::Message as _;
 
 use super::durable::sent_change;
-use super::engine::{Close, Engine};
+use super::engine::{Close, Engine, Role};
 use crate::change;
 use crate::journal::JournalError;
 use crate::peer::bond::{self, Side, Verdict, NONCE_BYTES_MAX};
@@ -53,8 +54,9 @@ impl Engine {
         Ok(())
     }
 
-    /// Before a greeting is taken: whether it is the peer that we knew, and we are whom it knew.
-    pub fn judge(&mut self, index: usize, hello: &Hello) -> Result<(), Close> {
+    /// Before a greeting is taken: whether it is the peer that we knew, and we are whom it knew. False if an earlier state of one that
+    /// is connected has greeted.
+    pub fn judge(&mut self, index: usize, hello: &Hello) -> Result<bool, Close> {
         let peer = &self.peers[index];
         if let Some(reason) = &peer.disputed {
             return Err(Close::Refused { reason: reason.clone(), tell: true });
@@ -69,7 +71,8 @@ impl Engine {
         match bond::compare(&ours, &theirs) {
             Verdict::WeAreSetBack => {}
             _ if knows_more => {}
-            Verdict::Follows => return Ok(()),
+            Verdict::Follows => return Ok(true),
+            Verdict::TheyAreSetBack if self.peers[index].is_let_in() => return Ok(false),
             Verdict::TheyAreSetBack => return Err(self.refuse_earlier(index)),
         }
         let reason = "it knows a later state of this server";
@@ -86,13 +89,32 @@ impl Engine {
         }
     }
 
-    /// It may be that there are two: then the one that is connected answers.
+    /// An earlier state of a peer that is connected has greeted. It may be gone since: a relay that is killed leaves connections behind
+    /// that are accepted later than those of the next one.
+    pub fn doubt(&mut self, index: usize, token: Token) {
+        let now_ms = self.now_ms;
+        let Some(Role::Stranger(session)) = self.sockets.get_mut(&token).map(|socket| &mut socket.role) else { return };
+        let ping = session.probe(now_ms);
+        self.peers[index].doubted = Some(token);
+        self.send(token, &ping.into());
+    }
+
+    /// It is there.
+    pub fn doubted_is_there(&mut self, token: Token) -> Result<(), Close> {
+        match self.peers.iter().position(|peer| peer.doubted == Some(token)) {
+            Some(index) => Err(self.refuse_earlier(index)),
+            None => Ok(()),
+        }
+    }
+
+    /// If the one that is connected answers, too, there are two.
     fn refuse_earlier(&mut self, index: usize) -> Close {
         let now_ms = self.now_ms;
         let peer = &mut self.peers[index];
         let is_let_in = peer.is_let_in();
         if let Some(link) = peer.link.as_mut().filter(|_| is_let_in) {
-            link.session.probe(now_ms);
+            let ping = link.session.probe(now_ms);
+            link.session.control(ping);
             let reason = format!("a later state of server {} is connected here", peer.name);
             return Close::Refused { reason, tell: true };
         }
@@ -283,7 +305,7 @@ impl Engine {
     }
 
     /// A person says that there is one only.
-    pub fn accept_peer(&mut self, token: mio::Token, request: &AcceptPeer) {
+    pub fn accept_peer(&mut self, token: Token, request: &AcceptPeer) {
         let Some(peer) = self.peers.iter_mut().find(|peer| peer.name == request.peer) else {
             let error = format!("There is no peer '{}' (dovetail_peers)", change::printable(&request.peer));
             return self.send(token, &Kind::PeerAccepted(PeerAccepted { error }).into());

@@ -75,6 +75,8 @@ pub struct PeerState {
     /// By what it is known again.
     pub bonds: Bonds,
     pub bonding: Bonding,
+    /// Who greeted by its name last though a later state of it is connected; see [`Engine::doubt`].
+    pub doubted: Option<Token>,
     /// Why nobody is let in by its name until a person decides.
     pub disputed: Option<String>,
     retry_at_ms: u64,
@@ -103,6 +105,7 @@ impl PeerState {
             is_refused: false,
             bonds: Bonds::default(),
             bonding: Bonding::default(),
+            doubted: None,
             disputed: None,
             retry_at_ms: 0,
             backoff: Backoff::new(RETRY_MS_MIN, RETRY_MS_MAX),
@@ -225,10 +228,11 @@ impl Engine {
         Session::new(self.me.clone(), admits, self.now_ms)
     }
 
-    /// The first frame of someone who connected to us.
+    /// What someone said who connected to us and is not let in yet.
     pub fn stranger_event(&mut self, token: Token, event: Result<Option<Event>, SessionError>) -> Result<(), Close> {
         let hello = match event.map_err(refusal)? {
             Some(Event::Hello(hello)) => hello,
+            Some(Event::IsThere) => return self.doubted_is_there(token),
             _ => return Ok(()),
         };
         let Some(index) = self.peers.iter().position(|peer| peer.name == hello.server) else {
@@ -240,7 +244,10 @@ impl Engine {
                 tell: true,
             });
         }
-        self.judge(index, &hello)?;
+        if !self.judge(index, &hello)? {
+            self.doubt(index, token);
+            return Ok(());
+        }
         if let Some(link) = &self.peers[index].link {
             let old = link.token;
             self.close(old, Close::Ended("it connected again".into()));
@@ -275,10 +282,10 @@ impl Engine {
         };
         let from = Party::Peer(index);
         match event {
-            Some(Event::Hello(hello)) => {
-                self.judge(index, &hello)?;
-                self.take_hello(index, &hello)
-            }
+            Some(Event::Hello(hello)) => match self.judge(index, &hello)? {
+                true => self.take_hello(index, &hello),
+                false => Ok(()),
+            },
             Some(Event::Bond(bond)) => self.take_bond(index, bond),
             Some(Event::IsThere) => Err(self.dispute(index)),
             Some(Event::Change(change)) => self.take_change(index, change),

@@ -202,6 +202,12 @@ impl Server {
         client::status(&self.local, None, PATIENCE).unwrap()
     }
 
+    /// How often what has this name was counted.
+    pub fn noted(&self, name: &str) -> u64 {
+        let notes = self.status().counters.unwrap().notes;
+        notes.iter().find(|note| note.name == name).map_or(0, |note| note.count)
+    }
+
     pub fn peer(&self, name: &str) -> PeerStatus {
         self.status().peers.into_iter().find(|peer| peer.peer == name).unwrap()
     }

@@ -21,11 +21,6 @@ fn written(users: impl IntoIterator<Item = String>) -> Kind {
     Kind::Record(Record { spans: users.into_iter().map(span).collect(), ..Default::default() })
 }
 
-fn noted(server: &Server, name: &str) -> u64 {
-    let counters = server.status().counters.unwrap();
-    counters.notes.iter().find(|note| note.name == name).map_or(0, |note| note.count)
-}
-
 /// The next look is at this user's mailboxes, whose system user the worker says, if there is one.
 fn finds_owner(server: &Server, uid: Option<u32>) -> String {
     let (mut worker, look) = server.next_look();
@@ -46,7 +41,7 @@ fn of_users_who_do_not_exist_each_is_looked_for_once() {
     let mut asked: Vec<String> = users().map(|_| finds_owner(&b, None)).collect();
     asked.sort();
     assert_eq!(asked, users().collect::<Vec<_>>());
-    until("the record is dropped", || noted(&b, "told_of_others") == 4);
+    until("the record is dropped", || b.noted("told_of_others") == 4);
 }
 
 #[test]
@@ -103,7 +98,7 @@ fn of_a_user_who_tells_what_cannot_be_sent_not_every_mailbox_is_listed() {
     };
     (0..300u16).for_each(|n| bad([&n.to_be_bytes()[..], &[1; 14]].concat()));
     bad(vec![1; 50_000]);
-    until("all are counted", || noted(&b, "bad_change") == 301);
+    until("all are counted", || b.noted("bad_change") == 301);
     let listed = b.failed();
     assert_eq!(listed.len(), 101);
     assert!(listed.iter().all(|entry| [0, 16].contains(&entry.mailbox_guid.len())));

@@ -19,7 +19,7 @@ use dovetail::settings::Tls;
 use dovetail::tls::{authority, Credentials};
 use dovetail::wire::frame;
 use dovetail::wire::proto::frame::Kind;
-use dovetail::wire::proto::{BodyRequest, Hello, Known, NamedCount};
+use dovetail::wire::proto::{BodyRequest, Hello, Known};
 
 /// Lines of the log, of all tests of this process.
 pub struct Lines(Mutex<Vec<String>>);
@@ -359,11 +359,6 @@ impl Foreign {
     }
 }
 
-fn turned_away(server: &Server) -> u64 {
-    let notes = server.status().counters.unwrap().notes;
-    notes.iter().find(|NamedCount { name, .. }| name == "turned_away").map_or(0, |note| note.count)
-}
-
 /// B with peers whom the test plays, both of which connect to it.
 fn b_with_two_peers(house: &House, folder: &Path) -> Server {
     let peers = [("a", "127.0.0.1:9".into()), ("a2", "127.0.0.1:9".into())];
@@ -387,7 +382,7 @@ fn who_cannot_prove_to_be_a_peer_is_turned_away_and_a_good_peer_goes_on() {
         assert!(connection.wire.is_closed());
         until_logged(&format!("turned away: {reason}"));
         count += 1;
-        until("it is counted", || turned_away(&b) == count);
+        until("it is counted", || b.noted("turned_away") == count);
     };
     refused(Attacker::of(&foreign, "a"), "a", "its certificate was not issued by dovetail_ca.");
     refused(Attacker::with(&["a"], None, |_| {}), "a", "its certificate was not issued by dovetail_ca.");
@@ -521,7 +516,7 @@ fn a_crowd_that_says_nothing_is_cut_off_and_keeps_out_no_peer() {
     worker.applied(&apply);
     good.next_ack(1);
     until_logged("turned away: it did not say who it is within 5 secs.");
-    until("all of them are", || turned_away(&b) == 90);
+    until("all of them are", || b.noted("turned_away") == 90);
     assert_eq!(b.peer("a").state, "connected");
 }
 
@@ -535,7 +530,7 @@ fn who_connects_again_and_again_is_turned_away_at_once_for_a_while() {
     good.greet("a");
     (0..1_000).for_each(|_| drop(b.connect_raw()));
     until_logged("A connection was turned away: there are too many from 127.0.0.1 in a short time.");
-    until("all of them are", || turned_away(&b) == 1_000);
+    until("all of them are", || b.noted("turned_away") == 1_000);
 
     good.send_change("jane", 1);
     let (worker, apply) = b.next_job();
@@ -616,7 +611,7 @@ fn records_of_tls_that_are_replayed_reordered_or_changed_end_the_connection_and_
     let mut imap = a.process("imap");
     for (uid, what) in (1..).zip([Trick::SendTwice, Trick::Swap, Trick::Change]) {
         until("they are connected", || a.peer("b").state == "connected" && b.peer("a").state == "connected");
-        let before = turned_away(&b) + b.status().counters.unwrap().malformed;
+        let before = b.noted("turned_away") + b.status().counters.unwrap().malformed;
         *trick.lock().unwrap() = Some(what);
         imap.save("jane", 2 * uid);
         imap.save("joe", 2 * uid + 1);
@@ -627,7 +622,11 @@ fn records_of_tls_that_are_replayed_reordered_or_changed_end_the_connection_and_
         }
         until("all are acknowledged", || a.peer("b").pending == 0);
         until("B has noticed", || lines_with("TLS failed: cannot decrypt peer's message") >= uid as usize);
-        assert_eq!(turned_away(&b) + b.status().counters.unwrap().malformed, before, "it is a peer, and not to blame");
+        assert_eq!(
+            b.noted("turned_away") + b.status().counters.unwrap().malformed,
+            before,
+            "it is a peer, and not to blame"
+        );
     }
 }
 
