@@ -609,6 +609,29 @@ fn a_log_that_is_read_from_its_beginning_may_hold_what_was_told_before_the_relay
 }
 
 #[test]
+fn what_a_look_has_told_before_the_relay_was_killed_may_be_gone_when_it_is_found_again() {
+    let house = House::new();
+    let a = house.server("a", &[("b", "127.0.0.1:9".into())]);
+    let mut imap = a.process("imap");
+    let mailbox = Mailbox { guid: vec![1; 16], path: vec!["INBOX".into()], ..Default::default() };
+    imap.send(Kind::Intent(Intent { user: "jane".into(), mailbox: Some(mailbox), peers: None }));
+    imap.save_with_span("jane", 1, (100, 200));
+    until("it is taken", || a.status().counters.unwrap().changes == 1);
+    drop(imap);
+    let (mut worker, look) = a.next_look();
+    assert_eq!((look.mailboxes[0].end, look.mailboxes[0].was_told), (200, false));
+    let found = Some(save("jane", 2));
+    worker.send(Kind::Looked(Looked { job: look.job, more: true, change: found, ..Default::default() }));
+    until("it is told", || a.status().counters.unwrap().healed == 1);
+    drop(a);
+
+    // Else the next look would say nothing of a message that came and went.
+    let a = house.server("a", &[("b", "127.0.0.1:9".into())]);
+    let (_, look) = a.next_look();
+    assert_eq!((look.mailboxes[0].end, look.mailboxes[0].was_told), (200, true));
+}
+
+#[test]
 fn a_name_is_told_again_to_who_finds_the_mailbox_under_an_older_one() {
     let house = House::new();
     let (a, b) = house.pair();

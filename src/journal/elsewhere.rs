@@ -110,6 +110,15 @@ impl Journal {
     }
 
     /// Users of whom something is known.
+    /// The mailbox's messages went with it.
+    pub fn forget_messages(&mut self, user: &str, mailbox: &[u8]) -> Result<(), JournalError> {
+        self.write()?;
+        self.run(|db| {
+            db.prepare_cached("DELETE FROM elsewhere WHERE user = ? AND mailbox = ?")?.execute((user, mailbox))
+        })
+        .map(drop)
+    }
+
     pub fn users_elsewhere(&self) -> Result<Vec<String>, JournalError> {
         self.run(|db| {
             let mut rows = db.prepare("SELECT DISTINCT user FROM elsewhere")?;

@@ -22,13 +22,15 @@ pub struct KnownLog {
     /// What was last read from the log itself, from file and offset to file and offset: a process that tells of it only
     /// now, after the relay's restart, is too late. None: not known (any more than before).
     pub healed: Option<(Place, Place)>,
+    /// Of what comes behind `end` something was told; see [`Journal::note_told`].
+    pub was_told: bool,
 }
 
 /// File number and offset.
 type Place = (u32, u64);
 
 const COLUMNS: &str = "user, mailbox, private_user, index_id, log_seq, end, tail, path, healed_seq, healed, \
-                       healed_to_seq, healed_to";
+                       healed_to_seq, healed_to, was_told";
 
 impl Journal {
     pub fn log(&self, user: &str, mailbox: &[u8], private_user: &str) -> Result<Option<KnownLog>, JournalError> {
@@ -101,11 +103,11 @@ impl Journal {
         let healed = log.healed.map(|(from, to)| (from.0, from.1 as i64, to.0, to.1 as i64));
         self.run(|db| {
             db.prepare_cached(&format!(
-                "INSERT INTO logs ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12) \
+                "INSERT INTO logs ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, 0) \
                  ON CONFLICT (user, mailbox, private_user) DO UPDATE SET index_id = ?4, log_seq = ?5, end = ?6, \
                  tail = ?7, path = coalesce(?8, path), healed_seq = coalesce(?9, healed_seq), \
                  healed = coalesce(?10, healed), healed_to_seq = coalesce(?11, healed_to_seq), \
-                 healed_to = coalesce(?12, healed_to) \
+                 healed_to = coalesce(?12, healed_to), was_told = 0 \
                  WHERE ?13 OR index_id <> ?4 OR log_seq < ?5 OR (log_seq = ?5 AND end <= ?6)"
             ))?
             .execute((
@@ -123,6 +125,17 @@ impl Journal {
                 healed.map(|h| h.3),
                 may_set_back,
             ))
+        })
+        .map(drop)
+    }
+
+    /// What a look found in the log was told, and its place there is not known yet: if the look ends before that, what was told is found
+    /// once more.
+    pub fn note_told(&mut self, user: &str, mailbox: &[u8]) -> Result<(), JournalError> {
+        self.write_sometime()?;
+        self.run(|db| {
+            db.prepare_cached("UPDATE logs SET was_told = 1 WHERE user = ? AND mailbox = ? AND private_user = ''")?
+                .execute((user, mailbox))
         })
         .map(drop)
     }
@@ -150,7 +163,7 @@ impl Journal {
 
     /// The mailbox does not exist any more.
     pub fn forget_mailbox(&mut self, user: &str, mailbox: &[u8]) -> Result<(), JournalError> {
-        self.write()?;
+        self.forget_messages(user, mailbox)?;
         self.run(|db| db.prepare_cached("DELETE FROM logs WHERE user = ? AND mailbox = ?")?.execute((user, mailbox)))
             .map(drop)
     }
@@ -172,6 +185,7 @@ fn read(row: &Row) -> rusqlite::Result<KnownLog> {
         tail: row.get(6)?,
         path: path_of(path.unwrap_or_default()),
         healed: place(8)?.zip(place(10)?),
+        was_told: row.get(12)?,
     })
 }
 

@@ -45,7 +45,7 @@ use rusqlite::Connection;
 use checkpoint::Checkpoints;
 
 /// The format of the file that this version reads and writes.
-pub const FORMAT: i32 = 5;
+pub const FORMAT: i32 = 6;
 
 /// Why the journal cannot be used. Nothing was changed in it.
 #[derive(Debug, thiserror::Error)]

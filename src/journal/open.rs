@@ -43,6 +43,8 @@ CREATE TABLE logs (user TEXT NOT NULL, mailbox BLOB NOT NULL, private_user TEXT 
     log_seq INTEGER NOT NULL, end INTEGER NOT NULL, tail BLOB NOT NULL, path BLOB,
     -- The part that was last read from the log itself.
     healed_seq INTEGER, healed INTEGER, healed_to_seq INTEGER, healed_to INTEGER,
+    -- Of what comes behind the end something was told.
+    was_told INTEGER NOT NULL DEFAULT 0,
     -- When and where it got its name; our last change that named it or put something into it.
     named_clock INTEGER NOT NULL DEFAULT 0, named_by TEXT NOT NULL DEFAULT '', own_seq INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (user, mailbox, private_user)) STRICT, WITHOUT ROWID;

@@ -283,6 +283,12 @@ fn logs_are_known_by_user_and_mailbox() {
     assert_eq!((known.end, &known.path, known.healed), (600, &path, healed));
     assert_eq!(journal.log("jane", &[2; 16], "").unwrap(), None);
     assert_eq!(journal.users("", 10).unwrap(), ["jane", "joe"]);
+    let was_told = |journal: &Journal, user| journal.log(user, &[1; 16], "").unwrap().unwrap().was_told;
+    journal.note_told("jane", &[1; 16]).unwrap();
+    journal.advance_log(&KnownLog { end: 550, ..log.clone() }).unwrap();
+    assert_eq!((was_told(&journal, "jane"), was_told(&journal, "joe")), (true, false));
+    journal.advance_log(&KnownLog { end: 650, ..log.clone() }).unwrap();
+    assert!(!was_told(&journal, "jane"), "all of it is known");
     journal.forget_mailbox("jane", &[1; 16]).unwrap();
     assert_eq!(journal.logs("jane").unwrap(), []);
     assert_eq!(journal.logs("joe").unwrap().len(), 1);

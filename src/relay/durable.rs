@@ -126,7 +126,8 @@ impl Engine {
             self.journal.next_seq()?;
         }
         let path = change.as_ref().and_then(|change| change.mailbox.as_ref());
-        for span in &spans {
+        // A log that is gone may be called as the one that has come in its place.
+        for span in spans.iter().filter(|span| !self.lists.is_log_gone(span)) {
             let path = path.filter(|mailbox| mailbox.guid == span.mailbox_guid).map(|mailbox| mailbox.path.clone());
             let known = self.known_log(span);
             self.journal.advance_log(&KnownLog { path: path.unwrap_or_default(), ..known })?;
@@ -196,6 +197,7 @@ impl Engine {
             tail: span.tail.clone(),
             path: Vec::new(),
             healed: self.spans.healed(&Need::of(span)),
+            was_told: false,
         }
     }
 

@@ -106,7 +106,7 @@ impl Engine {
             let index_id = if look.anew.contains(&log.mailbox) { u32::MAX } else { log.index_id };
             // Where its log is read from the beginning, it may yet hold what was told.
             let named = if log.log_seq == 0 { self.journal.named_mailbox(&user, &log.mailbox)? } else { None };
-            let was_told = self.is_after_boot || named.is_some_and(|mailbox| mailbox.own_seq != 0);
+            let was_told = self.is_after_boot || log.was_told || named.is_some_and(|mailbox| mailbox.own_seq != 0);
             let expunged = look.expunged.get(&log.mailbox).cloned().unwrap_or_default();
             let (expunged_in_memory, in_memory_uid_next) = (expunged.messages, expunged.uid_next);
             Ok(LookAt { index_id, was_told, expunged_in_memory, in_memory_uid_next, ..look_at(log) })
@@ -243,6 +243,10 @@ impl Engine {
             // Who made it may have been killed, and another process's record of the same may come late.
             if let (true, Some(mailbox)) = (change::is_of_list(&found), &found.mailbox) {
                 self.subscribers.changed(user, &mailbox.path, usize::MAX, self.now_ms);
+            }
+            let mailbox = found.mailbox.as_ref().map(|mailbox| self.lists.canonical(user, &mailbox.guid));
+            if let Some(Err(error)) = mailbox.map(|mailbox| self.journal.note_told(user, mailbox)) {
+                self.fail(error);
             }
             self.ship_all(vec![Release { user: user.clone(), change: Some(found), spans: Vec::new(), ack: None }]);
         }
