@@ -115,7 +115,7 @@ extern "C" {
         each: extern "C" fn(*const DtListed, *mut c_void),
         context: *mut c_void,
     ) -> c_int;
-    fn dt_worker_was_deleted(guid: *const u8) -> c_int;
+    fn dt_worker_deletions(guid: *const u8, count: *mut u32) -> c_int;
     fn dt_worker_log_path() -> *const c_char;
     fn dt_worker_uids(each: extern "C" fn(u32, u32, *mut c_void), context: *mut c_void);
     fn dt_worker_message_info(uid: u32, info_r: *mut DtMessageInfo) -> c_int;
@@ -864,10 +864,12 @@ impl Storage for DovecotStorage {
         Ok(listed)
     }
 
-    fn was_deleted(&mut self, guid: &Guid) -> Result<bool> {
+    fn deletions(&mut self, guid: &Guid) -> Result<u32> {
         self.need_user()?;
+        let mut count = 0;
         // SAFETY: a user is open; a GUID has 16 bytes.
-        check(unsafe { dt_worker_was_deleted(guid.as_ptr()) })
+        check(unsafe { dt_worker_deletions(guid.as_ptr(), &raw mut count) })?;
+        Ok(count)
     }
 
     fn log_files(&mut self) -> Result<Vec<Vec<u8>>> {

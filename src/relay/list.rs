@@ -194,7 +194,14 @@ impl Engine {
         if !self.lists.aliases.contains_key(user) {
             return;
         }
+        let told_of = change.mailbox.as_ref().map(|mailbox| mailbox.guid.clone());
         change.mailbox.iter_mut().for_each(canonical);
+        if let Some(mailbox) = change.mailbox.as_mut().filter(|mailbox| Some(&mailbox.guid) != told_of.as_ref()) {
+            // Who has made a mailbox that has become another one does not know which UIDVALIDITY that has.
+            if change.ops.iter().any(|op| matches!(op.what, Some(What::Create(_)))) {
+                mailbox.uid_validity = 0;
+            }
+        }
         for op in &mut change.ops {
             if let Some(What::Save(save)) = &mut op.what {
                 save.copied_from.iter_mut().filter_map(|from| from.mailbox.as_mut()).for_each(canonical);
@@ -401,6 +408,7 @@ impl Engine {
                 }
                 // A directory.
                 _ if guid.is_empty() => {}
+                Some(What::Create(create)) if is_ours && create.reborn => self.journal.forget_messages(user, &guid)?,
                 // Says only how it is.
                 Some(What::Create(create)) if create.again => {}
                 Some(What::Create(_)) => match self.journal.named_mailbox(user, &guid)? {

@@ -118,21 +118,22 @@ int dt_worker_list_subscribed(int64_t since, void (*each)(const struct dt_listed
 	return 1;
 }
 
-int dt_worker_was_deleted(const unsigned char guid[16])
+int dt_worker_deletions(const unsigned char guid[16], uint32_t *count_r)
 {
 	struct mailbox_log *log = mailbox_list_get_changelog(dt_worker_namespace()->list);
 	struct mailbox_log_iter *iter;
 	const struct mailbox_log_record *rec;
-	int ret = 0;
+	int ret = 1;
 
+	*count_r = 0;
 	if (log == NULL)
-		return 0;
+		return 1;
 	T_BEGIN {
 		iter = mailbox_log_iter_init(log);
 		while ((rec = mailbox_log_iter_next(iter)) != NULL) {
 			if (rec->type == MAILBOX_LOG_RECORD_DELETE_MAILBOX &&
 			    memcmp(rec->mailbox_guid, guid, GUID_128_SIZE) == 0)
-				ret = 1;
+				*count_r += 1;
 		}
 		if (mailbox_log_iter_deinit(&iter) < 0)
 			ret = dt_worker_set_error("Reading the mailbox log failed");

@@ -217,6 +217,8 @@ pub struct Apply<'a, S, C> {
     merged: HashSet<Guid>,
     /// The mailbox that is being created had mail where it comes from.
     creates_with_mail: bool,
+    /// The mailbox that is being entered was deleted here, and is made anew.
+    is_reborn: bool,
     /// Messages come from a mailbox that goes: each is looked for, whatever was applied.
     moves: bool,
     /// Called after each commit while the job goes on.
@@ -263,6 +265,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             saved: HashSet::new(),
             merged: HashSet::new(),
             creates_with_mail: false,
+            is_reborn: false,
             moves: false,
             on_commit,
         })
@@ -766,7 +769,13 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             // It may also have gone with a worker that deleted its mailbox, or took the index's loss for an expunge. The UID is the one
             // that it has there now, whatever it had before.
             true => self.was_expunged_at(wanted, guid)? && self.is_expunged_by_client(wanted)?,
-            false => self.was_expunged_from(wanted, guid)?,
+            // A copy that was made and expunged here is not theirs, which got the same UID. (In a maildir a session may have found what
+            // a worker that was killed had saved.)
+            false => {
+                self.was_expunged_from(wanted, guid)?
+                    && (self.storage.is_torn_when_killed()
+                        || !mark::is_saved_by_others(&self.storage.log_files()?, wanted))
+            }
         };
         let standing = match was_expunged && !self.has_diverged() {
             true => Standing::Unknown,
@@ -1640,6 +1649,41 @@ mod tests {
         let deleted = What::Delete(proto::MailboxDelete::default());
         let outcome = apply(&mut storage, Script::default(), &[of((5, "Work"), 10, change(1, deleted))]);
         assert_eq!((outcome.error, storage.existence("Work").unwrap()), (None, Existence::None));
+    }
+
+    #[test]
+    fn a_mailbox_that_is_born_again_has_no_uidvalidity_that_it_had_before() {
+        let mut storage = FakeStorage::default();
+        for lives in 1..=3 {
+            storage.delete("Work").unwrap();
+            storage.deleted.push([5; 16]);
+            // What names messages of an earlier life names none of this one.
+            storage.elsewhere = vec![proto::Elsewhere {
+                mailbox_guid: vec![5; 16],
+                uid: 2,
+                guid: "one".into(),
+                here: 1,
+                moved: true,
+                ..Default::default()
+            }];
+            let outcome = apply(&mut storage, Script::default(), &[of((5, "Work"), 10, save(lives, 1, "one"))]);
+            assert_eq!((outcome.error, storage.uid_validity("Work")), (None, 10 + lives as u32));
+            assert_eq!(storage.messages("Work"), named(&[(1, "one")]));
+            let is_told = |what: &What| matches!(what, What::Create(create) if create.reborn && create.had_mail);
+            assert_eq!(outcome.told.iter().filter(|what| is_told(what)).count(), 1);
+        }
+    }
+
+    /// Who deleted it may have been killed before it told.
+    #[test]
+    fn what_is_in_a_mailbox_that_was_born_again_on_a_peer_is_told_again() {
+        let mut storage = FakeStorage::default();
+        storage.add("Work", [5; 16], 10, &[(1, "one"), (2, "two")]);
+        let reborn = proto::MailboxCreate { had_mail: true, reborn: true, ..Default::default() };
+        let outcome = apply(&mut storage, Script::default(), &[of((5, "Work"), 11, change(1, What::Create(reborn)))]);
+        let kept = |what: &What| matches!(what, What::Save(save) if save.kept);
+        assert_eq!((outcome.error, outcome.told.iter().filter(|what| kept(what)).count()), (None, 2));
+        assert_eq!(storage.uid_validity("Work"), 11);
     }
 
     #[test]

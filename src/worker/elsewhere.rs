@@ -103,6 +103,11 @@ impl Elsewhere {
         }
     }
 
+    /// The mailbox is made anew: what is known is of messages that went with it.
+    pub fn forget(&mut self, mailbox_guid: &[u8]) {
+        self.known.retain(|(mailbox, _), _| mailbox != mailbox_guid);
+    }
+
     /// What was noted since the last call.
     pub fn take_new(&mut self) -> Vec<proto::Elsewhere> {
         std::mem::take(&mut self.new)

@@ -46,7 +46,7 @@ pub struct FakeStorage {
     pub of_clients: HashSet<u32>,
     /// Another worker applies changes of the user.
     pub is_locked: bool,
-    pub deleted: HashSet<Guid>,
+    pub deleted: Vec<Guid>,
     /// Names, and whether that is new.
     pub subscribed: BTreeMap<String, bool>,
     /// Names of mailboxes that are there and cannot be opened.
@@ -318,8 +318,8 @@ impl Storage for FakeStorage {
         };
         Ok(self.subscribed.iter().map(listed).collect())
     }
-    fn was_deleted(&mut self, guid: &Guid) -> Result<bool> {
-        Ok(self.deleted.contains(guid))
+    fn deletions(&mut self, guid: &Guid) -> Result<u32> {
+        Ok(self.deleted.iter().filter(|deleted| *deleted == guid).count() as u32)
     }
     fn log_files(&mut self) -> Result<Vec<Vec<u8>>> {
         Ok(self.mailbox().logs.clone())

@@ -144,8 +144,14 @@ fn find<S: Storage>(storage: &mut S, wanted: &Wanted, now_secs: i64, found: &mut
     };
     for target in targets.iter().filter(|_| !wanted.list_only) {
         let young_from = if wanted.whole { now_secs - YOUNG_SECS } else { i64::MAX };
+        let missing = found.missing.len();
         find_in_log(storage, target, young_from, found)?;
         storage.close();
+        if wanted.whole && found.missing.len() > missing {
+            // It was listed. Who deletes it just now may not tell, and then it has to be known until a look does.
+            found.missing.truncate(missing);
+            found.later = Some(format!("mailbox {} is being deleted", change::printable(&target.path.join("/"))));
+        }
     }
     Ok(())
 }
@@ -593,10 +599,9 @@ fn mark_unless_copied<S: Storage>(storage: &mut S, saves: Vec<&mut proto::Save>)
 /// Whether the open mailbox's log says, behind the place up to which it is known, that somebody else put messages in.
 pub fn has_untold_saves<S: Storage>(storage: &mut S, known: &LookAt) -> Result<bool> {
     let files = storage.log_files()?;
-    // A log that is not known, or does not tell, keeps nothing.
-    let is_known = known.log_seq != 0;
-    let read = is_known.then(|| read_log(&files, known).ok()).flatten();
-    Ok(read.is_some_and(|read| read.deltas.iter().any(|delta| matches!(delta, Delta::Append { .. }))))
+    // One that does not tell keeps nothing. One that is not known may be of a mailbox that was made just now.
+    let read = read_log(&files, known);
+    Ok(read.is_ok_and(|read| read.deltas.iter().any(|delta| matches!(delta, Delta::Append { .. }))))
 }
 
 /// What a log says.
@@ -1185,7 +1190,7 @@ mod tests {
     #[test]
     fn a_half_deleted_mailbox_is_looked_at_later() {
         let mut storage = storage(&[SDBOX]);
-        storage.deleted.insert([9; 16]);
+        storage.deleted.push([9; 16]);
         storage.half_deleted.insert("Old".into());
         let old = LookAt { guid: vec![9; 16], path: vec!["Old".into()], ..Default::default() };
         let wanted = Wanted {
@@ -1490,7 +1495,7 @@ mod tests {
         for name in ["New", "Fresh"] {
             storage.set_logs(name, &[SDBOX_ROTATED]);
         }
-        storage.deleted.insert([3; 16]);
+        storage.deleted.push([3; 16]);
         let known = |guid: u8, name: &str| LookAt { guid: vec![guid; 16], path: vec![name.into()], ..inbox() };
         let all =
             vec![known_up_to(SDBOX, SDBOX.len() as u64), known(1, "Old"), known(3, "Deleted"), known(4, "Vanished")];
@@ -1499,6 +1504,25 @@ mod tests {
         assert!(doubts(&answers)[0].contains("not there any more"), "{:?}", doubts(&answers));
         let missing: Vec<u8> = answers.iter().filter_map(|answer| answer.missing.first().copied()).collect();
         assert_eq!(missing, [3, 4]);
+    }
+
+    #[test]
+    fn a_mailbox_that_is_deleted_while_it_is_looked_at_is_not_forgotten() {
+        let mut storage = storage(&[SDBOX]);
+        storage.add("Going", [5; 16], 9, &[]);
+        storage.half_deleted.insert("Going".into());
+        let going = LookAt { guid: vec![5; 16], path: vec!["Going".into()], ..inbox() };
+        let wanted = Wanted {
+            job: 1,
+            user: "jane".into(),
+            mailboxes: vec![going],
+            whole: true,
+            since: i64::MAX,
+            ..Default::default()
+        };
+        let mut found = Found::default();
+        find(&mut storage, &wanted, NOW, &mut found).unwrap();
+        assert_eq!((found.missing.len(), found.later.as_deref()), (0, Some("mailbox Going is being deleted")));
     }
 
     #[test]

@@ -171,8 +171,11 @@ pub trait Storage {
     fn mailboxes(&mut self, since: i64) -> Result<Vec<Listed>>;
     /// The names in all private namespaces that are subscribed to, whether there is a mailbox or not.
     fn subscribed(&mut self, since: i64) -> Result<Vec<Listed>>;
-    /// Whether the mailbox log says that the mailbox was deleted.
-    fn was_deleted(&mut self, guid: &Guid) -> Result<bool>;
+    /// How often the mailbox was deleted, as far as the mailbox log goes back.
+    fn deletions(&mut self, guid: &Guid) -> Result<u32>;
+    fn was_deleted(&mut self, guid: &Guid) -> Result<bool> {
+        Ok(self.deletions(guid)? > 0)
+    }
     /// The open mailbox's transaction logs, the oldest first.
     fn log_files(&mut self) -> Result<Vec<Vec<u8>>>;
     fn message_info(&mut self, uid: u32) -> Result<Option<MessageInfo>>;

@@ -159,6 +159,13 @@ impl Local {
         (BEGIN_US + self.network.borrow().now_us).saturating_add_signed(self.offset_us)
     }
 
+    /// The user's next one. On two servers he did not get his first mailbox in the same second. Where he does, both may count the same
+    /// ones, and one can be that of two mailboxes that had one name; see docs/PROTOCOL.md.
+    pub fn next_uid_validity(&mut self, user: &str) -> u32 {
+        let first = self.now_secs() + 1_000 * self.server as u32;
+        self.user(user).next_uid_validity(first)
+    }
+
     pub fn now_secs(&self) -> u32 {
         (self.now_us() / 1_000_000) as u32
     }
@@ -182,9 +189,9 @@ impl Local {
 
     /// INBOX is born on every server by itself.
     pub fn make_inbox(&mut self, user: &str) -> Option<Vec<Written>> {
-        let now_secs = self.now_secs();
+        let (uid_validity, now_secs) = (self.next_uid_validity(user), self.now_secs());
         let guid = Local::inbox_guid(user);
-        self.user(user).create(user, "INBOX", guid, 0, now_secs)
+        self.user(user).create(user, "INBOX", guid, uid_validity, now_secs)
     }
 
     pub fn lock(&mut self, _user: &str) -> bool {
@@ -397,8 +404,9 @@ impl Local {
                     user,
                     &Place { user: user.into(), guid: Guid::default(), path: path(mailbox) },
                 );
-                let (guid, now_secs) = (self.new_guid(), self.now_secs());
-                let Some(written) = self.user(user).create(user, mailbox, guid, 0, now_secs) else { return };
+                let (guid, uid_validity) = (self.new_guid(), self.next_uid_validity(user));
+                let now_secs = self.now_secs();
+                let Some(written) = self.user(user).create(user, mailbox, guid, uid_validity, now_secs) else { return };
                 written.into_iter().for_each(|written| process.note(written));
                 tell(|| format!("{}: process {number} creates mailbox {mailbox}", self.name));
                 self.tell_list(process, user, mailbox, What::Create(proto::MailboxCreate::default()));

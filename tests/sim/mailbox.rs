@@ -352,7 +352,7 @@ pub struct User {
     pub mailboxes: BTreeMap<String, Mailbox>,
     pub subscribed: BTreeSet<String>,
     /// Dovecot's mailbox log: GUIDs of mailboxes that were deleted, names whose subscription was changed and when.
-    pub deleted: BTreeSet<Guid>,
+    pub deleted: Vec<Guid>,
     pub subscription_log: Vec<(String, i64)>,
     last_uid_validity: u32,
     created: u32,
@@ -363,7 +363,13 @@ impl User {
         self.mailboxes.iter().find(|(_, mailbox)| mailbox.guid == *guid).map(|(name, _)| name)
     }
 
-    /// What was written to the new mailbox; None if it exists. `uid_validity` 0: the next one, a time.
+    /// Counted on from the time of the first.
+    pub fn next_uid_validity(&mut self, first: u32) -> u32 {
+        self.last_uid_validity = if self.last_uid_validity == 0 { first } else { self.last_uid_validity + 1 };
+        self.last_uid_validity
+    }
+
+    /// What was written to the new mailbox; None if it exists.
     pub fn create(
         &mut self,
         user: &str,
@@ -375,13 +381,6 @@ impl User {
         if self.mailboxes.contains_key(name) {
             return None;
         }
-        let uid_validity = match uid_validity {
-            0 => {
-                self.last_uid_validity = now_secs.max(self.last_uid_validity + 1);
-                self.last_uid_validity
-            }
-            given => given,
-        };
         self.created += 1;
         let mut mailbox = Mailbox::new(guid, uid_validity, now_secs + self.created);
         let written = mailbox.begin(user);
@@ -407,7 +406,7 @@ impl User {
 
     pub fn delete(&mut self, name: &str) -> Option<Mailbox> {
         let mailbox = self.mailboxes.remove(name)?;
-        self.deleted.insert(mailbox.guid);
+        self.deleted.push(mailbox.guid);
         Some(mailbox)
     }
 

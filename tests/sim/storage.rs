@@ -170,7 +170,11 @@ impl Storage for ModelStorage {
             guid => guid,
         };
         let name = self.user.clone().unwrap_or_default();
-        let written = self.user(|user| user.create(&name, vname, guid, update.uid_validity, now_secs))?;
+        let uid_validity = match update.uid_validity {
+            0 => self.local.borrow_mut().next_uid_validity(&name),
+            given => given,
+        };
+        let written = self.user(|user| user.create(&name, vname, guid, uid_validity, now_secs))?;
         let is_new = written.is_some();
         self.note(written.unwrap_or_default());
         Ok(is_new)
@@ -346,8 +350,8 @@ impl Storage for ModelStorage {
             user.subscribed.iter().map(listed).collect()
         })
     }
-    fn was_deleted(&mut self, guid: &Guid) -> Result<bool> {
-        self.user(|user| user.deleted.contains(guid))
+    fn deletions(&mut self, guid: &Guid) -> Result<u32> {
+        self.user(|user| user.deleted.iter().filter(|deleted| *deleted == guid).count() as u32)
     }
     fn log_files(&mut self) -> Result<Vec<Vec<u8>>> {
         self.mailbox(|mailbox| mailbox.log_files())

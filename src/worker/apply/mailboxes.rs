@@ -61,24 +61,20 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 false => Err("it was renamed or deleted just now".to_string().into()),
             };
         }
+        if !is_there && reason == Reason::Change {
+            return Ok(false);
+        }
+        self.is_reborn = guid != NO_GUID && self.storage.was_deleted(&guid)?;
+        if self.is_reborn {
+            self.elsewhere.forget(&guid);
+        }
         if !is_there {
-            if reason == Reason::Change {
-                return Ok(false);
-            }
-            // Its UIDs may have named other messages here before it was deleted.
-            let is_reborn = guid != NO_GUID && self.storage.was_deleted(&guid)?;
-            let update = Update {
-                guid,
-                uid_validity: match mailbox.uid_validity {
-                    0 => 0,
-                    theirs => theirs.saturating_add(is_reborn.into()),
-                },
-                // Not its UIDNEXT: messages that belong below may still come.
-                ..Update::default()
-            };
+            // Not its UIDNEXT: messages that belong below may still come.
+            let uid_validity = self.uid_validity_anew(&guid, mailbox.uid_validity)?;
+            let update = Update { guid, uid_validity, ..Update::default() };
             // Dovecot also says that it was there already if a session came upon the maildir while it was being made.
             self.storage.create(&vname, false, &update)?;
-            if is_reborn && self.storage.open(&vname, false)? {
+            if self.is_reborn && self.storage.open(&vname, false)? {
                 // So it counts as one that had messages.
                 let (offset, bytes) = Marks::default().diverge();
                 self.storage.write_mark(offset, &bytes)?;
@@ -88,7 +84,18 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         if !self.storage.open(&vname, false)? {
             return Err("it disappeared".to_string().into());
         }
-        self.entered(mailbox, &vname, reason, !is_there)
+        let outcome = self.entered(mailbox, &vname, reason, !is_there);
+        self.is_reborn = false;
+        outcome
+    }
+
+    /// A mailbox is made, or becomes one that has its name: under its own UIDVALIDITY, its UIDs may have named other messages here
+    /// before it was deleted, each time.
+    fn uid_validity_anew(&mut self, guid: &Guid, theirs: u32) -> Result<u32> {
+        Ok(match theirs != 0 && *guid != NO_GUID {
+            true => theirs.saturating_add(self.storage.deletions(guid)?),
+            false => theirs,
+        })
     }
 
     /// The mailbox with this GUID, or the one that it has become.
@@ -108,7 +115,10 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let guid = guid_of(mailbox)?;
         let status = self.storage.status();
         let marks = Marks::parse(&self.storage.mark()?);
-        let had_mail = status.uid_next > 1 || marks.has_diverged();
+        // A worker may have been killed before it had marked what was born again.
+        let had_mail = status.uid_next > 1
+            || marks.has_diverged()
+            || status.guid != NO_GUID && self.storage.was_deleted(&status.guid)?;
         // Nobody knows what a worker that was killed had begun to make. And a session that comes upon a new maildir gives it a
         // GUID of its own.
         let was_given_another = is_new && status.guid != guid;
@@ -121,7 +131,10 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         };
         let theirs = Identity {
             guid,
-            uid_validity: mailbox.uid_validity,
+            uid_validity: match [guid, NO_GUID].contains(&status.guid) || status.uid_validity == mailbox.uid_validity {
+                true => mailbox.uid_validity,
+                false => self.uid_validity_anew(&guid, mailbox.uid_validity)?,
+            },
             had_mail: reason != Reason::Create || mailbox.uid_next > 1 || self.creates_with_mail,
         };
         let is_known = self.aliases.get(&guid) == Some(&status.guid);
@@ -129,10 +142,10 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let merged = self.become_one(vname, ours, theirs)?;
         let was = [guid, ours.guid].into_iter().find(|was| is_other && *was != merged.guid);
         let differs = (guid != NO_GUID && merged.guid != guid)
-            || (theirs.uid_validity != 0 && merged.uid_validity != theirs.uid_validity);
+            || (mailbox.uid_validity != 0 && merged.uid_validity != mailbox.uid_validity);
         let path = name::path(vname, &self.namespace).unwrap_or_else(|| mailbox.path.clone());
         // Theirs were given in another mailbox's place, whichever of the two it was.
-        let is_other_place = theirs.uid_validity != 0 && status.uid_validity != theirs.uid_validity;
+        let is_other_place = mailbox.uid_validity != 0 && status.uid_validity != mailbox.uid_validity;
         let diverges = (is_other_place || (guid != NO_GUID && guid != status.guid)) && status.messages > 0;
         self.open = Some(Open {
             mailbox: (mailbox.guid.clone(), mailbox.path.clone()),
@@ -215,7 +228,8 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     /// have not met under one name.
     fn tell_identity(&mut self, had_mail: bool, was: Option<Guid>) {
         let was = was.map(|guid| guid.to_vec()).into_iter().collect();
-        self.tell_op(What::Create(proto::MailboxCreate { had_mail, was, ..Default::default() }));
+        let reborn = self.is_reborn;
+        self.tell_op(What::Create(proto::MailboxCreate { had_mail, was, reborn, ..Default::default() }));
     }
 
     /// Other mailboxes have become the open one on a peer.
@@ -259,6 +273,9 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             let outcome = outcome.and_then(|_| self.take_in(stamp, mailbox, &create.was));
             self.creates_with_mail = false;
             outcome?;
+            if create.reborn {
+                self.keep(mailbox)?;
+            }
             if !create.later_name.is_empty() {
                 let new_path = create.later_name.clone();
                 return self.rename(stamp, mailbox, &proto::MailboxRename { new_path, back: vec![] });
@@ -360,7 +377,10 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             let target = proto::Mailbox { path: path.clone(), ..Default::default() };
             self.make_room(&target, source, uid_next)?;
             let target = proto::Mailbox { uid_validity: source.uid_validity, ..target };
-            self.enter(&target, Reason::Save)?;
+            self.creates_with_mail = source.had_mail;
+            let entered = self.enter(&target, Reason::Create);
+            self.creates_with_mail = false;
+            entered?;
             let from_path = name::path(from, &self.namespace).unwrap_or_default();
             for mut save in saves {
                 let uid = save.birth.as_ref().map_or(0, |birth| birth.uid);
