@@ -91,13 +91,16 @@ impl Drop for Story<'_> {
 /// lists users while auth is not there, as doveadm -A does: auth_master_user_list_deinit() does once more what a failed connect()
 /// has done.
 /// And of one that saves into a maildir on a full disk: its sync finds another file, cannot write the UID of that to dovecot-uidlist,
-/// and forgets the list (maildir_uidlist_sync_finish()).
+/// and forgets the list (maildir_uidlist_sync_finish()). Or the index's log cannot be written, and a message with keywords goes again
+/// when nobody knows the letters of those any more (maildir_transaction_save_rollback()).
 fn is_dovecots(panic: &str) -> bool {
     let is_deadlock = panic.contains("/dovecot.list.index.log, ") && panic.contains("Resource deadlock avoided");
     let is_leak = panic.contains("Panic: Leaked view for index ") && panic.contains("Opened in mail-index-sync.c:");
     let is_listing = panic.contains("(auth_master_unset_io): assertion failed: (conn->to == NULL)");
     let is_unlisted = panic.contains("(maildir_save_sync_index): assertion failed: (first_uid != 0)");
-    is_deadlock || is_leak || is_listing || is_unlisted
+    let is_letterless =
+        panic.contains("(maildir_get_dest_filename): assertion failed: (ctx->keywords_sync_ctx != NULL");
+    is_deadlock || is_leak || is_listing || is_unlisted || is_letterless
 }
 
 fn play(seed: u64) {
