@@ -168,14 +168,15 @@ impl Engine {
     }
 
     /// Of a mailbox that is renamed before anybody told of it: Dovecot says that a CREATE failed when another process has just
-    /// come upon the new mailbox.
+    /// come upon the new mailbox. Or all that came into it is gone: no peer makes a mailbox for that, and its UIDs are not free.
     fn untold_creation(&self, user: &str, change: &Change) -> Result<Option<Change>, JournalError> {
         let Some(mailbox) = change.mailbox.as_ref().filter(|mailbox| !mailbox.guid.is_empty()) else { return Ok(None) };
-        let new_path = change.ops.iter().find_map(|op| match &op.what {
+        let path = change.ops.iter().find_map(|op| match &op.what {
             Some(What::Rename(rename)) => Some(rename.new_path.clone()),
+            Some(What::Rebuilt(_)) => Some(mailbox.path.clone()),
             _ => None,
         });
-        let Some(path) = new_path else { return Ok(None) };
+        let Some(path) = path.filter(|path| !path.is_empty()) else { return Ok(None) };
         let known = self.journal.log(user, self.lists.canonical(user, &mailbox.guid), "")?;
         if known.is_some_and(|log| !log.path.is_empty()) {
             return Ok(None);

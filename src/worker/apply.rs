@@ -740,7 +740,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         // What is pending must be seen.
         self.flush()?;
-        if wanted != 0 && self.is_same(wanted, guid)? {
+        // One that is kept may have got the UID that it was given here.
+        if wanted != 0 && (self.is_same(wanted, guid)? || save.kept && self.is_at(wanted, guid)?) {
             if mark::is_saved_by_others(&self.storage.log_files()?, wanted) {
                 // Two servers have made a copy with one UID, which may have had other flags on each.
                 self.storage.update_flags(wanted, wanted, &all_flags(save))?;
@@ -1553,6 +1554,17 @@ mod tests {
             let outcome = apply(&mut storage, Script::default(), &[told_again(1, told, "one")]);
             let guids: Vec<String> = storage.messages("INBOX").into_iter().map(|(_, guid)| guid).collect();
             assert_eq!((outcome.error, guids.iter().filter(|guid| *guid == "one").count()), (None, 1), "{guids:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_told_again_by_the_uid_that_it_was_given_here_is_not_saved_beside_itself() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "two")]);
+        for (seq, uid) in [(1, 1), (2, 3)] {
+            let outcome = apply(&mut storage, Script::default(), &[told_again(seq, uid, "three")]);
+            assert_eq!(outcome.error, None);
+            assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (2, "two"), (3, "three")]));
         }
     }
 
