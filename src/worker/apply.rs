@@ -1591,6 +1591,20 @@ mod tests {
     }
 
     #[test]
+    fn a_rename_of_what_became_another_in_the_same_job_is_asked_about_first() {
+        let mut storage = FakeStorage::default();
+        storage.add("Work", [4; 16], 20, &[]);
+        let rename = What::Rename(proto::MailboxRename { new_path: vec!["Play".into()], back: vec![] });
+        let changes = [of((3, "Work"), 10, change(1, create(false))), of((3, "Work"), 0, change(2, rename))];
+        let outcome = apply(&mut storage, Script::default(), &changes);
+        assert_eq!(
+            (outcome.done, outcome.error.as_deref()),
+            (1, Some("mailbox Work: it has become another mailbox just now"))
+        );
+        assert_eq!(storage.guid("Work"), [4; 16]);
+    }
+
+    #[test]
     fn of_mailboxes_that_become_one_the_later_name_holds() {
         let mut storage = FakeStorage::default();
         storage.add("Play", [3; 16], 10, &[]);

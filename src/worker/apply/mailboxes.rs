@@ -309,6 +309,10 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     ) -> Outcome<()> {
         self.leave()?;
         let to = name::vname(&rename.new_path, &self.namespace)?;
+        if self.aliases.get(&guid_of(mailbox)?).is_some_and(|is| self.merged.contains(is)) {
+            // The other one may have been named later, which the relay asks when it knows of both.
+            return Err("it has become another mailbox just now".to_string().into());
+        }
         let from = self.locate(mailbox)?;
         match &from {
             Some(from) => self.rename_to(stamp, from, &to)?,
