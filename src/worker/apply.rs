@@ -851,6 +851,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         // Copies that two servers made with one UID are one.
         let born = self.open.as_ref().and_then(|open| self.elsewhere.saved_with(&open.guid, wanted, guid));
+        // Unless that one stands beside it there.
+        let born = born.filter(|here| !self.has_another_there((*here, wanted), guid));
         match born.map_or(Ok(Standing::Unknown), |here| self.standing_here(here, guid))? {
             Standing::Unknown => self.saved_by_killed_worker(wanted, guid, twin),
             known => Ok(known),

@@ -63,8 +63,15 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
 
     /// A message that is somewhere else is above.
     pub(super) fn tell_if_elsewhere(&mut self, guid: &str, wanted: u32) -> Outcome<()> {
-        if wanted == 0 || !self.has_diverged() || self.is_same(wanted, guid)? {
+        if wanted == 0 || self.is_same(wanted, guid)? {
             return Ok(());
+        }
+        if !self.has_diverged() {
+            if !mark::is_saved_by_others(&self.storage.log_files()?, wanted) {
+                return Ok(());
+            }
+            // Somebody took the UID in the same moment, and the worker was killed before it could mark that.
+            self.diverge();
         }
         let stands = match self.given_another(wanted, guid, None)? {
             Standing::At(uid) => Some(uid),
