@@ -308,13 +308,19 @@ impl Jobs {
 /// What the peers must be told, and what the relay must keep, is said before `done` counts what gave rise to it.
 fn send_news<C: Read + Write>(connection: &mut Connection<C>, job: u64, done: u32, news: Committed) -> Link<()> {
     let empty = || proto::Applied { job, done, more: true, ..Default::default() };
+    // With it the relay forgets what it knows of the mailbox's messages, and not what comes here.
+    let is_reborn = |op: &proto::Op| matches!(&op.what, Some(proto::op::What::Create(create)) if create.reborn);
+    let (reborn, tell): (Vec<_>, Vec<_>) = news.tell.into_iter().partition(|change| change.ops.iter().any(is_reborn));
+    for change in reborn {
+        connection.send(Kind::Applied(proto::Applied { changes: vec![change], ..empty() }))?;
+    }
     for some in news.elsewhere.chunks(ELSEWHERE_MAX) {
         connection.send(Kind::Applied(proto::Applied { elsewhere: some.to_vec(), ..empty() }))?;
     }
     for some in news.aliases.chunks(ELSEWHERE_MAX) {
         connection.send(Kind::Applied(proto::Applied { aliases: some.to_vec(), ..empty() }))?;
     }
-    for change in news.tell {
+    for change in tell {
         connection.send(Kind::Applied(proto::Applied { changes: vec![change], ..empty() }))?;
     }
     Ok(())
