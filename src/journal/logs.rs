@@ -17,7 +17,7 @@ pub struct KnownLog {
     pub end: u64,
     /// The bytes before `end` in the log, some: with others the log is not the same.
     pub tail: Vec<u8>,
-    /// The mailbox's name, part by part. Empty: not known (any more than before).
+    /// The mailbox's name, part by part. Empty: not known.
     pub path: Vec<String>,
     /// What was last read from the log itself, from file and offset to file and offset: a process that tells of it only
     /// now, after the relay's restart, is too late. None: not known (any more than before).
@@ -87,7 +87,8 @@ impl Journal {
         self.run(|db| db.prepare_cached("SELECT 1 FROM logs WHERE user = ? AND mailbox = x''")?.exists([user]))
     }
 
-    /// The log is known up to there. Without a path the one that was there stays.
+    /// The log is known up to there. A path is taken where none is known: it is the name that the peers know, which only changes of the
+    /// list change ([`Journal::set_path`]). A process that writes to a renamed mailbox may tell before the one that has renamed it.
     pub fn set_log(&mut self, log: &KnownLog) -> Result<(), JournalError> {
         self.write_log(log, true)
     }
@@ -105,7 +106,7 @@ impl Journal {
             db.prepare_cached(&format!(
                 "INSERT INTO logs ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, 0) \
                  ON CONFLICT (user, mailbox, private_user) DO UPDATE SET index_id = ?4, log_seq = ?5, end = ?6, \
-                 tail = ?7, path = coalesce(?8, path), healed_seq = coalesce(?9, healed_seq), \
+                 tail = ?7, path = coalesce(path, ?8), healed_seq = coalesce(?9, healed_seq), \
                  healed = coalesce(?10, healed), healed_to_seq = coalesce(?11, healed_to_seq), \
                  healed_to = coalesce(?12, healed_to), was_told = 0 \
                  WHERE ?13 OR index_id <> ?4 OR log_seq < ?5 OR (log_seq = ?5 AND end <= ?6)"

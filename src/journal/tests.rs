@@ -281,6 +281,8 @@ fn logs_are_known_by_user_and_mailbox() {
     journal.advance_log(&KnownLog { end: 550, ..log.clone() }).unwrap();
     assert_eq!(journal.log("jane", &[1; 16], "").unwrap().unwrap(), known, "it is not set back");
     assert_eq!((known.end, &known.path, known.healed), (600, &path, healed));
+    journal.advance_log(&KnownLog { end: 600, path: vec!["renamed".into()], ..log.clone() }).unwrap();
+    assert_eq!(journal.log("jane", &[1; 16], "").unwrap().unwrap().path, path, "nobody told of that yet");
     assert_eq!(journal.log("jane", &[2; 16], "").unwrap(), None);
     assert_eq!(journal.users("", 10).unwrap(), ["jane", "joe"]);
     let was_told = |journal: &Journal, user| journal.log(user, &[1; 16], "").unwrap().unwrap().was_told;

@@ -173,7 +173,7 @@ impl Engine {
         let Some(mailbox) = change.mailbox.as_ref().filter(|mailbox| !mailbox.guid.is_empty()) else { return Ok(None) };
         let path = change.ops.iter().find_map(|op| match &op.what {
             Some(What::Rename(rename)) => Some(rename.new_path.clone()),
-            Some(What::Rebuilt(_)) => Some(mailbox.path.clone()),
+            Some(What::Rebuilt(rebuilt)) if rebuilt.present.is_empty() => Some(mailbox.path.clone()),
             _ => None,
         });
         let Some(path) = path.filter(|path| !path.is_empty()) else { return Ok(None) };
