@@ -233,6 +233,11 @@ impl Writer<'_> {
         if !selected.is_ok() && self.progress.had_no_room(self.side) {
             return None;
         }
+        // Who is stopped waits for a lock no longer.
+        let was_interrupted = || self.server.log().contains("F_SETLKW) locking failed: Interrupted system call");
+        if !selected.is_ok() && was_interrupted() {
+            return None;
+        }
         assert!(selected.is_ok(), "SELECT {} was answered {}", mailbox.name, selected.result);
         let fields = format!("UID FETCH 1:* (BODY.PEEK[HEADER.FIELDS ({TOKEN_HEADER})])");
         let fetched = self.ask(user, |imap| imap.command(&fields)).ok()?;
