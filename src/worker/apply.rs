@@ -770,13 +770,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             // It may also have gone with a worker that deleted its mailbox, or took the index's loss for an expunge. The UID is the one
             // that it has there now, whatever it had before.
             true => self.was_expunged_at(wanted, guid)? && self.is_expunged_by_client(wanted)?,
-            // A copy that was made and expunged here is not theirs, which got the same UID. (In a maildir a session may have found what
-            // a worker that was killed had saved.)
-            false => {
-                self.was_expunged_from(wanted, guid)?
-                    && (self.storage.is_torn_when_killed()
-                        || !mark::is_saved_by_others(&self.storage.log_files()?, wanted))
-            }
+            false => self.was_expunged_from(wanted, guid)?,
         };
         let standing = match was_expunged && !self.has_diverged() {
             true => Standing::Unknown,
