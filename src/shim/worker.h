@@ -142,7 +142,8 @@ int dt_worker_list(int64_t since, void (*each)(const struct dt_listed *listed, v
 /* The names in all private namespaces that are subscribed to, whether there is a mailbox or not. 1 = all listed */
 int dt_worker_list_subscribed(int64_t since, void (*each)(const struct dt_listed *listed, void *context),
 			      void *context);
-/* How often the mailbox was deleted, as far as the mailbox log goes back. 1 = all of it was read */
+/* How many deletions of the mailbox the mailbox log has, as far as it goes back (a client's stands there twice, see
+   capture_log_deletion()). 1 = all of it was read */
 int dt_worker_deletions(const unsigned char guid[16], uint32_t *count_r);
 /* The open mailbox's transaction log; the one before it has ".2" behind. */
 const char *dt_worker_log_path(void);

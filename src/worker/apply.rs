@@ -1679,15 +1679,6 @@ mod tests {
         for lives in 1..=3 {
             storage.delete("Work").unwrap();
             storage.deleted.push([5; 16]);
-            // What names messages of an earlier life names none of this one.
-            storage.elsewhere = vec![proto::Elsewhere {
-                mailbox_guid: vec![5; 16],
-                uid: 2,
-                guid: "one".into(),
-                here: 1,
-                moved: true,
-                ..Default::default()
-            }];
             let outcome = apply(&mut storage, Script::default(), &[of((5, "Work"), 10, save(lives, 1, "one"))]);
             assert_eq!((outcome.error, storage.uid_validity("Work")), (None, 10 + lives as u32));
             assert_eq!(storage.messages("Work"), named(&[(1, "one")]));

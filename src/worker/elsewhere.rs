@@ -265,6 +265,14 @@ mod tests {
     }
 
     #[test]
+    fn of_a_mailbox_that_is_made_anew_nothing_is_known() {
+        let mut elsewhere = known(&[(1, 3, "three"), (2, 4, "other")]);
+        elsewhere.forget(&[1; 16]);
+        assert_eq!(elsewhere.at(&[1; 16], 3), None);
+        assert_eq!(elsewhere.at(&[2; 16], 4).map(|known| known.guid.as_str()), Some("other"));
+    }
+
+    #[test]
     fn each_server_means_its_own_message_by_a_uid() {
         let of = |server: &str, uid, guid: &str, here, alone| proto::Elsewhere {
             mailbox_guid: vec![1; 16],

@@ -1187,20 +1187,19 @@ mod tests {
         assert_eq!((storage.guid("INBOX"), doubts(&answers)), ([9; 16], vec![]));
     }
 
+    /// A look at all of a user of whom this mailbox is known.
+    fn whole(known: LookAt) -> Wanted {
+        let (user, mailboxes) = ("jane".into(), vec![known]);
+        Wanted { job: 1, user, mailboxes, whole: true, since: i64::MAX, ..Default::default() }
+    }
+
     #[test]
     fn a_half_deleted_mailbox_is_looked_at_later() {
         let mut storage = storage(&[SDBOX]);
         storage.deleted.push([9; 16]);
         storage.half_deleted.insert("Old".into());
         let old = LookAt { guid: vec![9; 16], path: vec!["Old".into()], ..Default::default() };
-        let wanted = Wanted {
-            job: 1,
-            user: "jane".into(),
-            mailboxes: vec![old],
-            whole: true,
-            since: i64::MAX,
-            ..Default::default()
-        };
+        let wanted = whole(old);
         let mut found = Found::default();
         find(&mut storage, &wanted, NOW, &mut found).unwrap();
         assert_eq!(found.later.as_deref(), Some("mailbox Old is half deleted"));
@@ -1512,14 +1511,7 @@ mod tests {
         storage.add("Going", [5; 16], 9, &[]);
         storage.half_deleted.insert("Going".into());
         let going = LookAt { guid: vec![5; 16], path: vec!["Going".into()], ..inbox() };
-        let wanted = Wanted {
-            job: 1,
-            user: "jane".into(),
-            mailboxes: vec![going],
-            whole: true,
-            since: i64::MAX,
-            ..Default::default()
-        };
+        let wanted = whole(going);
         let mut found = Found::default();
         find(&mut storage, &wanted, NOW, &mut found).unwrap();
         assert_eq!((found.missing.len(), found.later.as_deref()), (0, Some("mailbox Going is being deleted")));

@@ -171,7 +171,8 @@ pub trait Storage {
     fn mailboxes(&mut self, since: i64) -> Result<Vec<Listed>>;
     /// The names in all private namespaces that are subscribed to, whether there is a mailbox or not.
     fn subscribed(&mut self, since: i64) -> Result<Vec<Listed>>;
-    /// How often the mailbox was deleted, as far as the mailbox log goes back.
+    /// How many deletions of the mailbox the mailbox log has, as far as it goes back. A client's stands there twice: our plugin says it
+    /// before Dovecot does.
     fn deletions(&mut self, guid: &Guid) -> Result<u32>;
     fn was_deleted(&mut self, guid: &Guid) -> Result<bool> {
         Ok(self.deletions(guid)? > 0)
