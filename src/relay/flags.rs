@@ -236,7 +236,7 @@ impl Races {
             }
             one.place = Some(place);
             let ours = of_user.iter().filter(|runner| !runner.is_applied);
-            found.extend(ours.flat_map(|ours| undone(&of_user[at], ours)));
+            found.extend(ours.flat_map(|ours| undone(of_user, &of_user[at], ours)));
         }
         found
     }
@@ -254,21 +254,37 @@ impl Races {
         self.turn += 1;
         let place = Some(place);
         let ours = Runner { at_ms: now_ms, turn: self.turn, mailbox, updates, made, is_applied: false, place };
-        let of_user = self.users.get(user).into_iter().flatten();
-        let undone = of_user.filter(|runner| runner.is_applied).flat_map(|other| undone(other, &ours)).collect();
+        let undone = self.users.get(user).map_or_else(Vec::new, |of_user| {
+            of_user.iter().filter(|runner| runner.is_applied).flat_map(|other| undone(of_user, other, &ours)).collect()
+        });
         self.add(user, ours);
         undone
     }
 }
 
-/// What of ours the other one, which a worker was given before ours was told, has behind it.
-fn undone(other: &Runner, ours: &Runner) -> Vec<Undone> {
+/// What of ours the other one, which a worker was given before ours was told, has behind it. What a later change of a peer has decided,
+/// which stands behind both, stays.
+fn undone(all: &VecDeque<Runner>, other: &Runner, ours: &Runner) -> Vec<Undone> {
     let is_behind = other.place.is_some_and(|place| Some(place) > ours.place);
     if !is_behind || ours.turn < other.turn || other.mailbox.guid != ours.mailbox.guid {
         return vec![];
     }
     let pairs = ours.updates.iter().flat_map(|ours| other.updates.iter().filter_map(|other| ours.common(other)));
-    pairs.map(|update| Undone { made: ours.made.clone(), mailbox: ours.mailbox.clone(), update }).collect()
+    let pairs: Vec<Update> = pairs.collect();
+    if pairs.is_empty() {
+        return vec![];
+    }
+    let is_later = |one: &&Runner| {
+        (one.made.clock, &one.made.origin) > (ours.made.clock, &ours.made.origin)
+            && one.is_applied
+            && one.mailbox.guid == ours.mailbox.guid
+    };
+    let left = all
+        .iter()
+        .filter(is_later)
+        .flat_map(|one| &one.updates)
+        .fold(pairs, |left, later| left.into_iter().flat_map(|update| update.without(later)).collect());
+    left.into_iter().map(|update| Undone { made: ours.made.clone(), mailbox: ours.mailbox.clone(), update }).collect()
 }
 
 /// Those of the range that have names get them.
@@ -721,6 +737,23 @@ mod tests {
         assert_eq!(updates_of(races.stands(&jane, &theirs(1), &[1; 16], (2, 100))), []);
         assert_eq!(updates_of(races.stands("joe", &theirs(1), &[1; 16], (2, 100))), []);
         assert_eq!(updates_of(races.stands(&jane, &theirs(2), &[1; 16], (2, 100))), []);
+    }
+
+    #[test]
+    fn what_a_later_change_of_a_peer_has_decided_is_not_made_again() {
+        let jane: Arc<str> = "jane".into();
+        let mut races = Races::default();
+        // The job was killed, and is given again, with what is later than ours.
+        races.begin_job();
+        races.is_applied(&jane, stamp(theirs(1)), inbox(), vec![seen(1, 4, false)], 0);
+        assert_eq!(updates_of(races.is_told(&jane, ours(), inbox(), vec![seen(1, 4, true)], (2, 50), 0)), []);
+        races.begin_job();
+        races.is_applied(&jane, stamp(theirs(1)), inbox(), vec![], 0);
+        let later = Stamp { clock: 10, ..stamp(theirs(2)) };
+        races.is_applied(&jane, later, inbox(), vec![seen(1, 2, false)], 0);
+        let stands = races.stands(&jane, &theirs(1), &[1; 16], (2, 100));
+        assert_eq!(updates_of(stands), [seen(3, 4, true)], "the killed worker may have done that");
+        assert_eq!(updates_of(races.stands(&jane, &theirs(2), &[1; 16], (2, 200))), []);
     }
 
     #[test]
