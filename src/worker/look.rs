@@ -836,6 +836,8 @@ fn operations<S: Storage>(
         match delta {
             Delta::Append { uid, flags } => match save(storage, uid, flags)? {
                 Some(save) => of_messages.push(What::Save(save)),
+                // Who has moved it has told where it is.
+                None if moves.unwrap_or_default().iter().any(|(from, _)| *from == uid) => {}
                 None => drop(gone.insert(uid)),
             },
             Delta::Flags { first_uid, last_uid, .. } if first_uid == last_uid && gone.contains(&first_uid) => {}
@@ -1264,6 +1266,22 @@ mod tests {
         assert_eq!(uids(&range(5, 5), &[(5, 7), (7, 3)]), [3]);
         assert_eq!(uids(&range(7, 7), &[(5, 7), (7, 3)]), [3]);
         assert_eq!(uids(&range(5, 5), &[(5, 7)]), Vec::<u32>::new(), "expunged since");
+    }
+
+    #[test]
+    fn what_was_done_to_a_message_that_came_and_moved_in_the_same_log_is_told() {
+        let mut storage = storage(&[SDBOX]);
+        storage.open("INBOX", false).unwrap();
+        storage.flags.insert(3, (4, vec![]));
+        let deltas = || {
+            let changed = Delta::Flags { first_uid: 9, last_uid: 9, add: 4, remove: 0 };
+            vec![Delta::Append { uid: 9, flags: 0 }, changed]
+        };
+        let mut told = |moves: &[(u32, u32)]| operations(&mut storage, deltas(), Some(moves), true).unwrap().0;
+        let of_three = MessageRange { guid: "three".into(), ..one(3) };
+        let flags = proto::FlagUpdate { messages: vec![of_three], add: 4, ..Default::default() };
+        assert_eq!(told(&[(9, 3)]), [What::Flags(flags)]);
+        assert_eq!(told(&[]), [], "it was expunged");
     }
 
     #[test]
