@@ -188,7 +188,9 @@ impl Engine {
             return self.are_redone(&user, last);
         }
         let me = self.me.server.clone();
-        let elsewhere = self.elsewhere(&user, changes.iter())?;
+        let mut elsewhere = self.elsewhere(&user, changes.iter())?;
+        // It is our own UIDs that they name.
+        elsewhere.retain(|one| one.moved);
         self.last_job += 1;
         let frames = {
             let brief = self.begin_briefly(index);
