@@ -46,6 +46,7 @@ pub struct FakeStorage {
     pub of_clients: HashSet<u32>,
     /// Another worker applies changes of the user.
     pub is_locked: bool,
+    pub spans: Vec<proto::Span>,
     pub deleted: Vec<Guid>,
     /// Names, and whether that is new.
     pub subscribed: BTreeMap<String, bool>,
@@ -383,7 +384,7 @@ impl Storage for FakeStorage {
     }
     fn applying(&mut self, _changes: &[proto::SeqOf]) {}
     fn take_spans(&mut self) -> Vec<proto::Span> {
-        Vec::new()
+        std::mem::take(&mut self.spans)
     }
 }
 

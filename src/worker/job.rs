@@ -276,14 +276,16 @@ impl Jobs {
         let mut before = 0;
         let mut on_commit = |storage: &mut S, connection: &mut Connection<C>, committed: Committed| {
             let done = committed.done;
-            send_news(connection, job, std::mem::replace(&mut before, done), committed)?;
             unreported.extend(storage.take_spans());
+            if !committed.aliases.is_empty() {
+                send_job_spans(connection, job, before, std::mem::take(&mut unreported))?;
+            }
+            send_news(connection, job, std::mem::replace(&mut before, done), committed)?;
             if unreported.len() < SPANS_MAX && time.elapsed() < reported + SPANS_DELAY_MAX {
                 return Ok(());
             }
             reported = time.elapsed();
-            let spans = std::mem::take(&mut unreported);
-            send_spans(connection, proto::Applied { job, done, more: true, spans, ..Default::default() }).map(drop)
+            send_job_spans(connection, job, done, std::mem::take(&mut unreported))
         };
         let origin = changes.first().and_then(|change| change.stamp.as_ref()).map_or("", |stamp| &stamp.origin);
         let elsewhere = Elsewhere::of(elsewhere, origin);
@@ -299,6 +301,11 @@ impl Jobs {
         answer.conflicts = std::mem::take(&mut apply.conflicts);
         answer.doubts = std::mem::take(&mut apply.doubts);
         let news = apply.take_news();
+        if !news.aliases.is_empty() {
+            unreported.extend(storage.take_spans());
+            let spans = std::mem::take(&mut unreported);
+            send_job_spans(connection, job, before, spans).map_err(Failure::Link)?;
+        }
         send_news(connection, job, before, news).map_err(Failure::Link)?;
         answer.spans = unreported;
         result
@@ -368,6 +375,17 @@ pub fn end_question<S: Storage, C: Read + Write>(
     }
 }
 
+/// While the job goes on. They go before an alias: with that the relay forgets what it knows of a log under the old GUID, and a span
+/// says that it is still the same log.
+fn send_job_spans<C: Read + Write>(
+    connection: &mut Connection<C>,
+    job: u64,
+    done: u32,
+    spans: Vec<proto::Span>,
+) -> Link<()> {
+    send_spans(connection, proto::Applied { job, done, more: true, spans, ..Default::default() }).map(drop)
+}
+
 /// The last answer to a job; what does not fit goes ahead.
 fn send_applied<S: Storage, C: Read + Write>(
     storage: &mut S,
@@ -420,16 +438,12 @@ mod tests {
     use super::*;
     use crate::worker::fake::{FakeStorage, Script};
 
-    #[test]
-    fn a_user_whom_a_left_behind_worker_still_applies_is_refused() {
-        let mut storage = FakeStorage::default();
-        storage.is_locked = true;
-        let mut connection = Connection::new(Script::default());
-        let whole = Collecting {
+    fn collected(changes: Vec<proto::Change>) -> Collecting {
+        Collecting {
             job: 1,
             user: "jane".into(),
             from: "a".into(),
-            changes: vec![],
+            changes,
             bytes: 0,
             resolves: false,
             me: String::new(),
@@ -439,7 +453,42 @@ mod tests {
             aliases: vec![],
             is_brief: false,
             error: None,
+        }
+    }
+
+    #[test]
+    fn that_a_log_is_of_another_mailbox_now_is_said_before_that_the_mailbox_became_it() {
+        let mut storage = FakeStorage::default();
+        storage.add("Work", [7; 16], 1, &[]);
+        storage.spans.push(proto::Span { mailbox_guid: vec![7; 16], ..Default::default() });
+        let create = proto::MailboxCreate { was: vec![vec![8; 16]], ..Default::default() };
+        let mailbox = proto::Mailbox { guid: vec![7; 16], path: vec!["Work".into()], ..Default::default() };
+        let stamp = proto::Stamp { origin: "a".into(), epoch: 1, seq: 1, ..Default::default() };
+        let change = proto::Change {
+            user: "jane".into(),
+            mailbox: Some(mailbox),
+            ops: vec![proto::Op { what: Some(proto::op::What::Create(create)) }],
+            stamp: Some(stamp),
+            ..Default::default()
         };
+        let script = Script::default();
+        let mut ear = script.ear();
+        Jobs::default().apply(&mut storage, &mut Connection::new(script), collected(vec![change])).unwrap();
+        let mut heard = Vec::new();
+        while let Some(kind) = ear() {
+            let Kind::Applied(applied) = kind else { continue };
+            heard.extend(applied.spans.iter().map(|_| "span"));
+            heard.extend(applied.aliases.iter().map(|_| "alias"));
+        }
+        assert_eq!(heard, ["span", "alias"]);
+    }
+
+    #[test]
+    fn a_user_whom_a_left_behind_worker_still_applies_is_refused() {
+        let mut storage = FakeStorage::default();
+        storage.is_locked = true;
+        let mut connection = Connection::new(Script::default());
+        let whole = collected(vec![]);
         let answer = Jobs::default().apply(&mut storage, &mut connection, whole).unwrap();
         assert_eq!(answer.done, 0);
         assert!(answer.error.contains("another worker"), "{}", answer.error);
