@@ -26,6 +26,7 @@ use crate::change::{self, ELSEWHERE_MAX, USER_BYTES_MAX};
 use crate::journal::{Elsewhere, Failed, JournalError};
 use crate::merge::rule::Rule;
 use crate::wire::proto::frame::Kind;
+use crate::wire::proto::op::What;
 use crate::wire::proto::{self, Applied, Apply, Change, Frame, Refused, SeqOf, Span};
 
 /// Encoded changes in one frame of a job; a single change may have more.
@@ -78,6 +79,17 @@ impl Item {
 
     fn tried(&self, peer: usize) -> Tried {
         Tried::Change((peer, self.epoch, self.seq))
+    }
+
+    /// The worker says how a mailbox is that it should have deleted: it has found something in there that nobody knew of. Its log
+    /// goes on, and what waits for what was written there still waits.
+    fn note_kept(&mut self, told: &Change) {
+        let is_create = told.ops.iter().any(|op| matches!(&op.what, Some(What::Create(create)) if !create.directory));
+        for op in self.of_list.iter_mut().filter(|_| is_create).flat_map(|change| &mut change.ops) {
+            if let Some(What::Delete(delete)) = &mut op.what {
+                delete.keeps = true;
+            }
+        }
     }
 }
 
@@ -581,8 +593,9 @@ impl Engine {
             change::check_change(change).map_err(|error| Close::Malformed(error.to_string()))?;
             // What is told comes after what gave rise to it, also if nothing was written.
             let cause = change.stamp.as_ref().and_then(|stamp| stamp.vector.first());
-            if let Some(item) = job.items.iter().find(|item| cause == Some(&item.made)) {
+            if let Some(item) = job.items.iter_mut().find(|item| cause == Some(&item.made)) {
                 self.note_part(&job.user, &item.made);
+                item.note_kept(change);
             }
             // In one commit of the journal with the acknowledgement, or before it.
             let release =
