@@ -130,7 +130,9 @@ impl Engine {
         for span in spans.iter().filter(|span| !self.lists.is_log_gone(span)) {
             let path = path.filter(|mailbox| mailbox.guid == span.mailbox_guid).map(|mailbox| mailbox.path.clone());
             let known = self.known_log(span);
-            self.journal.advance_log(&KnownLog { path: path.unwrap_or_default(), ..known })?;
+            // It may have got another GUID while this was held.
+            let mailbox = self.lists.canonical(&user, &known.mailbox).to_vec();
+            self.journal.advance_log(&KnownLog { mailbox, path: path.unwrap_or_default(), ..known })?;
         }
         match change {
             Some(change) if self.lists.has_gone_with_mailbox(&user, &change) => {
