@@ -731,18 +731,22 @@ fn what_a_killed_worker_did_to_the_list_of_mailboxes_is_not_told_back() {
         // A rename takes what is below along.
         (
             change("jane", at(&["Work"]), renamed(&["Play"])),
-            change("jane", at(&["Work", "Now"]), renamed(&["Play", "Now"])),
+            change("jane", Mailbox { guid: vec![8; 16], ..at(&["Work", "Now"]) }, renamed(&["Play", "Now"])),
         ),
     ]
     .into_iter()
     .enumerate()
     {
         imap.send(Kind::Record(Record { change: Some(told), ..Default::default() }));
-        let (worker, _) = b.next_job();
-        drop(worker);
+        until("it is given to a worker", || {
+            // A look at the new mailbox holds it up.
+            assert!(a.try_next_job(Duration::from_millis(20)).is_none());
+            b.try_next_job(Duration::from_millis(50)).is_some()
+        });
+        // Which is gone with it.
         let (worker, look) = b.next_look();
         assert!(look.whole);
-        let news = at(&["News", &number.to_string()]);
+        let news = Mailbox { guid: vec![20 + number as u8; 16], ..at(&["News", &number.to_string()]) };
         worker.found(look.job, vec![found, change("jane", news.clone(), create())], None);
         let (worker, apply) = a.next_job();
         let told: Vec<_> = apply.changes.iter().map(|change| change.mailbox.clone().unwrap().path).collect();

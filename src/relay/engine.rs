@@ -199,6 +199,8 @@ pub struct Engine {
     pub lists: Lists,
     /// Mailboxes without a name, and when it is time to look for it; the next one first.
     pub unnamed: VecDeque<(u64, Arc<str>, Vec<u8>)>,
+    /// Mailboxes that were made here, by which change, and when they are to be looked at if they are still empty.
+    pub newborn: VecDeque<(u64, Arc<str>, Vec<u8>, u64)>,
     pub clock: Clock,
     pub journal: Journal,
     /// When the journal is looked at for what is too old.
@@ -298,6 +300,7 @@ impl Engine {
             users_elsewhere: HashSet::new(),
             lists: Lists::default(),
             unnamed: VecDeque::new(),
+            newborn: VecDeque::new(),
             clock: Clock::default(),
             journal,
             is_after_boot: start.is_after_boot,
@@ -756,6 +759,7 @@ impl Engine {
             self.look_into_holes(holes);
         }
         self.look_for_names();
+        self.look_at_newborn();
         self.forget_gone();
         self.look_at_lists();
         for index in 0..self.peers.len() {
@@ -827,6 +831,7 @@ impl Engine {
             .chain(self.gates.wake_up_ms())
             .chain(self.acks.wake_up_ms(self.now_ms))
             .chain(self.unnamed.front().map(|(due_ms, ..)| *due_ms))
+            .chain(self.newborn.front().map(|(due_ms, ..)| *due_ms))
             .chain(self.unattached.front().map(|(due_ms, _)| *due_ms))
             .chain(self.stop_by_ms)
             .min();

@@ -433,6 +433,10 @@ impl Engine {
         if is_ours && change::keeps_mailbox(change) && !guid.is_empty() {
             self.journal.note_own(user, &guid, stamp.seq)?;
         }
+        let is_birth = |op: &Op| matches!(&op.what, Some(What::Create(create)) if !create.again && !create.had_mail);
+        if is_ours && !guid.is_empty() && change.ops.iter().any(is_birth) {
+            self.expect_message(user, &guid, stamp.seq);
+        }
         if is_ours && change::is_of_list(change) && self.lists.may_race(user, self.now_ms) {
             // A peer's may have been applied behind it.
             self.lists.to_look_at.insert(user.clone(), self.now_ms + LOOK_MS);

@@ -77,6 +77,27 @@ impl Engine {
         }
     }
 
+    /// A mailbox was made here, which this change says. As long as it has no messages, another process may give it another UIDVALIDITY,
+    /// or GUID, than was told: a maildir has them in its dovecot-uidlist, which was not written if its maker was killed, or the disk
+    /// full. Then there may never be a message that would bring them to the peers.
+    pub fn expect_message(&mut self, user: &Arc<str>, mailbox: &[u8], seq: u64) {
+        if self.newborn.len() < UNNAMED_MAX {
+            self.newborn.push_back((self.now_ms + NAME_MS, user.clone(), mailbox.to_vec(), seq));
+        }
+    }
+
+    /// Looks at mailboxes that were made a moment ago, and are as empty as they were.
+    pub fn look_at_newborn(&mut self) {
+        while self.newborn.front().is_some_and(|(due_ms, ..)| *due_ms <= self.now_ms) {
+            let Some((_, user, mailbox, seq)) = self.newborn.pop_front() else { return };
+            match self.journal.named_mailbox(&user, &mailbox) {
+                Ok(Some(named)) if named.own_seq <= seq => self.heals.want(&user, &mailbox, None),
+                Ok(_) => {}
+                Err(error) => self.fail(error),
+            }
+        }
+    }
+
     /// Looks for mailboxes that have come into being and nobody told of: Dovecot may say that a CREATE failed when another
     /// process has just come upon the new mailbox. And for those that have the name of another one: its index was made anew.
     pub fn look_for_names(&mut self) {

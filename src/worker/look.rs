@@ -143,7 +143,8 @@ fn find<S: Storage>(storage: &mut S, wanted: &Wanted, now_secs: i64, found: &mut
         false => wanted.mailboxes.clone(),
     };
     for target in targets.iter().filter(|_| !wanted.list_only) {
-        let young_from = if wanted.whole { now_secs - YOUNG_SECS } else { i64::MAX };
+        // Of a part of a log, not the mailbox is looked at.
+        let young_from = if target.until_seq == 0 { now_secs - YOUNG_SECS } else { i64::MAX };
         let missing = found.missing.len();
         find_in_log(storage, target, young_from, found)?;
         storage.close();
@@ -1058,17 +1059,20 @@ mod tests {
 
     #[test]
     fn an_empty_mailbox_that_was_made_just_now_is_told_again() {
-        let made = |uid_validity, messages: &[(u32, &str)], whole| {
+        let made_up_to = |uid_validity, messages: &[(u32, &str)], whole, until| {
             let mut storage = FakeStorage::default();
             storage.add("INBOX", GUID, uid_validity, messages);
             storage.set_logs("INBOX", &[SDBOX]);
-            let answers = look_at(&mut storage, vec![known_up_to(SDBOX, SDBOX.len() as u64)], whole);
+            let known = LookAt { until_seq: until, ..known_up_to(SDBOX, SDBOX.len() as u64) };
+            let answers = look_at(&mut storage, vec![known], whole);
             let changes = answers.into_iter().filter_map(|looked| looked.change);
             changes.map(|change| change.mailbox.unwrap().uid_validity).collect::<Vec<_>>()
         };
+        let made = |uid_validity, messages: &[(u32, &str)], whole| made_up_to(uid_validity, messages, whole, 0);
         assert_eq!(made(9_000, &[], true), [9_000]);
         assert_eq!(made(9_000, &[(1, "one")], true), []);
-        assert_eq!(made(9_000, &[], false), []);
+        assert_eq!(made(9_000, &[], false), [9_000]);
+        assert_eq!(made_up_to(9_000, &[], false, 2), [], "a part of its log is looked at");
         assert_eq!(made(5_000, &[], true), []);
     }
 
