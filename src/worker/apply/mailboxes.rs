@@ -181,7 +181,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     }
 
     /// The open mailbox becomes what it and another one are together.
-    fn become_one(&mut self, vname: &str, ours: Identity, theirs: Identity) -> Result<Identity> {
+    fn become_one(&mut self, vname: &str, ours: Identity, theirs: Identity) -> Outcome<Identity> {
         let born = (vname == "INBOX").then(|| self.storage.inbox_guid()).transpose()?;
         let merged = merge(ours, theirs, born);
         let (guid, uid_validity) = (merged.guid, merged.uid_validity);
@@ -200,11 +200,15 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 self.solved_in(path, Rule::HigherUidValidity);
             }
         }
+        if update.guid != NO_GUID && !self.new_aliases.is_empty() {
+            // What became what before is to be said before the span that says what this becomes.
+            self.report()?;
+        }
         if update.guid != NO_GUID || update.uid_validity != 0 {
             self.storage.update(&update)?;
         }
         if update.uid_validity != 0 && !self.storage.open(vname, false)? {
-            return Err("it disappeared".to_string());
+            return Err("it disappeared".to_string().into());
         }
         for loser in [theirs.guid, ours.guid].into_iter().filter(|loser| ![NO_GUID, guid].contains(loser)) {
             self.note_alias(loser, guid);
