@@ -210,7 +210,10 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             // Somebody else answers, but by this UID the sender names it until it hears of that.
             let here = match self.refused(nack)? {
                 Standing::At(uid) => uid,
-                missing => self.or_gone(missing, &nack.of),
+                missing => {
+                    self.tell_gone_again(missing, nack);
+                    self.or_gone(missing, &nack.of)
+                }
             };
             self.note_if_elsewhere_there(nack.stands, &nack.guid, here);
             return Ok(());
@@ -220,6 +223,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             Standing::At(uid) => uid,
             missing => {
                 self.drop_stray(&nack.guid)?;
+                self.tell_gone_again(missing, nack);
                 self.note_if_elsewhere_there(nack.stands, &nack.guid, self.or_gone(missing, &nack.of));
                 return self.answer_without(&nack.guid, there);
             }
@@ -237,6 +241,14 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             GONE
         } else {
             0
+        }
+    }
+
+    /// Another server has saved a message of ours that was expunged here. It may have been told of the save after the expunge: a process
+    /// that was stopped tells late, and what is told of a log by a look, when the relay was restarted, is not known to be the same.
+    fn tell_gone_again(&mut self, missing: Standing, nack: &proto::Nack) {
+        if missing == Standing::Expunged && nack.of == self.me {
+            self.tell_gone_from(nack.uid, &nack.guid);
         }
     }
 
