@@ -300,6 +300,11 @@ pub fn keeps_mailbox(change: &Change) -> bool {
     change.ops.iter().any(keeps)
 }
 
+/// Whether the change gives a mailbox another name.
+pub fn is_rename(change: &Change) -> bool {
+    change.ops.iter().any(|op| matches!(op.what, Some(What::Rename(_))))
+}
+
 /// Whether the change brings messages.
 pub fn has_saves(change: &Change) -> bool {
     change.ops.iter().any(|op| matches!(op.what, Some(What::Save(_))))

@@ -912,12 +912,18 @@ fn a_mailbox_that_is_renamed_before_anybody_told_of_it_is_created() {
     let mut send = |name: &str, what| {
         imap.send(Kind::Record(Record { change: Some(change("jane", named(7, &[name]), what)), ..Default::default() }));
     };
+    let mut all = Vec::new();
+    let mut come = |count| {
+        while all.len() < count {
+            let (worker, apply) = b.next_job();
+            worker.applied(&apply);
+            all.extend(apply.changes);
+        }
+    };
     send("Old", rename_to(&["New"]));
-    let (worker, first) = b.next_job();
-    worker.applied(&first);
+    come(2);
     send("New", rename_to(&["Newer"]));
-    let (_, second) = b.next_job();
-    let all: Vec<_> = first.changes.iter().chain(&second.changes).collect();
+    come(3);
     let told: Vec<_> =
         all.iter().map(|change| (&change.mailbox.as_ref().unwrap().path[0][..], &change.ops[0].what)).collect();
     assert!(

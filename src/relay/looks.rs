@@ -356,13 +356,13 @@ impl Engine {
 
     fn try_is_known_of_list(&mut self, change: &proto::Change) -> Result<bool, JournalError> {
         let coming = self.journal.coming(&change.user)?;
-        let coming: Vec<Change> = coming.iter().filter_map(|bytes| Change::decode(&bytes[..]).ok()).collect();
-        if let Some(coming) = brought_by(&coming, change) {
+        let mut coming = coming.iter().filter_map(|bytes| Change::decode(&bytes[..]).ok());
+        if let Some(coming) = coming.find(|coming| brings(coming, change)) {
             // What moved along with another mailbox may have to go back.
             if coming.mailbox.as_ref().map(|mailbox| &mailbox.guid) == change.mailbox.as_ref().map(|found| &found.guid)
             {
                 let user = change.user.as_str().into();
-                self.note_list(&user, &Change { stamp: coming.stamp.clone(), ..change.clone() })?;
+                self.note_list(&user, &Change { stamp: coming.stamp, ..change.clone() })?;
                 self.tell_of_list();
             }
             return Ok(true);
@@ -461,32 +461,7 @@ impl Engine {
     }
 }
 
-/// Which of the changes to the list of mailboxes, applied in this order, has brought what was found there. A name may have come by
-/// several of them.
-fn brought_by<'a>(coming: &'a [Change], found: &Change) -> Option<&'a Change> {
-    let there = found.mailbox.as_ref()?;
-    let [proto::Op { what: Some(What::Rename(rename)) }] = &found.ops[..] else {
-        return coming.iter().find(|applied| brings(applied, found));
-    };
-    let (mut path, mut last) = (there.path.clone(), None);
-    for applied in coming {
-        let Some(at) = &applied.mailbox else { continue };
-        for op in &applied.ops {
-            let Some(What::Rename(applied_rename)) = &op.what else { continue };
-            let is_it = !at.guid.is_empty() && at.guid == there.guid;
-            // What is below the mailbox is found renamed by itself.
-            let below = if is_it { Some(&[][..]) } else { path.strip_prefix(&at.path[..]) };
-            let Some(below) = below else { continue };
-            path = [&applied_rename.new_path[..], below].concat();
-            if path == rename.new_path {
-                last = Some(applied);
-            }
-        }
-    }
-    last
-}
-
-/// Whether applying a change to the list of mailboxes brings what was found there, other than a name.
+/// Whether applying a change to the list of mailboxes brings what was found there.
 fn brings(applied: &Change, found: &Change) -> bool {
     let (Some(at), Some(there)) = (&applied.mailbox, &found.mailbox) else { return false };
     let pairs = applied.ops.iter().flat_map(|applied| found.ops.iter().map(|found| (&applied.what, &found.what)));
@@ -499,6 +474,11 @@ fn brings(applied: &Change, found: &Change) -> bool {
         (What::Rename(_), What::Delete(_)) => at.guid == there.guid,
         (What::Subscription(applied), What::Subscription(found)) => {
             at.path == there.path && applied.subscribed == found.subscribed
+        }
+        // What is below the mailbox is found renamed by itself.
+        (What::Rename(applied), What::Rename(found)) => {
+            let below = there.path.strip_prefix(&at.path[..]);
+            below.is_some() && below == found.new_path.strip_prefix(&applied.new_path[..])
         }
         _ => false,
     })
@@ -555,28 +535,17 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_came_by_several_changes_of_a_killed_job_is_no_news() {
-        let coming = [rename(b"one", "x", "xr"), rename(b"two", "y", "yr"), rename(b"one", "xr", "xrr")];
-        let by = |found: &Change| brought_by(&coming, found).and_then(|by| coming.iter().position(|one| one == by));
-        assert_eq!(by(&rename(b"one", "x", "xr")), Some(0), "it was killed behind the first");
-        assert_eq!(by(&rename(b"one", "x", "xrr")), Some(2));
-        assert_eq!(by(&rename(b"one", "here it was x", "xrr")), Some(2), "it had another name here");
-        assert_eq!(by(&rename(b"one", "xr", "xrr")), Some(2), "the first is known");
-        assert_eq!(by(&rename(b"child", "x/of/it", "xrr/of/it")), Some(2));
-        assert_eq!(by(&rename(b"child", "x/of/it", "xrr/of")), None);
-        assert_eq!(by(&rename(b"one", "x", "z")), None, "a client has named it again");
-        assert_eq!(by(&rename(b"two", "y", "xrr")), None);
-    }
-
-    #[test]
-    fn what_a_killed_job_made_is_no_news_where_it_renamed_that_since() {
-        let coming = [change(b"one", "x", What::Create(MailboxCreate::default())), rename(b"one", "x", "xr")];
-        let found = |guid, name| change(guid, name, What::Create(MailboxCreate::default()));
-        assert!(brought_by(&coming, &found(b"one", "xr")).is_some());
-        assert!(brought_by(&coming, &found(b"other", "x")).is_some(), "its GUID was not given yet");
-        assert!(brought_by(&coming, &found(b"other", "xr")).is_none());
-        let gone = change(b"one", "x", What::Delete(MailboxDelete::default()));
-        assert!(brought_by(&coming, &gone).is_some(), "its messages were put into the one that had the name");
-        assert!(brought_by(&coming, &change(b"two", "x", What::Delete(MailboxDelete::default()))).is_none());
+    fn what_a_killed_job_did_to_the_list_is_no_news() {
+        let create = |guid, name| change(guid, name, What::Create(MailboxCreate::default()));
+        let delete = |guid, name| change(guid, name, What::Delete(MailboxDelete::default()));
+        assert!(brings(&create(b"one", "x"), &create(b"one", "xr")), "it became one with another, named later");
+        assert!(brings(&create(b"one", "x"), &create(b"other", "x")), "its GUID was not given yet");
+        assert!(!brings(&create(b"one", "x"), &create(b"other", "xr")));
+        let renamed = rename(b"one", "x", "xr");
+        assert!(brings(&renamed, &renamed) && brings(&renamed, &rename(b"child", "x/of/it", "xr/of/it")));
+        assert!(!brings(&renamed, &rename(b"one", "x", "z")), "a client has named it again");
+        assert!(!brings(&renamed, &rename(b"child", "x/of/it", "xr/of")));
+        assert!(brings(&renamed, &delete(b"one", "x")), "its messages were put into the one that had the name");
+        assert!(!brings(&renamed, &delete(b"two", "x")));
     }
 }

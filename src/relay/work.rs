@@ -2,7 +2,8 @@
 //!
 //! Guarantees that a user's changes of one origin are handed out in the order in which each peer sent them, and that he has
 //! never two jobs at once. What waits for a change of another origin holds up its own origin's later ones of the user, and
-//! what comes after it, and is handed out in the end whether that came or not. Bounded by the peers' windows. Pure.
+//! what comes after it, and is handed out in the end whether that came or not. A rename begins a job: by then it is known what its
+//! mailbox became before, and of a worker that was killed, which name it gave. Bounded by the peers' windows. Pure.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -117,7 +118,8 @@ impl UserWork {
             .take_while(|received| {
                 bytes += received.bytes;
                 bodies += change::bodies_to_fetch(&received.change);
-                let fits = (bytes <= JOB_BYTES_MAX && bodies <= JOB_BODIES_MAX) || last.is_none();
+                let fits = bytes <= JOB_BYTES_MAX && bodies <= JOB_BODIES_MAX && !change::is_rename(&received.change);
+                let fits = fits || last.is_none();
                 let goes = last.is_none_or(|last| last.origin() == received.origin() && !waits(received, Some(last)));
                 last = Some(received);
                 fits && goes
@@ -279,6 +281,8 @@ impl Work {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::proto::op::What;
+    use crate::wire::proto::{MailboxRename, Op};
     use proptest::prelude::*;
 
     fn received(peer: usize, seq: u64, bytes: usize) -> Received {
@@ -311,6 +315,23 @@ mod tests {
         work.finish(&jane);
         work.finish(&joe);
         assert!(work.is_idle());
+    }
+
+    #[test]
+    fn a_rename_begins_a_job() {
+        let mut work = Work::default();
+        let jane: Arc<str> = "jane".into();
+        for seq in 1..8 {
+            let ops = match seq {
+                3 | 4 => vec![Op { what: Some(What::Rename(MailboxRename::default())) }],
+                _ => vec![],
+            };
+            work.push(&jane, Received { change: Change { ops, ..Default::default() }, ..received(0, seq, 1) });
+        }
+        for seqs in [vec![1, 2], vec![3], vec![4, 5, 6, 7]] {
+            assert_eq!(job(&mut work), Some(("jane".into(), seqs)));
+            work.finish(&jane);
+        }
     }
 
     #[test]
