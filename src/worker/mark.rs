@@ -224,11 +224,15 @@ pub fn index_id(logs: &[Vec<u8>]) -> u32 {
 pub fn move_of(logs: &[Vec<u8>], moved: (u32, u32)) -> Option<(Place, u32)> {
     let of_log = |log: &Vec<u8>| {
         let file_seq = Header::parse(log).map_or(0, |header| header.file_seq);
-        let is_it = |commit: &Commit| wanted_moves_of(commit).any(|wanted| wanted == moved);
-        let of_commit = |commit: &Commit| Some(((file_seq, commit.begin), copy_of(commit)?));
-        commits(log).iter().rev().filter(|commit| is_it(commit)).find_map(of_commit)
+        commits(log).iter().rev().find_map(|commit| Some(((file_seq, commit.begin), moved_in(commit, moved)?)))
     };
     logs.iter().rev().find_map(of_log)
+}
+
+/// The UID that the copy got, if the message was moved there: the one that was wanted, or that is known.
+fn moved_in(commit: &Commit, (from, to): (u32, u32)) -> Option<u32> {
+    let copy = copy_of(commit)?;
+    wanted_moves_of(commit).any(|wanted| wanted.0 == from && [wanted.1, copy].contains(&to)).then_some(copy)
 }
 
 /// What others did to the message with this UID behind the place.
@@ -453,6 +457,10 @@ mod tests {
         let moves = |all: &[&What]| moves_of(&commit(all)).collect::<Vec<_>>();
         assert_eq!(moves(&[&copy, &mark]), [(5, 9)]);
         assert_eq!(moves(&[&mark]), [(5, 7)], "said once more");
+        let of = |moved| [&[&copy, &mark][..], &[&mark]].map(|all| moved_in(&commit(all), moved));
+        assert_eq!(of((5, 7)), [Some(9), None]);
+        assert_eq!(of((5, 9)), [Some(9), None], "it was said where the copy is before the worker was killed");
+        assert_eq!(of((5, 8)), [None, None]);
         assert_eq!(moves(&[&copy]), []);
     }
 
