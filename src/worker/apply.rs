@@ -1906,6 +1906,24 @@ mod tests {
     }
 
     #[test]
+    fn who_saves_a_message_of_ours_that_was_expunged_is_told_so_again() {
+        for resolves in [true, false] {
+            let nacked = |of: &str| {
+                let mut storage = FakeStorage::default();
+                storage.add("INBOX", GUID, 9, &[(1, "one")]);
+                storage.me = "b".into();
+                apply(&mut storage, Script::default(), &[expunge(1, 1, "one")]);
+                let nack = proto::Nack { guid: "one".into(), uid: 1, stands: 7, next: 8, of: of.into(), raised: 0 };
+                let told = apply_as(resolves, &mut storage, Script::default(), &[change(2, What::Nack(nack))]).told;
+                told.into_iter().filter(|what| matches!(what, What::Expunge(_))).collect::<Vec<_>>()
+            };
+            let one = proto::MessageRange { first_uid: 1, last_uid: 1, guid: "one".into(), ..Default::default() };
+            assert_eq!(nacked("b"), [What::Expunge(proto::Expunge { messages: vec![one] })]);
+            assert_eq!(nacked("c"), [], "that server says so");
+        }
+    }
+
+    #[test]
     fn a_message_copied_inside_of_its_mailbox_stays_there_twice() {
         let mut storage = FakeStorage::default();
         storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "ours")]);
