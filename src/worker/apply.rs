@@ -793,18 +793,13 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 self.tell_if_elsewhere(guid, wanted)?;
                 return Ok(None);
             }
-            Standing::Expunged => {
-                // A worker that was killed had saved it, and nobody there knows the UID by which a client's expunge named it.
-                self.tell_expunge_again(wanted, guid);
+            Standing::Unknown if !was_expunged => {}
+            // A worker that was killed had saved it, and nobody there knows the UID by which a client's expunge named it. Or a copy
+            // that was made here with the same UID came and went, of which nobody was told.
+            Standing::Expunged | Standing::Unknown => {
+                self.tell_expunge(wanted, guid);
                 return Ok(None);
             }
-            Standing::Unknown if was_expunged => {
-                if is_found {
-                    self.tell_expunge_again(wanted, guid);
-                }
-                return Ok(None);
-            }
-            Standing::Unknown => {}
         }
         if wanted == 0 {
             return Ok(Some(0));
@@ -892,12 +887,6 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         let done = mark::done_since(&logs, (0, 0), uid);
         let is_own = done.iter().any(|delta| matches!(delta, Delta::Expunge { .. }));
         Ok(is_own || mark::is_expunged_for_client(&logs, uid))
-    }
-
-    /// The peer's index was made anew, perhaps since it had the expunge.
-    fn tell_expunge_again(&mut self, uid: u32, guid: &str) {
-        let range = proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.to_owned(), ..Default::default() };
-        self.tell_op(What::Expunge(proto::Expunge { messages: vec![range] }));
     }
 
     /// Whether the message that the changes' origin saved with this UID is at it here, and no copy of it.
@@ -1921,6 +1910,21 @@ mod tests {
             assert_eq!(nacked("b"), [What::Expunge(proto::Expunge { messages: vec![one] })]);
             assert_eq!(nacked("c"), [], "that server says so");
         }
+    }
+
+    #[test]
+    fn a_copy_that_two_servers_made_with_one_uid_goes_from_both_if_one_has_expunged_it() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "one"), (3, "last")]);
+        storage.open("INBOX", false).unwrap();
+        storage.expunge(2, 2).unwrap();
+        storage.commit().unwrap();
+        storage.close();
+        // No look has told of what came and went here.
+        let outcome = apply(&mut storage, Script::default(), &[save(1, 2, "one")]);
+        let two = proto::MessageRange { first_uid: 2, last_uid: 2, guid: "one".into(), ..Default::default() };
+        assert_eq!(outcome.told, [What::Expunge(proto::Expunge { messages: vec![two] })]);
+        assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (3, "last")]));
     }
 
     #[test]

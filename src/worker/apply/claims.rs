@@ -76,7 +76,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let stands = match self.given_another(wanted, guid, None)? {
             Standing::At(uid) => Some(uid),
             Standing::Expunged => {
-                self.tell_expunge_again(wanted, guid);
+                self.tell_expunge(wanted, guid);
                 None
             }
             // What was noted may be lost. Of copies, the first that is no other of the peer's: they were saved in this order.
@@ -84,7 +84,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 let found = self.storage.find_messages(guid)?.into_iter().filter(|uid| *uid > wanted);
                 let found = found.into_iter().find(|uid| !self.is_of_another(*uid, guid));
                 if found.is_none() && self.was_expunged_above(wanted, guid)? {
-                    self.tell_expunge_again(wanted, guid);
+                    self.tell_expunge(wanted, guid);
                 }
                 found
             }
@@ -248,7 +248,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     /// that was stopped tells late, and what is told of a log by a look, when the relay was restarted, is not known to be the same.
     fn tell_gone_again(&mut self, missing: Standing, nack: &proto::Nack) {
         if missing == Standing::Expunged && nack.of == self.me {
-            self.tell_gone_from(nack.uid, &nack.guid);
+            self.tell_expunge(nack.uid, &nack.guid);
         }
     }
 
@@ -346,17 +346,16 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         if is_there {
             return Ok(Some(uid));
         }
-        self.tell_gone_from(from, guid);
+        // A client has expunged it while it moved: its process may not find out any more which one it was.
+        self.tell_expunge(from, guid);
         Ok(None)
     }
 
-    /// A client has expunged the message while it moved: their process may not find out any more which one it was. By the UID that
-    /// the peers know it by: of the other they never hear, and what has this GUID there may be one that was moved out of the
-    /// mailbox and back since.
-    fn tell_gone_from(&mut self, from: u32, guid: &str) {
-        let messages =
-            vec![proto::MessageRange { first_uid: from, last_uid: from, guid: guid.to_owned(), ..Default::default() }];
-        self.tell_op(What::Expunge(proto::Expunge { messages }));
+    /// Of a message that is gone here and not on the peers, who may not have heard of it, or not in time. By the UID that they know it
+    /// by: what has this GUID at another one may be a copy, or was moved out of the mailbox and back since.
+    pub(super) fn tell_expunge(&mut self, uid: u32, guid: &str) {
+        let range = proto::MessageRange { first_uid: uid, last_uid: uid, guid: guid.to_owned(), ..Default::default() };
+        self.tell_op(What::Expunge(proto::Expunge { messages: vec![range] }));
     }
 
     /// A copy, as a worker that was killed while the message moved left it. A client that expunged the message meant this one too.
@@ -447,7 +446,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             let info = self.storage.message_info(left)?;
             if let Some(info) = info.filter(|info| expunged == Some(info.guid_128)) {
                 self.storage.expunge(left, left)?;
-                self.tell_gone_from(from, &info.guid);
+                self.tell_expunge(from, &info.guid);
             }
         }
         self.end_moving()
