@@ -122,36 +122,41 @@ impl Deref for Scene {
     }
 }
 
-/// Complains, or tells of the servers if the test failed. With DOVETAIL_TEST_KEEP, their folders are copied there.
+impl Scene {
+    /// What the servers said and noticed. With DOVETAIL_TEST_KEEP, their folders are copied there.
+    fn tell(&self) {
+        for (server, start) in self.cluster.servers().iter().zip(&self.log_starts) {
+            let log = server.log();
+            let mut lines: Vec<&str> = log.get(*start..).unwrap_or_default().lines().collect();
+            lines.retain(|line| !line.contains("story-") || line.contains(&self.user));
+            let skipped = lines.len().saturating_sub(200);
+            eprintln!("---- log of {} (Dovecot {}), {skipped} lines left out", server.name(), server.version_text());
+            for line in &lines[skipped..] {
+                eprintln!("{line}");
+            }
+            let counters = server.try_status().and_then(|status| status.counters).unwrap_or_default();
+            eprintln!("---- what {} noticed: {:?}", server.name(), counters.notes);
+            server.findings().iter().for_each(|found| eprintln!("---- found in a process of it:\n{found}"));
+            if let Some(keep) = std::env::var_os("DOVETAIL_TEST_KEEP") {
+                let keep = Path::new(&keep).join(format!("{}-{}", self.user, server.name()));
+                let _ = Command::new("cp").arg("-a").arg(server.outside("")).arg(&keep).status();
+                eprintln!("---- {} is kept in {}", server.name(), keep.display());
+            }
+        }
+    }
+}
+
+/// Complains, or tells of the servers if the test failed.
 impl Drop for Scene {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            for (server, start) in self.cluster.servers().iter().zip(&self.log_starts) {
-                let log = server.log();
-                let mut lines: Vec<&str> = log.get(*start..).unwrap_or_default().lines().collect();
-                lines.retain(|line| !line.contains("story-") || line.contains(&self.user));
-                let skipped = lines.len().saturating_sub(200);
-                eprintln!(
-                    "---- log of {} (Dovecot {}), {skipped} lines left out",
-                    server.name(),
-                    server.version_text()
-                );
-                for line in &lines[skipped..] {
-                    eprintln!("{line}");
-                }
-                let counters = server.try_status().and_then(|status| status.counters).unwrap_or_default();
-                eprintln!("---- what {} noticed: {:?}", server.name(), counters.notes);
-                server.findings().iter().for_each(|found| eprintln!("---- found in a process of it:\n{found}"));
-                if let Some(keep) = std::env::var_os("DOVETAIL_TEST_KEEP") {
-                    let keep = Path::new(&keep).join(format!("{}-{}", self.user, server.name()));
-                    let _ = Command::new("cp").arg("-a").arg(server.outside("")).arg(&keep).status();
-                    eprintln!("---- {} is kept in {}", server.name(), keep.display());
-                }
-            }
-            return;
+            return self.tell();
         }
         let complaints = self.complaints();
-        assert!(complaints.is_empty(), "the servers complained:\n{}", complaints.join("\n"));
+        if !complaints.is_empty() {
+            self.tell();
+            panic!("the servers complained:\n{}", complaints.join("\n"));
+        }
     }
 }
 
