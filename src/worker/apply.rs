@@ -1008,6 +1008,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     /// The message with this hashed GUID. The one that has the UID here may have been saved at the same time.
     fn find_hashed(&mut self, range: &proto::MessageRange) -> Result<Option<u32>> {
         let guid = Guid::try_from(&range.guid_128[..]).map_err(|_| "malformed change: a GUID is not 16 bytes")?;
+        let open = self.open.as_ref();
+        if open.and_then(|open| self.elsewhere.own_at(&open.guid, range.first_uid)).is_some_and(|own| own.here == GONE)
+        {
+            // What has the UID here is a copy of it, whose UID there nobody has said yet.
+            return Ok(None);
+        }
         let there = self.storage.message_info(range.first_uid)?.filter(|info| info.guid_128 == guid);
         if there.is_some_and(|info| !self.is_of_another(range.first_uid, &info.guid)) {
             return Ok(Some(range.first_uid));
@@ -1867,6 +1873,17 @@ mod tests {
         };
         apply(&mut storage, Script::default(), &[change(1, gone([9; 16]))]);
         assert_eq!(storage.messages("INBOX"), named(&[(5, "ours")]));
+        // Theirs at that UID is gone here: ours is a copy of it.
+        storage.elsewhere = vec![proto::Elsewhere {
+            mailbox_guid: GUID.to_vec(),
+            uid: 5,
+            guid: "ours".into(),
+            here: GONE,
+            ..Default::default()
+        }];
+        apply(&mut storage, Script::default(), &[change(2, gone(HASHED_GUID))]);
+        assert_eq!(storage.messages("INBOX"), named(&[(5, "ours")]));
+        storage.elsewhere.clear();
         apply(&mut storage, Script::default(), &[change(2, gone(HASHED_GUID))]);
         assert_eq!(storage.messages("INBOX"), []);
     }

@@ -132,11 +132,16 @@ impl Elsewhere {
         self.meant(mailbox_guid, uid, |_| true)
     }
 
+    /// What it has there itself.
+    pub fn own_at(&self, mailbox_guid: &[u8], uid: u32) -> Option<&Known> {
+        self.all(mailbox_guid, uid).iter().find(|one| Self::is_own(&self.peer, one)).map(|one| &one.known)
+    }
+
     /// All that it may mean: several servers may have given the UID to different messages.
     pub fn all_at(&self, mailbox_guid: &[u8], uid: u32) -> Vec<&Known> {
         let all = self.all(mailbox_guid, uid);
-        if let Some(own) = all.iter().find(|one| Self::is_own(&self.peer, one)) {
-            return vec![&own.known];
+        if let Some(own) = self.own_at(mailbox_guid, uid) {
+            return vec![own];
         }
         let others = all.iter().rev().filter(|one| Self::may_be_of(&self.peer, one));
         others.map(|one| &one.known).collect()
