@@ -467,7 +467,7 @@ fn brings(applied: &Change, found: &Change) -> bool {
     let pairs = applied.ops.iter().flat_map(|applied| found.ops.iter().map(|found| (&applied.what, &found.what)));
     let mut pairs = pairs.filter_map(|(applied, found)| applied.as_ref().zip(found.as_ref()));
     pairs.any(|pair| match pair {
-        // One whose creation was killed may not have had its GUID yet; another may have been renamed since.
+        // It may not have had its GUID yet, or has the later name of one that it became.
         (What::Create(_), What::Create(_)) => at.path == there.path || (!at.guid.is_empty() && at.guid == there.guid),
         (What::Delete(applied), What::Delete(_)) => at.guid == there.guid && !applied.keeps,
         // Its messages were put into the one that had the name.
