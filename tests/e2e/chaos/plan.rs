@@ -136,21 +136,34 @@ impl Plan {
         let users = dice.between(1, 3);
         let phases = dice.between(1, 3);
         let great = Great::of(seed);
-        // In the order of the seeds, great faults would meet the same ones again and again.
-        let traits = if great.is_some() { Dice::new(seed, 8_000).roll() } else { seed };
+        let traits = traits(seed);
         let phases = if great.is_some() { 3 } else { phases };
-        let phases =
-            (1..=phases).map(|phase| Phase::of(seed, phase as u64, users, traits / 8 % 2 == 1, great)).collect();
+        let both = Plan::has_two_writers(seed);
+        let phases = (1..=phases).map(|phase| Phase::of(seed, phase as u64, users, both, great)).collect();
         let is_allowed = |formats: &&(Format, Format)| great.is_none_or(|great| great.allows(formats.0));
         let pairs: Vec<_> = pairs.iter().filter(is_allowed).collect();
         let formats = *pairs[traits as usize % pairs.len()];
         Plan { seed, formats, apart: traits / 4 % 2 == 1, users, great, phases }
     }
 
+    /// Whether both servers are written to at once; otherwise one is, and the other one in the next phase perhaps.
+    pub fn has_two_writers(seed: u64) -> bool {
+        traits(seed) / 8 % 2 == 1
+    }
+
     /// Whether one of a server's disks is filled some time.
     pub fn fills(&self, server: usize) -> bool {
         let mut events = self.phases.iter().flat_map(|phase| &phase.events);
         events.any(|event| matches!(event.fault, Fault::Fill { side, .. } if side == server))
+    }
+}
+
+/// What chooses the formats, the line and the writers of a schedule.
+fn traits(seed: u64) -> u64 {
+    match Great::of(seed) {
+        // In the order of the seeds, great faults would meet the same ones again and again.
+        Some(_) => Dice::new(seed, 8_000).roll(),
+        None => seed,
     }
 }
 
