@@ -528,6 +528,41 @@ fn stragglers_are_put_in_order_and_holes_are_read_from_the_log() {
 }
 
 #[test]
+fn what_was_done_to_a_mailbox_before_a_worker_found_it_deleted_is_not_told_behind_that() {
+    let house = House::new();
+    let (a, b) = house.pair();
+    let mut imap = a.process("imap");
+    let mailbox = Mailbox { guid: vec![1; 16], path: vec!["INBOX".into()], ..Default::default() };
+    imap.send(Kind::Intent(Intent { user: "jane".into(), mailbox: Some(mailbox.clone()), peers: None }));
+    imap.save_with_span("jane", 1, (100, 200));
+    let (worker, apply) = b.next_job();
+    worker.applied(&apply);
+    drop(imap);
+    let (worker, look) = a.next_look();
+    worker.found(look.job, vec![change("jane", mailbox.clone(), What::Delete(Default::default()))], None);
+    let (worker, apply) = b.next_job();
+    assert!(matches!(apply.changes[0].ops[0].what, Some(What::Delete(_))));
+    worker.applied(&apply);
+
+    let rename = MailboxRename { new_path: vec!["News".into()], ..Default::default() };
+    let new = Mailbox { guid: vec![2; 16], ..mailbox.clone() };
+    let late = [
+        save("jane", 2),
+        change("jane", mailbox.clone(), What::Rename(rename)),
+        change("jane", mailbox, What::Delete(Default::default())),
+        change("jane", new, What::Create(Default::default())),
+    ];
+    let mut lmtp = a.process("lmtp");
+    for change in late {
+        let stamp = Some(Stamp { clock: 1, ..Default::default() });
+        lmtp.send(Kind::Record(Record { change: Some(Change { stamp, ..change }), ..Default::default() }));
+    }
+    let (_, apply) = b.next_job();
+    let told = &apply.changes[0];
+    assert_eq!((apply.changes.len(), &told.mailbox.as_ref().unwrap().guid[..]), (1, &[2; 16][..]), "{told:?}");
+}
+
+#[test]
 fn a_process_that_ends_without_a_goodbye_makes_its_mailboxes_be_looked_at() {
     let house = House::new();
     let (a, b) = house.pair();

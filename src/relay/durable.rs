@@ -216,7 +216,8 @@ impl Engine {
             clock: self.clock.stamp(given, now_us),
             vector: self.vector_of(user, &change, given)?,
         });
-        self.lists.note_deleted(user, &change, given);
+        // What a worker has found gone has no time of its own.
+        self.lists.note_deleted(user, &change, if given == 0 { now_us } else { given });
         let peers: Vec<usize> = self.peers_of(user).collect();
         change.given = peers.iter().map(|peer| self.peers[*peer].name.clone()).collect();
         if change.encoded_len() > CHANGE_BYTES_MAX {

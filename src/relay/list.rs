@@ -116,7 +116,8 @@ impl Lists {
         vector.retain(|heard| heard.seq > 0);
     }
 
-    /// A change of this server is told. What its other processes did in the mailbox before they are told later, if at all.
+    /// A change of this server is told. What its other processes did to the mailbox before they tell later, if at all: after the relay
+    /// was away, and a worker has found that the mailbox is gone. `made_us` is when that was found, then.
     pub fn note_deleted(&mut self, user: &Arc<str>, change: &Change, made_us: u64) {
         let is_delete = change.ops.iter().any(|op| matches!(op.what, Some(What::Delete(_))));
         let Some(mailbox) = change.mailbox.as_ref().filter(|mailbox| is_delete && !mailbox.guid.is_empty()) else {
@@ -133,10 +134,10 @@ impl Lists {
         of_user.push_back(Deleted { mailbox: mailbox.guid.clone(), made_us });
     }
 
-    /// Whether what was done in the mailbox, and is told late, has gone with it.
+    /// Whether what was done to the mailbox, and is told late, has gone with it. A subscription is one to a name.
     pub fn has_gone_with_mailbox(&self, user: &str, change: &Change) -> bool {
         let made_us = change.stamp.as_ref().map_or(0, |stamp| stamp.clock);
-        let Some(mailbox) = change.mailbox.as_ref().filter(|_| made_us > 0 && !change::is_of_list(change)) else {
+        let Some(mailbox) = change.mailbox.as_ref().filter(|mailbox| made_us > 0 && !mailbox.guid.is_empty()) else {
             return false;
         };
         let mut deleted = self.deleted.get(user).into_iter().flatten();
@@ -502,7 +503,7 @@ fn renamed(user: &str, mailbox: Mailbox, rename: MailboxRename) -> Change {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::proto::{MailboxDelete, Save};
+    use crate::wire::proto::{MailboxDelete, MailboxRename, Save};
 
     fn change(mailbox: u8, what: What, made_us: u64) -> Change {
         Change {
@@ -545,7 +546,10 @@ mod tests {
         assert!(lists.has_gone_with_mailbox("jane", &save(1, 5)));
         assert!(!lists.has_gone_with_mailbox("jane", &save(1, 8)), "a peer has brought it back");
         assert!(!lists.has_gone_with_mailbox("jane", &save(1, 0)), "it was found in the mailbox");
-        assert!(!lists.has_gone_with_mailbox("jane", &save(2, 5)) && !lists.has_gone_with_mailbox("jane", &deleted));
+        assert!(!lists.has_gone_with_mailbox("jane", &save(2, 5)));
+        let renamed = |made_us| change(1, What::Rename(MailboxRename::default()), made_us);
+        assert!(lists.has_gone_with_mailbox("jane", &renamed(5)) && !lists.has_gone_with_mailbox("jane", &renamed(8)));
+        assert!(lists.has_gone_with_mailbox("jane", &deleted), "a worker has told of it");
         for n in 0..1_000 {
             lists.note_deleted(&jane, &deleted, n);
         }
