@@ -43,6 +43,17 @@ bool dt_stray_is(const char *guid)
 	return strstr(guid, STRAY_SIGN) != NULL;
 }
 
+/* As maildir_filename_check_conflicts(), which also compares the sizes. */
+bool dt_stray_needs_name(struct mailbox *box, const char *guid)
+{
+	struct maildir_mailbox *mbox = MAILDIR_MAILBOX(box);
+
+	if (strstr(guid, ",S=") == NULL || strstr(guid, ",W=") == NULL)
+		return TRUE;
+	return maildir_uidlist_refresh(mbox->uidlist) < 0 ||
+		maildir_uidlist_get_full_filename(mbox->uidlist, guid) != NULL;
+}
+
 int dt_worker_stray(const char *guid, uint32_t *uid_r)
 {
 	struct mailbox *box = dt_worker_box();

@@ -19,4 +19,8 @@ void dt_stray_unsign(struct dt_stray_signing *signing);
 
 bool dt_stray_is(const char *guid);
 
+/* Whether a message with this GUID gets a name from Dovecot when it is committed. One signing is for one GUID: there must be no
+   other one in the transaction. */
+bool dt_stray_needs_name(struct mailbox *box, const char *guid);
+
 #endif

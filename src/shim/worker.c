@@ -861,8 +861,7 @@ bool dt_worker_is_maildir(void)
 
 bool dt_worker_is_saved_alone(const char *guid)
 {
-	/* With its size it can be a file's name. */
-	return dt_spans_is_maildir(w.box) && strstr(guid, ",S=") == NULL;
+	return dt_spans_is_maildir(w.box) && dt_stray_needs_name(w.box, guid);
 }
 
 /* NULL if there are none. */

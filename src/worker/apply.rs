@@ -651,7 +651,13 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         let Some(uid) = self.place(mailbox, wanted, save)? else {
             return Ok(());
         };
-        if self.storage.is_saved_alone(&save.guid)? {
+        let is_pending =
+            matches!(&self.pending, Pending::Saves(all) if all.iter().any(|asked| asked.guid == save.guid));
+        if is_pending {
+            self.flush()?;
+        }
+        let is_alone = self.storage.is_saved_alone(&save.guid)?;
+        if is_alone {
             self.flush()?;
         }
         let message = NewMessage {
@@ -692,7 +698,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             pending => *pending = Pending::Saves(vec![asked]),
         }
         let is_full = matches!(&self.pending, Pending::Saves(all) if all.len() >= SAVES_MAX);
-        match is_full || self.storage.is_saved_alone(&save.guid)? {
+        match is_full || is_alone {
             true => self.flush(),
             false => Ok(()),
         }
@@ -713,7 +719,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             true => wanted,
             false => match self.storage.stray(&save.guid)? {
                 Some(stray) if self.storage.find_messages(&save.guid)?.is_empty() => stray,
-                _ => return Ok(false),
+                Some(_) => {
+                    // Another message has its GUID: a copy is saved, or what was saved has moved since.
+                    self.drop_stray(&save.guid)?;
+                    return Ok(false);
+                }
+                None => return Ok(false),
             },
         };
         if !self.is_at(uid, &save.guid)? {
@@ -2479,6 +2490,15 @@ mod tests {
         let outcome = apply(&mut storage, Script::default(), &[save(3, 1, "one")]);
         assert_eq!(outcome.notes, ["uid_taken"]);
         assert_eq!(storage.messages("INBOX"), named(&[(1, "other"), (2, "one")]));
+    }
+
+    #[test]
+    fn a_copy_that_a_killed_worker_saved_without_its_guid_is_not_there_twice() {
+        let mut storage = FakeStorage::default();
+        storage.add("INBOX", GUID, 9, &[(1, "one"), (2, "stray one")]);
+        let outcome = apply(&mut storage, Script::default(), &[save(3, 2, "one")]);
+        assert_eq!(outcome.error, None);
+        assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (3, "one")]));
     }
 
     #[test]

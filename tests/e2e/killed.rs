@@ -275,24 +275,48 @@ fn a_worker_killed_when_a_maildir_has_the_mails_and_not_yet_their_guids() {
     t.expects_in_log("dovetail");
     t.a().deliver(&t.user, &mail("stays"));
     settled(&t);
-    let folder = t.b().outside(&format!("/home/{}/Maildir/cur", t.user));
-    let files = || fs::read_dir(&folder).map_or(0, Iterator::count);
     for round in 1..=20 {
-        let before = files();
-        let pids = t.b().pids("dovetail-worker");
         let mails: Vec<Vec<u8>> = (0..4).map(|n| mail(&format!("round {round}, mail {n}"))).collect();
         let appended: Vec<Appended> = mails.iter().map(|mail| Appended { flags: "", date: "", mail }).collect();
-        std::thread::scope(|scope| {
-            scope.spawn(|| t.a().imap(&t.user).append_all("INBOX", &appended));
-            let deadline = std::time::Instant::now() + SOON;
-            // No pause: the moment is short.
-            while files() == before && std::time::Instant::now() < deadline {}
-            kill_at_once(&pids);
-        });
+        kill_when_files_come(&t, || t.a().imap(&t.user).append_all("INBOX", &appended));
     }
     // Dovecot respects the lock that a killed process leaves on dovecot-uidlist for two minutes.
     let snapshot = t.converged_within(Duration::from_secs(240), &t.user);
     assert_eq!(snapshot.messages("INBOX").len(), 81);
+}
+
+/// The files of copies cannot have the names that their GUIDs are.
+#[test]
+fn a_worker_killed_when_a_maildir_has_copies_and_not_yet_their_guids() {
+    let t = Scene::on(Cluster::pair(Format::Maildir, Format::Maildir), "story-stray-copies");
+    t.expects_in_log("killed with signal 9");
+    t.expects_in_log("dovetail");
+    (0..4).for_each(|n| t.a().deliver(&t.user, &mail(&format!("mail {n}"))));
+    settled(&t);
+    for _ in 1..=20 {
+        kill_when_files_come(&t, || {
+            let mut imap = t.a().imap(&t.user);
+            imap.command("SELECT INBOX");
+            imap.command("COPY 1:4 INBOX")
+        });
+    }
+    let snapshot = t.converged_within(Duration::from_secs(240), &t.user);
+    assert_eq!(snapshot.messages("INBOX").len(), 84);
+}
+
+/// Kills B's workers as soon as what is done brings files into its maildir.
+fn kill_when_files_come<T: Send>(t: &Scene, done: impl FnOnce() -> T + Send) {
+    let folder = t.b().outside(&format!("/home/{}/Maildir/cur", t.user));
+    let files = || fs::read_dir(&folder).map_or(0, Iterator::count);
+    let before = files();
+    let pids = t.b().pids("dovetail-worker");
+    std::thread::scope(|scope| {
+        scope.spawn(done);
+        let deadline = std::time::Instant::now() + SOON;
+        // No pause: the moment is short.
+        while files() == before && std::time::Instant::now() < deadline {}
+        kill_at_once(&pids);
+    });
 }
 
 fn kill_at_once(pids: &[u32]) {

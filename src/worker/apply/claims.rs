@@ -359,7 +359,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
     }
 
     /// A copy, as a worker that was killed while the message moved left it. A client that expunged the message meant this one too.
-    fn drop_stray(&mut self, guid: &str) -> Outcome<()> {
+    pub(super) fn drop_stray(&mut self, guid: &str) -> Outcome<()> {
         if let Some(stray) = self.storage.stray(guid)? {
             self.storage.expunge(stray, stray)?;
             self.pending = Pending::Changes;
