@@ -385,7 +385,9 @@ impl Engine {
         let mut vector = self.vector(user)?;
         let is_delete = change.ops.iter().any(|op| matches!(op.what, Some(What::Delete(_))));
         if let Some(mailbox) = change.mailbox.as_ref().filter(|_| is_delete && made_us > 0) {
-            self.lists.unhear(user, &mailbox.guid, made_us, &mut vector);
+            // A time that is yet to come was taken before the clock was set back: nobody knows what came first.
+            let deleted_us = if made_us > self.outside.now_us() { 0 } else { made_us };
+            self.lists.unhear(user, &mailbox.guid, deleted_us, &mut vector);
         }
         Ok(vector)
     }
