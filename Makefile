@@ -87,8 +87,8 @@ chaos: stage ## Random schedules of writing and killing: seeds 1 to 12 (FIRST=1 
 	$(CARGO) test $(CARGO_FLAGS) --locked --no-default-features --test chaos -- $(if $(SEED),--nocapture)
 
 .PHONY: sim
-sim: ## A whole cluster simulated: SEEDS=10000 FIRST=1 runs of random schedules (SEED=17: that one, with its story)
-	DOVETAIL_SIM_SEED=$(SEED) DOVETAIL_SIM_SEEDS=$(SEEDS) DOVETAIL_SIM_FIRST=$(FIRST) DOVETAIL_SIM_SERVERS=$(SERVERS) DOVETAIL_SIM_CLASHES=$(CLASHES) DOVETAIL_SIM_FAILURES=$(FAILURES) \
+sim: ## A whole cluster simulated: SEEDS=10000 FIRST=1 runs of random schedules (SEED=17: that one, with its story; COMPARE=1: those that differ in the end are compared)
+	DOVETAIL_SIM_SEED=$(SEED) DOVETAIL_SIM_SEEDS=$(SEEDS) DOVETAIL_SIM_FIRST=$(FIRST) DOVETAIL_SIM_SERVERS=$(SERVERS) DOVETAIL_SIM_CLASHES=$(CLASHES) DOVETAIL_SIM_FAILURES=$(FAILURES) DOVETAIL_SIM_COMPARE=$(COMPARE) \
 	$(CARGO) test $(CARGO_FLAGS) --locked --profile sim --no-default-features --test sim every_seed -- --nocapture
 
 .PHONY: bench

@@ -48,6 +48,15 @@ impl Stepped {
         self.0.status()
     }
 
+    /// Has the user compared with the peers, as when it is his turn in the background.
+    pub fn compare(&mut self, user: &str) {
+        self.0.comparisons.want_in_background(&user.into(), self.0.now_ms);
+    }
+
+    pub fn is_comparing(&self) -> bool {
+        !self.0.comparisons.is_idle(self.0.now_ms)
+    }
+
     /// What needs a comparison or a person.
     pub fn failed(&self) -> Result<Vec<Failed>, String> {
         self.0.journal.failed(usize::MAX >> 1).map_err(|error| error.to_string())

@@ -65,8 +65,9 @@ impl Ledger {
         mails.extend(mailbox.messages.values().map(|message| message.guid.clone()));
     }
 
-    /// (UIDVALIDITY, UID) never names two messages, UIDNEXT only rises.
-    pub fn look(&mut self, server: usize, user: &str, name: &str, mailbox: &Mailbox) {
+    /// (UIDVALIDITY, UID) never names two messages, UIDNEXT only rises. Not while a worker moves messages back to a mailbox whose name
+    /// they had before (`in_job`): in a maildir, each has a commit of its own.
+    pub fn look(&mut self, server: usize, user: &str, name: &str, mailbox: &Mailbox, in_job: bool) {
         let mut wrong = None;
         let names = self.names.entry((server, user.into(), name.into())).or_default();
         for (uid, message) in &mailbox.messages {
@@ -82,10 +83,10 @@ impl Ledger {
             }
         }
         let last = self.uid_nexts.entry((server, user.into(), name.into(), mailbox.uid_validity)).or_default();
-        if mailbox.uid_next < *last {
+        if mailbox.uid_next < *last && !in_job {
             wrong.get_or_insert(format!("in {name}, UIDNEXT fell from {last} to {}", mailbox.uid_next));
         }
-        *last = mailbox.uid_next;
+        *last = mailbox.uid_next.max(*last);
         if let Some(wrong) = wrong {
             self.breaks(wrong);
         }

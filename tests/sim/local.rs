@@ -200,6 +200,12 @@ impl Local {
 
     pub fn unlock(&mut self) {
         self.is_locked = false;
+        let mut ledger = self.ledger.borrow_mut();
+        for (user, of_user) in &self.users {
+            for (name, mailbox) in &of_user.mailboxes {
+                ledger.look(self.server, user, name, mailbox, false);
+            }
+        }
     }
 
     pub fn check_disk(&self) -> Result<(), String> {
@@ -254,7 +260,7 @@ impl Local {
                 if applied.is_empty() { String::new() } else { format!(", applying {}", applied.join(" ")) },
             )
         });
-        self.ledger.borrow_mut().look(self.server, user, name, mailbox);
+        self.ledger.borrow_mut().look(self.server, user, name, mailbox, self.is_locked);
     }
 
     // ---- Clients.

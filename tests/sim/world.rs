@@ -220,10 +220,18 @@ impl Drop for World {
     }
 }
 
-/// Plays the schedule. The error: what did not hold. Otherwise a number that tells this run from others.
-pub fn play(schedule: &Schedule, folder: &Path) -> Result<u64, String> {
+/// How a run ended.
+pub struct Well {
+    /// Tells this run from others.
+    pub events: u64,
+    /// What differed until the servers were compared.
+    pub differed: Option<String>,
+}
+
+/// Plays the schedule. The error: what did not hold; after a comparison, if there may be one.
+pub fn play(schedule: &Schedule, may_compare: bool, folder: &Path) -> Result<Well, String> {
     let mut world = World::new(schedule, folder);
-    world.run(schedule)
+    world.run(schedule, may_compare)
 }
 
 impl World {
@@ -265,7 +273,7 @@ impl World {
         World { network, servers, locals, ledger, chance, folder: folder.to_owned() }
     }
 
-    fn run(&mut self, schedule: &Schedule) -> Result<u64, String> {
+    fn run(&mut self, schedule: &Schedule, may_compare: bool) -> Result<Well, String> {
         for server in 0..self.servers.len() {
             let at = self.chance.below(100_000);
             self.network.borrow_mut().at(at, Event::Start(server));
@@ -281,21 +289,45 @@ impl World {
         self.go_on(over_us, schedule)?;
         tell(|| "All faults are over.".into());
         self.heal();
-        let mut quiet_since = over_us;
         let mut until_us = over_us;
-        while until_us < over_us + WIND_DOWN_US {
-            until_us += 500_000;
-            self.go_on(until_us, schedule)?;
+        self.settle(&mut until_us, schedule)?;
+        let mut end = self.check_end();
+        let differed = end.clone().err().filter(|_| may_compare);
+        if let Some(why) = &differed {
+            tell(|| format!("The servers are compared: {why}"));
+            self.compare();
+            self.settle(&mut until_us, schedule)?;
+            end = self.check_end();
+        }
+        end.map(|()| Well { events: self.network.borrow().count(), differed })
+    }
+
+    /// Until nothing has happened for a while.
+    fn settle(&mut self, until_us: &mut u64, schedule: &Schedule) -> Result<(), String> {
+        let mut quiet_since = *until_us;
+        let give_up_us = *until_us + WIND_DOWN_US;
+        while *until_us < give_up_us {
+            *until_us += 500_000;
+            self.go_on(*until_us, schedule)?;
             match self.is_quiet() {
-                true if until_us >= quiet_since + QUIET_US => {
-                    self.check_end()?;
-                    return Ok(self.network.borrow().count());
-                }
+                true if *until_us >= quiet_since + QUIET_US => return Ok(()),
                 true => {}
-                false => quiet_since = until_us,
+                false => quiet_since = *until_us,
             }
         }
         Err(format!("something is stuck: {}", self.what_is_left()))
+    }
+
+    /// As it happens in the background now and then.
+    fn compare(&mut self) {
+        for server in 0..self.servers.len() {
+            let it = &mut self.servers[server];
+            story::speaks(&it.name);
+            if let Some(relay) = &mut it.relay {
+                relay.compare("jane");
+            }
+            self.wake(server);
+        }
     }
 
     /// Until that time.
@@ -609,7 +641,10 @@ impl World {
             let status = relay.status();
             let is_settled = |peer: &proto::PeerStatus| peer.state == "connected" && peer.pending == 0;
             let is_looking = status.counters.as_ref().is_some_and(|counters| counters.looking > 0);
-            status.peers.iter().all(is_settled) && !is_looking && server.local.borrow().is_quiet()
+            status.peers.iter().all(is_settled)
+                && !is_looking
+                && !relay.is_comparing()
+                && server.local.borrow().is_quiet()
         })
     }
 
@@ -632,7 +667,7 @@ impl World {
     fn check_end(&self) -> Result<(), String> {
         for server in &self.servers {
             let failed = server.relay.as_ref().map(Stepped::failed).transpose()?.unwrap_or_default();
-            // Nobody compares here, and a power failure takes nothing that must be.
+            // A power failure takes nothing that must be.
             if let Some(first) = failed.iter().find(|entry| entry.error != "the power of this server failed") {
                 return Err(format!("{} gave something up: {}", server.name, first.error));
             }
