@@ -315,6 +315,7 @@ impl Server {
         let Some(mut child) = self.master.lock().unwrap_or_else(|e| e.into_inner()).take() else {
             return;
         };
+        let processes = self.processes_of(child.id());
         signal(child.id(), "TERM");
         let ended = |child: &mut Child| matches!(child.try_wait(), Ok(Some(_)) | Err(_));
         if !holds_within(Duration::from_secs(10), || ended(&mut child)) {
@@ -323,30 +324,37 @@ impl Server {
             let _ = child.wait();
         }
         self.janitor.remove_master(child.id());
+        // As systemd does with what is left of a service: sessions that wait for a lock outlive their master.
+        if !holds_within(Duration::from_secs(10), || processes().is_empty()) {
+            eprintln!("{}: some processes did not stop within 10 s, killing them", self.name());
+            kill_until_none(processes);
+        }
+    }
+
+    /// Those of the server, now and later, each time it is called.
+    fn processes_of(&self, master: u32) -> impl Fn() -> Vec<String> {
+        let namespace = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+        let own = namespace(master);
+        // While it is held, no other server's gets its number.
+        let held = fs::File::open(format!("/proc/{master}/ns/mnt")).ok();
+        move || {
+            let _ = &held;
+            let all = fs::read_dir("/proc").expect("/proc").flatten();
+            let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+            let mut pids: Vec<u32> = pids.filter(|pid| own.is_some() && namespace(*pid) == own).collect();
+            // The master first, so that it logs nothing of the others; theirs are lower where the numbers began anew.
+            pids.sort_by_key(|pid| *pid != master);
+            pids.iter().map(u32::to_string).collect()
+        }
     }
 
     /// Kills all of it at once, as a power failure does.
     pub fn kill_all(&self) {
         let Some(mut master) = self.master.lock().unwrap_or_else(|e| e.into_inner()).take() else { return };
-        let namespace = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-        let master_pid = master.id();
-        let own = namespace(master_pid).expect("its master runs");
-        // While it is held, no other server's gets its number.
-        let _held = fs::File::open(format!("/proc/{}/ns/mnt", master.id())).expect("its master runs");
-        let processes = || -> Vec<String> {
-            let all = fs::read_dir("/proc").expect("/proc").flatten();
-            let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-            let mut pids: Vec<u32> = pids.filter(|pid| namespace(*pid).as_ref() == Some(&own)).collect();
-            // The master first, so that it logs nothing of the others; theirs are lower where the numbers began anew.
-            pids.sort_by_key(|pid| *pid != master_pid);
-            pids.iter().map(u32::to_string).collect()
-        };
-        // Those that a process has started meanwhile come next.
-        wait_until(Duration::from_secs(10), "all of its processes are dead", || {
-            let pids = processes();
-            let _ = Command::new("kill").arg("-KILL").args(&pids).stderr(Stdio::null()).status();
+        let processes = self.processes_of(master.id());
+        kill_until_none(|| {
             let _ = master.try_wait();
-            pids.is_empty()
+            processes()
         });
         let _ = master.wait();
         self.janitor.remove_master(master.id());
@@ -674,6 +682,15 @@ impl Drop for Server {
 /// Whether it is the server's doveadm process that failed, and not we: whoever asked it hears of it.
 pub fn is_of_doveadm(line: &str) -> bool {
     line.contains(" doveadm(") && line.contains("Error:") && !line.contains("dovetail: ")
+}
+
+/// Those that a process has started meanwhile come next.
+fn kill_until_none(mut processes: impl FnMut() -> Vec<String>) {
+    wait_until(Duration::from_secs(10), "all of its processes are dead", || {
+        let pids = processes();
+        let _ = Command::new("kill").arg("-KILL").args(&pids).stderr(Stdio::null()).status();
+        pids.is_empty()
+    });
 }
 
 /// A process that is to stop has stopped.
