@@ -50,6 +50,9 @@ pub struct Plan {
     pub seed_mails: usize,
     /// Mails of the one large mailbox that is compared.
     pub seed_big: usize,
+    /// Users of two equal servers with very many mails, and how many each has.
+    pub million_users: usize,
+    pub million_mails: usize,
     pub ack_mails: usize,
     /// How long two servers are cut from each other.
     pub partition_secs: u32,
@@ -74,6 +77,8 @@ const FULL: Plan = Plan {
     seed_users: 100,
     seed_mails: 1_000,
     seed_big: 100_000,
+    million_users: 100,
+    million_mails: 10_000,
     ack_mails: 500,
     partition_secs: 30,
     mesh_mails: 1_000,
@@ -96,6 +101,8 @@ const QUICK: Plan = Plan {
     seed_users: 20,
     seed_mails: 100,
     seed_big: 5_000,
+    million_users: 10,
+    million_mails: 500,
     ack_mails: 100,
     partition_secs: 5,
     mesh_mails: 200,
@@ -110,7 +117,7 @@ fn main() {
     let plan = if set("DOVETAIL_BENCH_QUICK").is_some() { &QUICK } else { &FULL };
     let wanted = set("DOVETAIL_BENCH_VARIANTS").unwrap_or_else(|| "plain dsync dovetail".into());
     let parts = set("DOVETAIL_BENCH_PARTS")
-        .unwrap_or_else(|| "lag load burst cost speed outage partition mesh seed ack journal".into());
+        .unwrap_or_else(|| "lag load burst cost speed outage partition mesh seed million ack journal".into());
     let variants = Variant::wanted(&wanted);
     let in_memory = set("DOVETAIL_BENCH_MAILS").is_some_and(|value| value == "memory");
     let measures = |part: &str| parts.split_whitespace().any(|p| p == part);
@@ -153,6 +160,9 @@ fn main() {
     }
     if measures("seed") && variants.contains(&Variant::Dovetail) {
         seeding::measure(plan, &mut report);
+    }
+    if measures("million") && variants.contains(&Variant::Dovetail) {
+        seeding::measure_million(plan, &mut report);
     }
     if measures("ack") && variants.contains(&Variant::Dovetail) {
         seeding::measure_acks(plan, &mut report);

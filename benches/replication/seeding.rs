@@ -1,6 +1,7 @@
 //! Comparing: an empty server is seeded, equal and slightly different ones are compared. Beside it, where Dovecot still has dsync's
 //! own replication, `doveadm backup` and `doveadm sync` of the same mails over TCP.
 
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -79,6 +80,35 @@ pub fn measure(plan: &Plan, report: &mut Report) {
     let name = format!("one flag of {} mails differs", plan.seed_big);
     let found = compare(a, &line, &["-u", BIG], &name, 1, report);
     assert_eq!(found, 1);
+}
+
+/// Equal servers with very many mails: one user's, copied to others as they lie on both.
+pub fn measure_million(plan: &Plan, report: &mut Report) {
+    let users: Vec<String> = (0..plan.million_users).map(|n| format!("million-{n}")).collect();
+    let count = plan.million_users * plan.million_mails;
+    println!("comparing {count} mails");
+    let alone = |name| Setup::new(name, Format::Mdbox).only_with(&[]);
+    let cluster = Cluster::start(vec![alone("a"), alone("b")]);
+    let [a, b] = cluster.servers() else { unreachable!("two servers") };
+    for server in cluster.servers() {
+        users.iter().for_each(|user| server.add_user(user));
+    }
+    let line = Proxy::to(b.ports.relay);
+    become_peers(a, b, &line);
+    let small = |number: usize| format!("Subject: {number}\r\n\r\nsmall\r\n").into_bytes();
+    deliver(a, &users[..1], plan.million_mails, &small);
+    let is_there = || stored(b, &users[0]) == plan.million_mails && a.has_nothing_pending();
+    assert!(holds_within(DEADLINE, is_there), "b never had all");
+    for server in cluster.servers() {
+        for user in &users[1..] {
+            let home = |user: &str| server.outside(&format!("/home/{user}"));
+            let copied = Command::new("cp").arg("-a").args([home(&users[0]), home(user)]).status();
+            assert!(copied.expect("cp").success());
+        }
+        assert_eq!(all(server, &users), count);
+    }
+    let found = compare(a, &line, &["-A"], &format!("{count} equal mails"), plan.million_users, report);
+    assert_eq!(found, 0);
 }
 
 /// How many differences were found.
