@@ -66,14 +66,18 @@ static unsigned int full_count_files(const char *path)
 	return count;
 }
 
-bool dt_full_would_lose(struct mail_index_transaction *t, struct mailbox *box)
+bool dt_full_would_lose(struct mail_index_transaction *t, struct mailbox *box, bool expunges)
 {
 	struct maildir_mailbox *mbox = MAILDIR_MAILBOX(box);
-	const char *path = mailbox_get_path(box), *cur = t_strconcat(path, "/cur", NULL);
+	const char *path, *cur;
 	unsigned int listed, files;
 
 	if (!t->sync_transaction || mbox->uidlist == NULL || !maildir_uidlist_is_locked(mbox->uidlist))
 		return FALSE;
+	if (!expunges && (maildir_uidlist_is_open(mbox->uidlist) || mail_index_view_get_messages_count(t->view) == 0))
+		return FALSE;
+	path = mailbox_get_path(box);
+	cur = t_strconcat(path, "/cur", NULL);
 	listed = full_count_listed(mbox->uidlist);
 	files = full_count_files(cur) + full_count_files(t_strconcat(path, "/new", NULL));
 	if (files <= listed)

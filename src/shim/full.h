@@ -16,8 +16,9 @@ void dt_full_deinit(struct module *module);
 bool dt_full_is_in_memory(struct mailbox *box);
 
 /* Maildir's sync is about to expunge messages though there are files that its list of UIDs does not know: they may be those messages'.
-   Says so in the log, and has the files read by the next sync. */
-bool dt_full_would_lose(struct mail_index_transaction *t, struct mailbox *box);
+   Or it has just forgotten its list (maildir_uidlist_sync_finish()), and with it skipped what clients have asked it to expunge, which
+   would count as done. Says so in the log, and has the files read by the next sync. */
+bool dt_full_would_lose(struct mail_index_transaction *t, struct mailbox *box, bool expunges);
 
 /* Maildir renames a mail's file first, and then writes which keywords the letters in its name stand for: if there is no room for that,
    the letters stand for others or for none, and so do the keywords. Writes it before. 0, or -1 with the mailbox's error. */

@@ -394,7 +394,7 @@ dt_spans_committed(struct dt_spans_mailbox *sbox, bool private,
 	dt_spans_report(&span);
 }
 
-static bool dt_spans_would_lose(struct mail_index_transaction *t)
+static bool dt_spans_would_lose(struct mail_index_transaction *t, bool expunges)
 {
 	struct dt_spans_mailbox *sbox;
 	bool ret = FALSE;
@@ -402,7 +402,7 @@ static bool dt_spans_would_lose(struct mail_index_transaction *t)
 	/* Of the mailboxes that are opened on the index, one is being synced. */
 	for (sbox = dt_spans_mailboxes; sbox != NULL && !ret; sbox = sbox->next) {
 		if (sbox->box->index == t->view->index && dt_spans_is_maildir(sbox->box)) T_BEGIN {
-			ret = dt_full_would_lose(t, sbox->box);
+			ret = dt_full_would_lose(t, sbox->box, expunges);
 		} T_END;
 	}
 	return ret;
@@ -420,7 +420,7 @@ dt_spans_trans_commit(struct mail_index_transaction *t,
 	bool private;
 	int ret;
 
-	if ((touched & DT_SPAN_EXPUNGES) != 0 && dt_spans_would_lose(t)) {
+	if (t->sync_transaction && dt_spans_would_lose(t, (touched & DT_SPAN_EXPUNGES) != 0)) {
 		strans->module_ctx.super.rollback(t);
 		i_free(strans);
 		return -1;

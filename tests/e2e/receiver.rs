@@ -624,6 +624,34 @@ fn a_maildir_whose_list_of_uids_cannot_be_written_takes_no_mail_for_expunged() {
     assert!(lost.is_empty(), "nobody asked for these to be expunged: {lost:?}");
 }
 
+/// A sync that is to write the list anew, and cannot, forgets it, skips what it was asked to expunge, and counts that as done.
+#[test]
+fn what_a_client_expunged_while_a_maildirs_list_of_uids_could_not_be_written_is_gone_on_both() {
+    let user = "story-full-expunge";
+    let setups = vec![Setup::new("a", Format::Maildir).on_small_disks(), Setup::new("b", Format::Sdbox)];
+    let t = Scene::on(Cluster::start(setups), user);
+    t.expects_in_log(user);
+    let log = in_home(t.a(), user, "Maildir/dovecot.index.log");
+    for round in 0..6 {
+        // There is room in the log's last page.
+        let has_room = (0..200).any(|n| {
+            t.a().deliver(user, &mail(&format!("round {round}, mail {n}")));
+            n > 4 && fs::metadata(&log).expect("its log").len() % 4096 < 1_000
+        });
+        assert!(has_room, "the last page of the log is always full");
+        let mut imap = t.a().imap(user).select("INBOX");
+        let uids = imap.uids();
+        // When some are gone the list is written anew.
+        for uid in uids.iter().skip(1) {
+            t.a().fill("home", 0);
+            imap.command(&format!("UID STORE {uid} +FLAGS (\\Deleted)"));
+            imap.command(&format!("UID EXPUNGE {uid}"));
+        }
+        t.a().free("home");
+        t.converged_within(DEADLINE, user);
+    }
+}
+
 /// Of `1 FETCH (UID 2 X-GUID ...)`.
 fn uid_and_guid(line: &str) -> Option<(u32, String)> {
     let (uid, guid) = line.split_once("(UID ")?.1.trim_end_matches(')').split_once(" X-GUID ")?;
