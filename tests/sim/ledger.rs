@@ -92,16 +92,23 @@ impl Ledger {
         }
     }
 
+    /// Somebody expunged it, or deleted a mailbox that it was in.
+    fn has_gone(&self, user: &str, guid: &str) -> bool {
+        let mut same = self.mails.iter().filter(|((of, _, other), _)| of == user && other == guid);
+        let mut deleted = self.deleted.iter().filter(|((of, _), _)| of == user);
+        same.any(|(_, mail)| mail.expunged > 0) || deleted.any(|(_, mails)| mails.contains(guid))
+    }
+
     /// Whether a server has in the end what the clients were told.
     pub fn check(&self, user: &str, mailboxes: &BTreeMap<String, Mailbox>) -> Result<(), String> {
         for ((of, mailbox_guid, guid), mail) in &self.mails {
             if of != user {
                 continue;
             }
-            if let Some(deleted) = self.deleted.get(&(of.clone(), *mailbox_guid)) {
-                // A save wins over a deletion that did not know it, in whichever mailbox it is then.
+            if self.deleted.contains_key(&(of.clone(), *mailbox_guid)) {
+                // A save wins over a deletion that did not know it, in whichever mailbox it is then; until it goes from there.
                 let is_it = |mailbox: &Mailbox| mailbox.messages.values().any(|message| message.guid == *guid);
-                if mail.saved > 0 && mail.expunged == 0 && !deleted.contains(guid) && !mailboxes.values().any(is_it) {
+                if mail.saved > 0 && !self.has_gone(user, guid) && !mailboxes.values().any(is_it) {
                     return Err(format!("mail {guid} is gone with its mailbox, which was deleted without it"));
                 }
                 continue;
@@ -109,8 +116,7 @@ impl Ledger {
             let Some((name, mailbox)) = mailboxes.iter().find(|(_, mailbox)| mailbox.guid == *mailbox_guid) else {
                 // It has become one with another, which has the mail.
                 let is_it = |mailbox: &Mailbox| mailbox.messages.values().any(|message| message.guid == *guid);
-                let mut same = self.mails.iter().filter(|((user, _, other), _)| user == of && other == guid);
-                match same.any(|(_, mail)| mail.expunged > 0) || mailboxes.values().any(is_it) {
+                match self.has_gone(user, guid) || mailboxes.values().any(is_it) {
                     true => continue,
                     false => return Err(format!("mail {guid} and its mailbox are not there")),
                 }
