@@ -3,6 +3,7 @@
 //! A message moves by a copy and an expunge. Guarantees that it is never there twice in the end, whatever is killed in
 //! between (the mark says what is being moved), that nothing is lost of what clients do to it meanwhile, and that the peers
 //! are told before what gave rise to it counts as done.
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 
 use super::super::elsewhere::{Known, GONE};
@@ -79,15 +80,15 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 self.tell_expunge(wanted, guid);
                 None
             }
-            // What was noted may be lost. Of copies, the first that is no other of the peer's: they were saved in this order.
-            Standing::Unknown => {
-                let found = self.storage.find_messages(guid)?.into_iter().filter(|uid| *uid > wanted);
-                let found = found.into_iter().find(|uid| !self.is_of_another(*uid, guid));
-                if found.is_none() && self.was_expunged_above(wanted, guid)? {
+            Standing::Unknown => match self.first_above(wanted, guid)? {
+                Some((uid, Standing::Expunged)) => {
+                    // The next of the copies is another one.
+                    self.note_elsewhere(wanted, guid, uid, false);
                     self.tell_expunge(wanted, guid);
+                    None
                 }
-                found
-            }
+                found => found.map(|(uid, _)| uid),
+            },
         };
         if let Some(stands) = stands.filter(|uid| *uid > wanted) {
             self.note_elsewhere(wanted, guid, stands, false);
@@ -96,15 +97,23 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         Ok(())
     }
 
-    /// Whether somebody has expunged it from a UID that we gave it, and nobody knows any more that this was it.
-    fn was_expunged_above(&mut self, wanted: u32, guid: &str) -> Result<bool> {
-        for uid in mark::saved_by_us(&self.storage.log_files()?) {
-            let may_be_it = uid > wanted && !self.is_of_another(uid, guid);
-            if may_be_it && self.standing_here(uid, guid)? == Standing::Expunged {
-                return Ok(true);
+    /// Where it is, or was when somebody expunged it, though what was noted of it is lost. Of copies, the first that is no other of
+    /// the peer's: they were saved in this order.
+    fn first_above(&mut self, wanted: u32, guid: &str) -> Result<Option<(u32, Standing)>> {
+        let mut uids = BTreeSet::from_iter(mark::saved_by_us(&self.storage.log_files()?));
+        uids.extend(self.storage.find_messages(guid)?);
+        for uid in uids.into_iter().filter(|uid| *uid > wanted) {
+            if self.is_of_another(uid, guid) {
+                continue;
+            }
+            match self.standing_here(uid, guid)? {
+                Standing::Unknown => {}
+                Standing::At(at) if self.is_of_another(at, guid) => {}
+                Standing::At(at) => return Ok(Some((at, Standing::At(at)))),
+                Standing::Expunged => return Ok(Some((uid, Standing::Expunged))),
             }
         }
-        Ok(false)
+        Ok(None)
     }
 
     pub(super) fn claim(&mut self, mailbox: &proto::Mailbox, claim: &proto::Claim) -> Outcome<()> {
