@@ -591,6 +591,8 @@ impl World {
             }
             std::fs::write(path, bytes).expect("the journal as it was");
         }
+        // What stands for a full disk is in there, too.
+        let _ = self.write_disk(server);
         self.network.borrow_mut().after(down_us, Event::Start(server));
     }
 
@@ -598,21 +600,26 @@ impl World {
     fn set_disk_full(&mut self, server: usize, is_full: bool) {
         tell(|| format!("{}: the disk {}", SERVERS[server], if is_full { "is full" } else { "has room again" }));
         self.servers[server].local.borrow_mut().is_disk_full = is_full;
-        let path = self.servers[server].folder.join("journal.sqlite");
-        let statement = match is_full {
-            true => "CREATE TRIGGER full BEFORE INSERT ON changes BEGIN SELECT RAISE(FAIL, 'disk is full'); END",
-            false => "DROP TRIGGER IF EXISTS full",
-        };
-        let done = rusqlite::Connection::open_with_flags(&path, rusqlite::OpenFlags::SQLITE_OPEN_READ_WRITE)
-            .and_then(|db| db.busy_timeout(Duration::ZERO).and_then(|()| db.execute_batch(statement)));
         // While the engine writes nothing can be changed: then its commit still had room.
-        if let (Err(_), false) = (done, is_full) {
+        if let (Err(_), false) = (self.write_disk(server), is_full) {
             self.kill_relay(server);
             self.network.borrow_mut().after(1_000, Event::Start(server));
-            if let Ok(db) = rusqlite::Connection::open(&path) {
-                let _ = db.execute_batch(statement);
-            }
+            let _ = self.write_disk(server);
         }
+    }
+
+    /// Into the journal: whether there is room for it.
+    fn write_disk(&self, server: usize) -> rusqlite::Result<()> {
+        let statement = match self.servers[server].local.borrow().is_disk_full {
+            true => {
+                "CREATE TRIGGER IF NOT EXISTS full BEFORE INSERT ON changes BEGIN SELECT RAISE(FAIL, 'disk is full'); END"
+            }
+            false => "DROP TRIGGER IF EXISTS full",
+        };
+        let path = self.servers[server].folder.join("journal.sqlite");
+        let db = rusqlite::Connection::open_with_flags(path, rusqlite::OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+        db.busy_timeout(Duration::ZERO)?;
+        db.execute_batch(statement)
     }
 
     /// All faults are over.
