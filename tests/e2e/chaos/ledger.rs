@@ -77,6 +77,13 @@ pub struct Ledger {
     may_be_back: BTreeSet<String>,
 }
 
+/// What a look into a mailbox should not have found.
+pub struct Fault {
+    pub text: String,
+    /// A mail is there too often, and none is lost.
+    pub is_more: bool,
+}
+
 impl Ledger {
     /// A mail of about this size; its text holds the token.
     pub fn write_mail(&mut self, user: usize, owner: usize, size: usize) -> (String, Vec<u8>) {
@@ -153,19 +160,21 @@ impl Ledger {
     }
 
     /// A look into a mailbox, by the only one who changes these mails: what is there is known then.
-    pub fn seen(&mut self, user: usize, owner: usize, mailbox: &str, tokens: &[String]) -> Result<(), String> {
+    pub fn seen(&mut self, user: usize, owner: usize, mailbox: &str, tokens: &[String]) -> Result<(), Fault> {
         let counts = count(tokens);
         if let Some(token) = counts.keys().find(|token| !self.mails.contains_key(**token)) {
-            return Err(format!("{mailbox} has {token}, which was never sent"));
+            let text = format!("{mailbox} has {token}, which was never sent");
+            return Err(Fault { text, is_more: false });
         }
         for (token, mail) in self.mails.iter_mut().filter(|(_, mail)| mail.user == user && mail.owner == owner) {
             let count = counts.get(token.as_str()).copied().unwrap_or(0);
             let range = mail.places.entry(mailbox.to_owned()).or_default();
             if !range.has(count) {
-                return Err(format!(
+                let text = format!(
                     "{token} is {count} times in {mailbox} where it is written to, not {range:?}: {:#?}",
                     mail.story
-                ));
+                );
+                return Err(Fault { text, is_more: count > range.max });
             }
             range.min = count;
             let (min, max) = mail.places.values().fold((0, 0), |(min, max), r| (min + r.min, max + r.max));

@@ -352,6 +352,7 @@ impl Server {
     pub fn kill_all(&self) {
         let Some(mut master) = self.master.lock().unwrap_or_else(|e| e.into_inner()).take() else { return };
         let processes = self.processes_of(master.id());
+        assert!(!processes().is_empty(), "its master runs");
         kill_until_none(|| {
             let _ = master.try_wait();
             processes()
