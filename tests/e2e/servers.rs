@@ -38,7 +38,7 @@ fn set_peers(server: &Server, all: &[Server], but: Option<&str>) {
         others.map(|other| (other.name().to_owned(), format!("127.0.0.1:{}", other.ports.relay))).collect();
     server.configure(&peers);
     let before = server.pids("dovetail");
-    server.doveadm(&["reload"]);
+    server.reload();
     let is_new = || server.pids("dovetail").iter().all(|pid| !before.contains(pid));
     wait_until(SOON, "the relay knows its peers", || is_new() && self::peers(server).len() == peers.len());
 }

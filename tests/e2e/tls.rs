@@ -45,7 +45,7 @@ fn configure(server: &Server, settings: &str) {
         Version::V24 => settings.to_owned(),
     };
     fs::write(server.outside("/tls.conf"), text).expect("tls.conf");
-    server.doveadm(&["reload"]);
+    server.reload();
 }
 
 /// Three commands: an authority, two certificates, and b's own to b.
@@ -122,7 +122,7 @@ fn new_certificates_are_used_after_a_reload() {
     t.a().doveadm(&["dovetail", "cert", "init", "-d", &folder(t.a())]);
     t.a().doveadm(&["dovetail", "cert", "issue", "-d", &folder(t.a()), "a", "b"]);
     assert_ne!(fs::read(t.a().outside("/made/ca.pem")).expect("ca.pem"), old);
-    t.a().doveadm(&["reload"]);
+    t.a().reload();
     wait_until(SOON, "A's relay trusts B no more", || {
         t.a().try_status().is_some_and(|status| {
             status.peers[0].state == "refused"
@@ -133,7 +133,7 @@ fn new_certificates_are_used_after_a_reload() {
 
     // When B has them, too.
     bring_certificates(t.a(), t.b());
-    t.b().doveadm(&["reload"]);
+    t.b().reload();
     wait_for_connection(&t);
     assert_eq!(t.settled().messages("INBOX").len(), 2);
     // The session was not ended.

@@ -584,6 +584,14 @@ impl Server {
         pids.collect()
     }
 
+    /// `doveadm reload`, and no client comes to one of the old processes any more: those turn it away (421, BYE).
+    pub fn reload(&self) {
+        let old: Vec<_> = ["lmtp", "imap-login", "pop3-login"].iter().flat_map(|service| self.pids(service)).collect();
+        self.doveadm(&["reload"]);
+        let are_gone = || old.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+        wait_until(Duration::from_secs(30), "the old processes are gone", are_gone);
+    }
+
     /// Kills the processes of a service with SIGKILL; returns how many there were.
     pub fn kill(&self, service: &str) -> usize {
         let pids = self.pids(service);
