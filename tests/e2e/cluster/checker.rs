@@ -65,6 +65,14 @@ impl Checker {
         }
     }
 
+    /// So many bytes of what a process has freed it may keep, with what is noted of them.
+    pub fn kept_bytes(&self) -> u64 {
+        match self {
+            Checker::Asan { .. } => 64 << 20,
+            Checker::Valgrind { .. } => 128 << 20,
+        }
+    }
+
     /// Makes the folder for what is found. Of valgrind, also replaces the programs in `lib`, a copy of Dovecot's folder that covers
     /// the one at `pkglibdir`; `dir` is the server's folder as it sees it itself.
     pub fn prepare(&self, lib: &Path, pkglibdir: &str, dir: &str, outside: &Path) {
@@ -85,13 +93,14 @@ impl Checker {
     }
 
     /// What the sanitizers want in the environment. Dovecot does not free what is there until a process ends: that is no leak. And
-    /// it calls stat(NULL) for an index in memory: so strings are not checked beyond what is read of them.
+    /// it calls stat(NULL) for an index in memory: so strings are not checked beyond what is read of them. Each process keeps the last
+    /// 16 MB that it freed, not 256: many run at once.
     pub fn environment(&self, dir: &str) -> Vec<(&'static str, String)> {
         let Checker::Asan { library } = self else { return Vec::new() };
         let found = format!("log_path={dir}/{FOUND}/sanitizer");
         vec![
             ("LD_PRELOAD", library.clone()),
-            ("ASAN_OPTIONS", format!("{found}:detect_leaks=0:detect_stack_use_after_return=1")),
+            ("ASAN_OPTIONS", format!("{found}:detect_leaks=0:detect_stack_use_after_return=1:quarantine_size_mb=16")),
             ("UBSAN_OPTIONS", format!("{found}:print_stacktrace=1")),
         ]
     }
