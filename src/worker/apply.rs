@@ -149,6 +149,8 @@ struct Asked {
     guid: String,
     /// The UID that it has elsewhere; 0: none that matters here.
     there: u32,
+    /// Those that it had there before.
+    was: Vec<u32>,
     /// That it is to get here; 0: the next one.
     uid: u32,
     /// UIDNEXT when it was saved.
@@ -435,6 +437,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             self.storage.commit()?;
         }
         for (asked, uid) in asked.iter().zip(stand).filter(|(asked, _)| asked.there != 0) {
+            self.note_was(&asked.guid, &asked.was, uid);
             if asked.there == uid {
                 self.note_if_elsewhere(uid, &asked.guid, uid);
                 continue;
@@ -486,6 +489,20 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     fn note_elsewhere(&mut self, uid: u32, guid: &str, here: u32, moved: bool) {
         if let Some(open) = &self.open {
             self.elsewhere.note(&open.guid, uid, guid, here, moved);
+        }
+    }
+
+    /// What comes by one of these UIDs is the message that stands here.
+    fn note_was(&mut self, guid: &str, was: &[u32], stands: u32) {
+        was.iter().for_each(|uid| self.note_elsewhere(*uid, guid, stands, false));
+    }
+
+    /// The same, of one that is here already.
+    fn is_known_to_have_been(&mut self, save: &proto::Save, stands: u32) {
+        if !save.was.is_empty() {
+            self.note_was(&save.guid, &save.was, stands);
+            // With it, that UIDs are not the same any more.
+            self.pending = Pending::Changes;
         }
     }
 
@@ -633,8 +650,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
 
     fn save(&mut self, stamp: &proto::Stamp, mailbox: &proto::Mailbox, save: &proto::Save) -> Outcome<()> {
         let wanted = save.birth.as_ref().map_or(0, |birth| birth.uid);
-        if wanted > UID_MAX {
-            return Err(format!("malformed change: UID {wanted}").into());
+        if let Some(uid) = save.was.iter().chain([&wanted]).find(|uid| **uid > UID_MAX) {
+            return Err(format!("malformed change: UID {uid}").into());
         }
         name::check_message_guid(&save.guid)?;
         self.enter(mailbox, Reason::Save)?;
@@ -644,6 +661,9 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         }
         if let Pending::Changes = self.pending {
             self.flush()?;
+        }
+        if !save.was.is_empty() {
+            self.diverge();
         }
         if wanted != 0 && self.has_uid(wanted) && self.complete_torn(save, wanted)? {
             return Ok(());
@@ -692,7 +712,8 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         if let Some(open) = &mut self.open {
             open.uid_next = open.uid_next.max(uid.saturating_add(1));
         }
-        let asked = Asked { guid: save.guid.clone(), there: wanted, uid, uid_next, flags: all_flags(save) };
+        let (guid, was, flags) = (save.guid.clone(), save.was.clone(), all_flags(save));
+        let asked = Asked { guid, there: wanted, was, uid, uid_next, flags };
         match &mut self.pending {
             Pending::Saves(all) => all.push(asked),
             pending => *pending = Pending::Saves(vec![asked]),
@@ -731,6 +752,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             self.storage.adopt(uid, &save.guid)?;
         }
         self.storage.update_flags(uid, uid, &all_flags(save))?;
+        self.note_was(&save.guid, &save.was, uid);
         self.pending = Pending::Changes;
         if uid != wanted {
             self.diverge();
@@ -758,6 +780,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 self.storage.update_flags(wanted, wanted, &all_flags(save))?;
                 self.pending = Pending::Changes;
             }
+            self.is_known_to_have_been(save, wanted);
             return Ok(None);
         }
         if is_told_again {
@@ -767,6 +790,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 found.retain(|uid| !self.is_kept_beside(&logs, (*uid, wanted), guid));
             }
             if let Some(stands) = found.pop() {
+                self.is_known_to_have_been(save, stands);
                 if wanted != 0 && !self.moves {
                     self.take_claim(guid, stands, There { uid: wanted, next: 0, raised: 0 })?;
                 }
@@ -1567,6 +1591,22 @@ mod tests {
             let outcome = apply(&mut storage, Script::default(), &[told_again(seq, uid, "three")]);
             assert_eq!(outcome.error, None);
             assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (2, "two"), (3, "three")]));
+        }
+    }
+
+    /// It moved while the process that had saved it was still to tell so.
+    #[test]
+    fn what_was_told_again_before_it_was_told_is_not_saved_beside_itself() {
+        for here in [&[][..], &[(1, "other")], &[(1, "other"), (2, "two")], &[(2, "one")], &[(1, "other"), (3, "one")]]
+        {
+            let mut storage = FakeStorage::default();
+            storage.add("INBOX", GUID, 9, here);
+            let mut told = told_again(1, 2, "one");
+            let Some(What::Save(kept)) = &mut told.ops[0].what else { unreachable!() };
+            kept.was = vec![1];
+            apply(&mut storage, Script::default(), &[told, save(2, 1, "one")]);
+            let guids: Vec<String> = storage.messages("INBOX").into_iter().map(|(_, guid)| guid).collect();
+            assert_eq!(guids.iter().filter(|guid| *guid == "one").count(), 1, "{here:?} became {guids:?}");
         }
     }
 

@@ -172,6 +172,18 @@ pub fn follow(logs: &[Vec<u8>], uid: u32) -> u32 {
     logs.iter().flat_map(|log| moves(log)).fold(uid, |at, (from, to)| if from == at { to } else { at })
 }
 
+/// The UIDs from which the logs say that a message was moved to this one.
+pub fn before(logs: &[Vec<u8>], uid: u32) -> Vec<u32> {
+    let mut was: Vec<u32> = Vec::new();
+    let moves: Vec<_> = logs.iter().flat_map(|log| moves(log)).collect();
+    for (from, to) in moves.into_iter().rev() {
+        if to == was.last().copied().unwrap_or(uid) {
+            was.push(from);
+        }
+    }
+    was
+}
+
 /// Whether the logs say that somebody else saved the message with this UID.
 pub fn is_saved_by_others(logs: &[Vec<u8>], uid: u32) -> bool {
     let all = logs.iter().flat_map(|log| commits(log)).filter(|commit| !is_ours(commit));

@@ -538,9 +538,11 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             });
             return Ok(());
         }
+        let logs = self.storage.log_files()?;
         for uid in uids {
             if let Some(save) = self.save_again(uid)? {
-                self.tell_op(What::Save(proto::Save { found: false, kept: true, ..save }));
+                let was = mark::before(&logs, uid);
+                self.tell_op(What::Save(proto::Save { found: false, kept: true, was, ..save }));
             }
         }
         // There may have been more.
