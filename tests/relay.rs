@@ -1092,7 +1092,8 @@ fn a_mailbox_whose_log_does_not_tell_is_remembered() {
     imap.send(Kind::Intent(Intent { user: "jane".into(), mailbox: None, peers: None }));
     drop(imap);
     let (mut worker, look) = a.next_look();
-    let doubt = Doubt { guid: vec![1; 16], path: vec!["INBOX".into()], reason: "its log is gone".into() };
+    let doubt =
+        Doubt { guid: vec![1; 16], path: vec!["INBOX".into()], reason: "its log is gone".into(), ..Default::default() };
     worker.send(Kind::Looked(Looked { job: look.job, more: true, doubt: Some(doubt), ..Default::default() }));
     worker.finish(Kind::Looked(Looked { job: look.job, ..Default::default() }));
     until("it is counted", || a.status().counters.unwrap().failed == 1);

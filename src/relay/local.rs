@@ -480,7 +480,7 @@ impl Engine {
         match self.made_anew(&user, span)? {
             Some(known) => {
                 let reason = "its index was made anew, perhaps without all messages and flags".to_owned();
-                self.take_doubt(&user, Doubt { guid: known.mailbox, path: known.path, reason });
+                self.take_doubt(&user, Doubt { guid: known.mailbox, path: known.path, reason, ..Default::default() });
                 self.journal.forget_mailbox(&user, &span.old_mailbox_guid)?;
                 self.spans.lose(&Need::of(span));
                 self.heals.want_anew(&user, &span.mailbox_guid);

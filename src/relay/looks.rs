@@ -241,7 +241,7 @@ impl Engine {
         };
         if let Some((mailbox, error)) = bad {
             let reason = format!("what its log says cannot be told to the peers: {error}");
-            self.take_doubt(user, Doubt { guid: mailbox.guid, path: mailbox.path, reason });
+            self.take_doubt(user, Doubt { guid: mailbox.guid, path: mailbox.path, reason, ..Default::default() });
         }
         self.take_userdb(user, looked.peers);
         let change = change.filter(|change| !self.is_known_of_list(change));
@@ -427,12 +427,19 @@ impl Engine {
     pub fn take_doubt(&mut self, user: &Arc<str>, doubt: Doubt) {
         let reason = change::printable(&doubt.reason);
         let path = change::printable(&doubt.path.join("/"));
-        log::error!(
-            "User {user}: mailbox {path}: {reason}; it must be compared with the peers (doveadm dovetail failed)."
-        );
+        // A person is to know of what is wrong, and a whole server's mailboxes would fill the list.
+        let mailbox = if doubt.expected {
+            log::info!("User {user}: mailbox {path}: {reason}; it is compared with the peers.");
+            Vec::new()
+        } else {
+            log::error!(
+                "User {user}: mailbox {path}: {reason}; it must be compared with the peers (doveadm dovetail failed)."
+            );
+            doubt.guid
+        };
         let failed = Failed {
             user: user.to_string(),
-            mailbox: doubt.guid,
+            mailbox,
             at_us: self.outside.now_us(),
             error: format!("mailbox {path}: {reason}"),
             ..Default::default()

@@ -1036,7 +1036,12 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         let is_known = |doubt: &proto::Doubt| doubt.guid == open.guid && doubt.reason == UNKNOWN;
         if !self.doubts.iter().any(is_known) {
             let path = open.path.clone();
-            self.doubts.push(proto::Doubt { guid: open.guid.to_vec(), path, reason: UNKNOWN.into() });
+            self.doubts.push(proto::Doubt {
+                guid: open.guid.to_vec(),
+                path,
+                reason: UNKNOWN.into(),
+                ..Default::default()
+            });
         }
     }
 
@@ -1196,6 +1201,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
                 guid: mailbox.guid.clone(),
                 path: mailbox.path.clone(),
                 reason: format!("{gone} of its messages are not on server {origin} since its index was rebuilt there"),
+                ..Default::default()
             });
             return Ok(());
         }

@@ -13,7 +13,7 @@ use super::connection::Connection;
 use super::mark::{is_ours, moves, stale_in, Marks, Place, Stale};
 use super::name;
 use super::storage::{Existence, Guid, Listed, Namespace, Result, Storage, Update};
-use super::tell::let_body_ride;
+use super::tell::{is_small, let_body_ride};
 use crate::change;
 use crate::indexlog::{fold, Commit, Commits, Delta, Header, UidRange, What as Written};
 use crate::wire::proto::{self, frame::Kind, op::What, Doubt, LookAt, Looked, Mailbox, MessageRange};
@@ -30,6 +30,8 @@ const NAMED_MAX: usize = 1_000;
 const FIRST_LOG_MAX: u32 = 2;
 /// Users in one frame, whatever names they have.
 const USERS_MAX: usize = 50;
+/// Small bodies of one mailbox that the peers fetch one by one, with a commit each.
+const FETCHED_MAX: usize = 64;
 /// Deltas of one look; a log with more is compared instead.
 const DELTAS_MAX: usize = 1_000_000;
 
@@ -212,9 +214,12 @@ impl Found {
     }
 
     fn doubt(&mut self, target: &LookAt, reason: &str) {
-        let (guid, path) = (target.guid.clone(), target.path.clone());
-        self.doubts.push(Doubt { guid, path, reason: reason.into() });
+        self.doubts.push(doubt(target, reason));
     }
+}
+
+fn doubt(target: &LookAt, reason: &str) -> Doubt {
+    Doubt { guid: target.guid.clone(), path: target.path.clone(), reason: reason.into(), ..Default::default() }
 }
 
 // ---- The list of mailboxes ------------------------------------------------------------------------------------------
@@ -487,10 +492,19 @@ fn find_in_log<S: Storage>(storage: &mut S, target: &LookAt, young_from: i64, fo
     }
     if target.log_seq == 0 {
         // As with a comparison: it may be a whole server's mail that nobody has.
+        let mut left = 0;
         for what in &mut of_messages {
             let What::Save(save) = what else { continue };
             let uid = save.birth.as_ref().map_or(0, |birth| birth.uid);
             let_body_ride(storage, uid, save, &mut found.room);
+            left += usize::from(!save.body_inline && is_small(save));
+        }
+        if left > FETCHED_MAX {
+            // Nor do looks wait for the peers, as a comparison does.
+            let reason = "nobody has told of its messages, and the journal has no room for so many now";
+            found.doubts.push(Doubt { expected: true, ..doubt(target, reason) });
+            found.known.extend(known_anyway(&files, target).map(|span| (span, target.path.clone())));
+            return Ok(());
         }
     }
     match rebuilt {

@@ -216,6 +216,11 @@ pub fn let_body_ride<S: Storage>(storage: &mut S, uid: u32, save: &mut proto::Sa
     }
 }
 
+/// Whether it could ride along, as far as its size is known.
+pub fn is_small(save: &proto::Save) -> bool {
+    save.size <= BODY_BYTES_MAX as u64
+}
+
 /// The bytes of a message that may ride along; the others are fetched one by one, each with a commit of its own. One that cannot be
 /// read is left to that: it says why.
 fn small_body<S: Storage>(storage: &mut S, uid: u32, save: &proto::Save, room: u64) -> Option<Vec<u8>> {

@@ -313,6 +313,30 @@ fn a_peer_for_whom_the_journal_ran_full_is_compared_by_itself() {
     are_equal(&t, &["compare", "-u", &t.user]);
 }
 
+/// Looks do not wait for the peers: without their bodies, which would not fit, the peer would fetch them one by one.
+#[test]
+fn mail_that_nobody_has_told_of_is_compared_where_the_journal_has_no_room() {
+    let setup = |name| Setup::new(name, Format::Sdbox).only_with(&[]).extra(SMALL_JOURNAL_23, SMALL_JOURNAL_24);
+    let t = Scene::on(Cluster::start(vec![setup("a"), setup("b")]), "story-no-room");
+    for text in ["Peer ", "A server that connected as a peer"] {
+        t.expects_in_log(text);
+    }
+    wait_until(SOON, "the relays have looked at all after their start", || t.servers().iter().all(Server::has_looked));
+    let user = "story-no-room-later";
+    t.servers().iter().for_each(|server| server.add_user(user));
+    let mut imap = t.a().imap(user);
+    (0..100).for_each(|n| drop(imap.append("INBOX", &mail(&format!("mail {n}")))));
+    drop(imap);
+    for (server, peer) in [(t.a(), t.b()), (t.b(), t.a())] {
+        server.configure(&[(peer.name().to_owned(), format!("127.0.0.1:{}", peer.ports.relay))]);
+        server.reload();
+    }
+    t.a().wait_for_log("nobody has told of its messages, and the journal has no room for so many now");
+    assert_eq!(t.converged_within(BY_ITSELF, user).messages("INBOX").len(), 100);
+    wait_until(BY_ITSELF, "it was compared", || t.a().status()[0]["failed"] == "0");
+    are_equal(&t, &["compare", "-u", user]);
+}
+
 #[test]
 fn a_seeding_that_is_interrupted_goes_on_and_doubles_nothing() {
     let t = Scene::on(Cluster::pair(Format::Sdbox, Format::Sdbox), "story-interrupted");

@@ -535,6 +535,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
                 reason: format!(
                     "server {origin} has deleted it while it was used here, and it has too many messages to tell"
                 ),
+                ..Default::default()
             });
             return Ok(());
         }
