@@ -36,8 +36,9 @@ const BEGUN_MAX: usize = 64;
 const CONFIRM_MS: u64 = HOLD_MS_MAX + 200;
 /// How often a user is told of and compared again, until nothing differs.
 const ROUNDS_MAX: u32 = 6;
-/// For how long a comparison waits for a moment without changes.
+/// For how long a comparison waits for a moment without changes, if none of them is acknowledged; and if they are.
 const SETTLE_MS_MAX: u64 = 120_000;
+const SETTLING_MS_MAX: u64 = 15 * 60_000;
 const POLL_MS: u64 = 50;
 /// And for answers: a mailbox may be large.
 const ANSWER_MS_MAX: u64 = 15 * 60_000;
@@ -148,7 +149,7 @@ struct Run {
     in_background: bool,
     pause_ms: u64,
     began_us: u64,
-    until_ms: u64,
+    patience: Patience,
     step: Step,
     round: u32,
     generation: u64,
@@ -167,6 +168,30 @@ struct Run {
     is_reported: bool,
     mails: u64,
     errors: Vec<String>,
+}
+
+/// With a user who has changes all the time, or so many that they take a while.
+struct Patience {
+    /// Until then, whatever happens.
+    end_ms: u64,
+    /// Until then, if nothing does.
+    idle_ms: u64,
+    /// The first change that the peer had not acknowledged.
+    first_pending: Option<u64>,
+}
+
+impl Patience {
+    fn from(now_ms: u64) -> Patience {
+        Patience { end_ms: now_ms + SETTLING_MS_MAX, idle_ms: now_ms + SETTLE_MS_MAX, first_pending: None }
+    }
+
+    fn is_over(&mut self, now_ms: u64, first_pending: Option<u64>) -> bool {
+        if first_pending > self.first_pending {
+            self.first_pending = first_pending;
+            self.idle_ms = now_ms + SETTLE_MS_MAX;
+        }
+        self.idle_ms.min(self.end_ms) <= now_ms
+    }
 }
 
 /// Who waits at the other end of doveadm.
@@ -492,7 +517,7 @@ impl Engine {
             in_background: wanted.in_background,
             pause_ms: wanted.pause_ms,
             began_us: self.outside.now_us(),
-            until_ms: 0,
+            patience: Patience::from(self.now_ms),
             step: Step::Settle,
             round: 0,
             generation: 0,
@@ -529,7 +554,7 @@ impl Engine {
             run.is_reported = false;
             run.round = 0;
             self.start_over(&mut run);
-            run.until_ms = self.now_ms + SETTLE_MS_MAX;
+            run.patience = Patience::from(self.now_ms);
             self.comparisons.runs.push(run);
             return;
         }
@@ -613,7 +638,7 @@ impl Engine {
 
     fn tick_run(&mut self, id: u64) {
         let Some(run) = self.comparisons.runs.iter().find(|run| run.id == id) else { return };
-        let (user, peer, is_overdue) = (run.user.clone(), run.peer, run.until_ms <= self.now_ms);
+        let (user, peer) = (run.user.clone(), run.peer);
         match run.step {
             Step::Pause(until_ms) if until_ms <= self.now_ms => {}
             Step::Settle => {}
@@ -622,11 +647,15 @@ impl Engine {
             }
             _ => return,
         }
-        if !self.is_settled(&user, peer) {
-            if is_overdue {
+        let first_pending = match self.first_pending_of_user(&user, peer) {
+            Ok(first) => first,
+            Err(error) => return self.fail(error),
+        };
+        if first_pending.is_some() || !self.is_settled(&user, peer) {
+            let Some(run) = self.comparisons.runs.iter_mut().find(|run| run.id == id) else { return };
+            run.step = Step::Settle;
+            if run.patience.is_over(self.now_ms, first_pending) {
                 self.fail_run(id, "changes of the user are still under way");
-            } else if let Some(run) = self.comparisons.runs.iter_mut().find(|run| run.id == id) {
-                run.step = Step::Settle;
             }
             return;
         }
@@ -727,7 +756,7 @@ impl Engine {
         if run.step == Step::Tell {
             run.round += 1;
             run.known = None;
-            run.until_ms = self.now_ms + SETTLE_MS_MAX;
+            run.patience = Patience::from(self.now_ms);
             self.start_over(&mut run);
             self.comparisons.runs.push(run);
             return;
@@ -753,7 +782,7 @@ impl Engine {
         }
         if run.bodies {
             // To read all takes longer.
-            run.until_ms = self.now_ms + SETTLE_MS_MAX;
+            run.patience = Patience::from(self.now_ms);
         }
         loop {
             if run.descent.as_ref().is_some_and(|descent| descent.ask().is_some()) {
@@ -1034,4 +1063,22 @@ fn messages_of(said: &[Surveyed]) -> Option<Vec<Message>> {
         })
     });
     messages.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of a mailbox with a million messages, `resync` said that changes of the user were still under way.
+    #[test]
+    fn who_has_so_much_to_be_told_is_waited_for_while_the_peer_acknowledges_it() {
+        let mut patience = Patience::from(0);
+        let minutes = (1..).find(|minute| patience.is_over(minute * 60_000, Some(*minute)));
+        assert_eq!(minutes.map(|minute| minute * 60_000), Some(SETTLING_MS_MAX));
+
+        let mut patience = Patience::from(0);
+        assert!(!patience.is_over(1_000, Some(7)));
+        assert!(!patience.is_over(SETTLE_MS_MAX, Some(7)));
+        assert!(patience.is_over(1_000 + SETTLE_MS_MAX, Some(7)));
+    }
 }

@@ -164,13 +164,18 @@ impl Engine {
         if self.work.has(user) || self.heals.has(user) || self.redos.has(user) || self.order.holds(user) {
             return false;
         }
-        match self.journal.pending_of_user(user, &self.peers[peer].name) {
-            Ok(pending) => pending.is_empty(),
+        match self.first_pending_of_user(user, peer) {
+            Ok(first) => first.is_none(),
             Err(error) => {
                 self.fail(error);
                 false
             }
         }
+    }
+
+    /// The first change of the user that the peer has not acknowledged.
+    pub fn first_pending_of_user(&self, user: &str, peer: usize) -> Result<Option<u64>, JournalError> {
+        self.journal.first_pending_of(&self.peers[peer].name, Some(user), 0, i64::MAX as u64)
     }
 
     /// A peer asks.
