@@ -156,6 +156,11 @@ extern "C" {
     fn dt_worker_status(status_r: *mut DtMailboxStatus);
     fn dt_worker_update(update: *const DtMailboxUpdate) -> c_int;
     fn dt_worker_message_guid(uid: u32, guid_r: *mut *const c_char) -> c_int;
+    fn dt_worker_guids(
+        first_uid: u32,
+        each: extern "C" fn(u32, *const c_char, *mut c_void),
+        context: *mut c_void,
+    ) -> c_int;
     fn dt_worker_find_messages(
         guid: *const c_char,
         each: extern "C" fn(u32, u32, *mut c_void),
@@ -463,6 +468,14 @@ extern "C" fn collect_saved(first_uid: u32, last_uid: u32, context: *mut c_void)
         // SAFETY: commit() passes its Vec.
         let saved = unsafe { &mut *context.cast::<Vec<u32>>() };
         saved.extend(first_uid..=last_uid);
+    });
+}
+
+extern "C" fn tell_guid(uid: u32, guid: *const c_char, context: *mut c_void) {
+    guard("guids", (), || {
+        // SAFETY: guids() passes its closure, the shim a string.
+        let (each, guid) = unsafe { (&mut *context.cast::<&mut dyn FnMut(u32, &str)>(), text(guid)) };
+        each(uid, &guid);
     });
 }
 
@@ -778,6 +791,12 @@ impl Storage for DovecotStorage {
         let mut guid = std::ptr::null();
         // SAFETY: a mailbox is open; the GUID is valid until the next call.
         unsafe { Ok(check(dt_worker_message_guid(uid, &mut guid))?.then(|| text(guid))) }
+    }
+
+    fn guids(&mut self, first_uid: u32, mut each: &mut dyn FnMut(u32, &str)) -> Result<()> {
+        self.need_mailbox()?;
+        // SAFETY: a mailbox is open; the callback gets the closure only during the call.
+        check(unsafe { dt_worker_guids(first_uid, tell_guid, (&raw mut each).cast()) }).map(drop)
     }
 
     fn find_messages(&mut self, guid: &str) -> Result<Vec<u32>> {

@@ -784,6 +784,36 @@ int dt_worker_find_messages(const char *guid, void (*each)(uint32_t first_uid, u
 	return ret;
 }
 
+int dt_worker_guids(uint32_t first_uid, void (*each)(uint32_t uid, const char *guid, void *context), void *context)
+{
+	struct mailbox_transaction_context *trans;
+	struct mail_search_args *args;
+	struct mail_search_context *ctx;
+	struct mail_search_arg *arg;
+	struct mail *mail;
+	const char *guid;
+	int ret = 1;
+
+	T_BEGIN {
+		trans = dt_worker_read_begin(w.box);
+		args = mail_search_build_init();
+		arg = mail_search_build_add(args, SEARCH_UIDSET);
+		p_array_init(&arg->value.seqset, args->pool, 1);
+		seq_range_array_add_range(&arg->value.seqset, I_MAX(first_uid, 1), (uint32_t)-1);
+		ctx = mailbox_search_init(trans, args, NULL, MAIL_FETCH_GUID, NULL);
+		mail_search_args_unref(&args);
+		while (ret >= 0 && mailbox_search_next(ctx, &mail)) {
+			ret = dt_worker_get_guid(mail, mail->uid, &guid);
+			if (ret > 0)
+				each(mail->uid, guid, context);
+		}
+		if (mailbox_search_deinit(&ctx) < 0 && ret >= 0)
+			ret = dt_worker_set_box_error(w.box, "Reading messages' GUIDs");
+		mailbox_transaction_rollback(&trans);
+	} T_END;
+	return ret < 0 ? -1 : 1;
+}
+
 int dt_worker_was_expunged(uint32_t uid, const char *guid)
 {
 	int ret = 0;

@@ -109,6 +109,8 @@ int dt_worker_update(const struct dt_mailbox_update *update);
 /* 1 = found, its GUID is in *guid_r until the next call, 0 = no such UID (any more) */
 int dt_worker_message_guid(uint32_t uid, const char **guid_r);
 /* Looks at every message. 1 = found, 0 = not found */
+/* Of the messages from this UID on. */
+int dt_worker_guids(uint32_t first_uid, void (*each)(uint32_t uid, const char *guid, void *context), void *context);
 int dt_worker_find_messages(const char *guid, void (*each)(uint32_t first_uid, uint32_t last_uid, void *context),
 			    void *context);
 /* 1 = the message was expunged here as far as the transaction log reaches back, 0 = not that we know */

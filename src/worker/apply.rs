@@ -12,6 +12,7 @@ use super::apart::{self, Own};
 use super::body::{self, Fetched};
 use super::connection::Connection;
 use super::elsewhere::{Elsewhere, Known, Resolved, GONE};
+use super::guids::Guids;
 use super::look;
 use super::mark::{self, Marks};
 use super::name;
@@ -124,6 +125,8 @@ struct Open {
     /// What the changes said that it must reach.
     min_uid_next: u32,
     min_highest_modseq: u64,
+    /// Of its messages.
+    guids: Guids,
 }
 
 /// Why a mailbox is entered.
@@ -389,6 +392,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         let saved = self.storage.commit()?;
         if let Some(open) = &mut self.open {
             open.uid_next = self.storage.status().uid_next;
+            open.guids.expire();
         }
         if let Pending::Saves(asked) = pending {
             self.saved.extend(&saved);
@@ -730,6 +734,15 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         self.open.as_ref().is_some_and(|open| uid < open.uid_next)
     }
 
+    /// Whether the message is neither in the mailbox nor about to be.
+    fn is_nowhere(&mut self, guid: &str) -> Outcome<bool> {
+        let is_pending = matches!(&self.pending, Pending::Saves(all) if all.iter().any(|asked| asked.guid == guid));
+        match &mut self.open {
+            Some(open) if !is_pending => Ok(!open.guids.may_have(self.storage, guid)?),
+            _ => Ok(false),
+        }
+    }
+
     /// True if a worker that was killed has saved the message, but perhaps not all that belongs to it.
     fn complete_torn(&mut self, save: &proto::Save, wanted: u32) -> Outcome<bool> {
         if !self.storage.is_torn_when_killed() {
@@ -750,6 +763,10 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
         };
         if !self.is_at(uid, &save.guid)? {
             self.storage.adopt(uid, &save.guid)?;
+            if let Some(open) = &mut self.open {
+                // The message had another one.
+                open.guids = Guids::default();
+            }
         }
         self.storage.update_flags(uid, uid, &all_flags(save))?;
         self.note_was(&save.guid, &save.was, uid);
@@ -768,7 +785,7 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
     fn place(&mut self, mailbox: &proto::Mailbox, wanted: u32, save: &proto::Save) -> Outcome<Option<u32>> {
         let guid = &save.guid;
         let is_told_again = save.found || save.kept;
-        if wanted != 0 && !self.has_uid(wanted) && !is_told_again {
+        if wanted != 0 && !self.has_uid(wanted) && (!is_told_again || self.is_nowhere(guid)?) {
             return Ok(Some(wanted));
         }
         // What is pending must be seen.
@@ -1598,6 +1615,28 @@ mod tests {
             assert_eq!(outcome.error, None);
             assert_eq!(storage.messages("INBOX"), named(&[(1, "one"), (2, "two"), (3, "three")]));
         }
+    }
+
+    /// Each message would be looked for in all that are there, and committed alone.
+    #[test]
+    fn what_is_told_of_a_whole_mailbox_reads_each_guid_once_and_is_committed_together() {
+        let mut storage = FakeStorage::default();
+        let guids: Vec<String> = (1..=200).map(|uid| format!("guid {uid}")).collect();
+        let messages: Vec<(u32, &str)> = (1..).zip(guids.iter().map(String::as_str)).collect();
+        storage.add("INBOX", GUID, 9, &messages[..100]);
+        let found = |uid: u32| {
+            let mut told = save(1, uid, &guids[uid as usize - 1]);
+            let Some(What::Save(save)) = &mut told.ops[0].what else { unreachable!() };
+            save.found = true;
+            told.ops.remove(0)
+        };
+        let mut all = save(1, 1, "");
+        // One that is there already is among them.
+        all.ops = (101..=150).chain([50]).chain(151..=200).map(found).collect();
+        assert_eq!(apply(&mut storage, Script::default(), &[all]).error, None);
+        assert_eq!(storage.messages("INBOX").len(), 200);
+        assert!(storage.guids_read <= 300, "{} were read", storage.guids_read);
+        assert!(storage.commits <= 8, "{} commits", storage.commits);
     }
 
     /// It moved while the process that had saved it was still to tell so.

@@ -77,6 +77,7 @@ pub struct FakeStorage {
     /// Why nothing can be committed; and the commits that failed.
     pub commit_error: Option<String>,
     pub commits_failed: u32,
+    pub commits: u32,
     /// A message whose file cannot be read.
     pub unreadable: Option<u32>,
     /// Of messages, by UID: what their bodies are instead of their GUIDs.
@@ -276,6 +277,7 @@ impl Storage for FakeStorage {
             self.commits_failed += 1;
             return Err(error.clone());
         }
+        self.commits += 1;
         if let Some((uid, guid)) = self.lacking.take() {
             self.mailbox().messages.insert(uid, guid);
             self.mailbox().uid_next = uid + 1;

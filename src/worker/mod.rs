@@ -16,6 +16,7 @@ pub mod connection;
 pub mod elsewhere;
 #[cfg(test)]
 mod fake;
+mod guids;
 pub mod job;
 pub mod look;
 pub mod mark;

@@ -149,6 +149,15 @@ pub trait Storage {
     /// Of all messages, in order.
     fn uids(&mut self) -> Result<Vec<u32>>;
     fn message_guid(&mut self, uid: u32) -> Result<Option<String>>;
+    /// Of all messages from this UID on, in order, without those that go meanwhile.
+    fn guids(&mut self, first_uid: u32, each: &mut dyn FnMut(u32, &str)) -> Result<()> {
+        for uid in self.uids()?.into_iter().filter(|uid| *uid >= first_uid) {
+            if let Some(guid) = self.message_guid(uid)? {
+                each(uid, &guid);
+            }
+        }
+        Ok(())
+    }
     /// UIDs of the messages with this GUID, rising; more than one if it was copied inside of the mailbox. Looks at every
     /// message.
     fn find_messages(&mut self, guid: &str) -> Result<Vec<u32>>;

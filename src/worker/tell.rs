@@ -3,13 +3,13 @@
 //! Whoever has a message already knows it by its GUID, and who expunged it says so (`Save.found`). What of it holds no
 //! more is not told. What was read is told before more is: a mailbox may be large.
 use std::collections::HashSet;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{Read, Write};
 
 use super::apart;
 use super::apply::{locate, Failure};
 use super::body::Link;
 use super::connection::Connection;
+use super::guids::hash;
 use super::job::{check_asker, end_question, send_spans_alone};
 use super::look::{self, holding};
 use super::name;
@@ -161,7 +161,7 @@ impl<S: Storage, C: Read + Write> Teller<'_, S, C> {
             ranges.peek().is_some_and(|range| range.first <= uid)
         };
         let uids = self.storage.uids()?;
-        let copied = copied(self.storage, &uids)?;
+        let copied = copied(self.storage)?;
         for uid in uids.into_iter().filter(|uid| is_meant(*uid)) {
             let Some((flags, keywords)) = self.storage.message_flags(uid)? else { continue };
             let Some(save) = look::save(self.storage, uid, flags as u8)? else { continue };
@@ -193,19 +193,11 @@ impl<S: Storage, C: Read + Write> Teller<'_, S, C> {
 }
 
 /// Hashes of the GUIDs that more than one message has: of a large mailbox, the GUIDs would fill the memory.
-fn copied<S: Storage>(storage: &mut S, uids: &[u32]) -> Result<HashSet<u64>> {
-    let mut hashes = Vec::with_capacity(uids.len());
-    for uid in uids {
-        hashes.extend(storage.message_guid(*uid)?.as_deref().map(hash));
-    }
+fn copied<S: Storage>(storage: &mut S) -> Result<HashSet<u64>> {
+    let mut hashes = Vec::new();
+    storage.guids(0, &mut |_, guid| hashes.push(hash(guid)))?;
     hashes.sort_unstable();
     Ok(hashes.windows(2).filter(|two| two[0] == two[1]).map(|two| two[0]).collect())
-}
-
-fn hash(guid: &str) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    guid.hash(&mut hasher);
-    hasher.finish()
 }
 
 /// Of a message of the open mailbox. `room`: bytes of bodies that may ride along.

@@ -328,6 +328,9 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
         let begin = mark::end(&self.storage.log_files()?);
         // Whatever others do to it is in what is copied, or behind this place.
         self.storage.sync()?;
+        if let Some(open) = &mut self.open {
+            open.guids.expire();
+        }
         self.drop_stray(guid)?;
         if !self.storage.duplicate(from, to)? {
             return Ok(None);

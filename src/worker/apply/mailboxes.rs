@@ -4,6 +4,7 @@
 //! are in the one that it becomes, and that the peers are told if something stays here that is not as they have it.
 use std::io::{Read, Write};
 
+use super::super::guids::Guids;
 use super::super::look;
 use super::super::mark;
 use super::super::name;
@@ -159,6 +160,7 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             complete: None,
             diverges: false,
             expunges: false,
+            guids: Guids::default(),
             min_uid_next: 0,
             min_highest_modseq: 0,
         });
