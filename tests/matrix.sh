@@ -22,7 +22,7 @@ rustc_minimum=1.85
 # Raise it when make_root changes.
 recipe=1
 # What a pair of different versions runs: one pair of formats each way, and all that needs a pair of its own.
-mixed_tests=(sdbox_to_sdbox mdbox_to_maildir maildir_to_mdbox effects:: status:: trouble:: compare:: tls:: acks:: gates:: local::)
+mixed_tests=(sdbox_to_sdbox mdbox_to_maildir maildir_to_mdbox effects:: status:: trouble:: compare:: restores:: servers:: tls:: acks:: gates:: local::)
 
 here=${DOVETAIL_MATRIX_HERE:-$(. /etc/os-release && echo "${VERSION_CODENAME-}")}
 summary=()

@@ -14,7 +14,7 @@ use super::connection::Connection;
 use super::elsewhere::{Elsewhere, Known, Resolved, GONE};
 use super::guids::Guids;
 use super::look;
-use super::mark::{self, Marks};
+use super::mark::{self, Marks, Moved};
 use super::name;
 use super::storage::{Body, Existence, Guid, Namespace, NewMessage, Result, Storage, Update};
 use crate::change;
@@ -1222,10 +1222,11 @@ impl<'a, S: Storage, C: Read + Write> Apply<'a, S, C> {
             });
             return Ok(());
         }
+        let moved = Moved::of(&self.storage.log_files()?);
         for uid in gone {
             if let Some(save) = self.save_again(uid)? {
                 self.note("told_again");
-                self.tell_op(What::Save(save));
+                self.tell_op(What::Save(proto::Save { was: moved.before(uid), ..save }));
             }
         }
         Ok(())
@@ -1642,13 +1643,13 @@ mod tests {
     /// It moved while the process that had saved it was still to tell so.
     #[test]
     fn what_was_told_again_before_it_was_told_is_not_saved_beside_itself() {
-        for here in [&[][..], &[(1, "other")], &[(1, "other"), (2, "two")], &[(2, "one")], &[(1, "other"), (3, "one")]]
-        {
+        let all = [&[][..], &[(1, "other")], &[(1, "other"), (2, "two")], &[(2, "one")], &[(1, "other"), (3, "one")]];
+        for (here, kept) in all.into_iter().flat_map(|here| [(here, true), (here, false)]) {
             let mut storage = FakeStorage::default();
             storage.add("INBOX", GUID, 9, here);
             let mut told = told_again(1, 2, "one");
-            let Some(What::Save(kept)) = &mut told.ops[0].what else { unreachable!() };
-            kept.was = vec![1];
+            let Some(What::Save(save_again)) = &mut told.ops[0].what else { unreachable!() };
+            (save_again.was, save_again.kept, save_again.found) = (vec![1], kept, !kept);
             apply(&mut storage, Script::default(), &[told, save(2, 1, "one")]);
             let guids: Vec<String> = storage.messages("INBOX").into_iter().map(|(_, guid)| guid).collect();
             assert_eq!(guids.iter().filter(|guid| *guid == "one").count(), 1, "{here:?} became {guids:?}");

@@ -7,7 +7,7 @@
 //! Pure: bytes in, bytes out. An entry is written whole, and alone.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use super::storage::MARK_BYTES;
 use crate::indexlog::{fold, Append, Commit, Commits, Delta, Header, HeaderUpdate, Modify, UidRange, What};
@@ -172,16 +172,22 @@ pub fn follow(logs: &[Vec<u8>], uid: u32) -> u32 {
     logs.iter().flat_map(|log| moves(log)).fold(uid, |at, (from, to)| if from == at { to } else { at })
 }
 
-/// The UIDs from which the logs say that a message was moved to this one.
-pub fn before(logs: &[Vec<u8>], uid: u32) -> Vec<u32> {
-    let mut was: Vec<u32> = Vec::new();
-    let moves: Vec<_> = logs.iter().flat_map(|log| moves(log)).collect();
-    for (from, to) in moves.into_iter().rev() {
-        if to == was.last().copied().unwrap_or(uid) {
-            was.push(from);
-        }
+/// From which UIDs the logs say that messages were moved, by those to which they were.
+pub struct Moved(HashMap<u32, u32>);
+
+impl Moved {
+    pub fn of(logs: &[Vec<u8>]) -> Moved {
+        Moved(logs.iter().flat_map(|log| moves(log)).map(|(from, to)| (to, from)).collect())
     }
-    was
+
+    /// The UIDs that the message had before this one, the last first.
+    pub fn before(&self, uid: u32) -> Vec<u32> {
+        // A UID is given once, but a log is read as it is.
+        let is_lower = |from: &u32, to: u32| *from < to;
+        std::iter::successors(Some(uid), |to| self.0.get(to).copied().filter(|from| is_lower(from, *to)))
+            .skip(1)
+            .collect()
+    }
 }
 
 /// Whether the logs say that somebody else saved the message with this UID.

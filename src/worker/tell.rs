@@ -12,6 +12,7 @@ use super::connection::Connection;
 use super::guids::hash;
 use super::job::{check_asker, end_question, send_spans_alone};
 use super::look::{self, holding};
+use super::mark::{Marks, Moved};
 use super::name;
 use super::storage::{Result, Storage};
 use crate::change;
@@ -162,12 +163,18 @@ impl<S: Storage, C: Read + Write> Teller<'_, S, C> {
         };
         let uids = self.storage.uids()?;
         let copied = copied(self.storage)?;
+        let logs = match Marks::parse(&self.storage.mark()?).has_diverged() {
+            true => self.storage.log_files()?,
+            false => Vec::new(),
+        };
+        let moved = Moved::of(&logs);
         for uid in uids.into_iter().filter(|uid| is_meant(*uid)) {
             let Some((flags, keywords)) = self.storage.message_flags(uid)? else { continue };
             let Some(save) = look::save(self.storage, uid, flags as u8)? else { continue };
             // Of copies inside of the mailbox, a GUID does not say which is meant.
             let found = !copied.contains(&hash(&save.guid));
-            let mut save = proto::Save { keywords, found, found_beside: !found, ..save };
+            let was = moved.before(uid);
+            let mut save = proto::Save { keywords, found, found_beside: !found, was, ..save };
             let_body_ride(self.storage, uid, &mut save, &mut self.room);
             self.say(What::Save(save), before)?;
         }

@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 
 use super::super::guids::Guids;
 use super::super::look;
-use super::super::mark;
+use super::super::mark::{self, Moved};
 use super::super::name;
 use super::super::storage::{Existence, Guid, Result, Storage, Update};
 use super::{guid_of, locate, Apply, Marks, Open, Outcome, Pending, Reason, GONE_MAX, NO_GUID};
@@ -541,10 +541,10 @@ impl<S: Storage, C: Read + Write> Apply<'_, S, C> {
             });
             return Ok(());
         }
-        let logs = self.storage.log_files()?;
+        let moved = Moved::of(&self.storage.log_files()?);
         for uid in uids {
             if let Some(save) = self.save_again(uid)? {
-                let was = mark::before(&logs, uid);
+                let was = moved.before(uid);
                 self.tell_op(What::Save(proto::Save { found: false, kept: true, was, ..save }));
             }
         }
