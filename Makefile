@@ -82,7 +82,7 @@ test-valgrind: stage ## A few end-to-end tests with Dovecot's processes under va
 	$(CARGO) test $(CARGO_FLAGS) --locked --no-default-features --test e2e -- $(VALGRIND_TESTS)
 
 .PHONY: chaos
-chaos: stage ## Random schedules of writing and killing: seeds 1 to 12 (FIRST=1 SEEDS=200 JOBS=8; WRITERS=one: one server written to at a time; FIRST=1000: with restores, servers that come and go, full journals; SEED=17: that one, with its output)
+chaos: stage ## Random schedules of writing and killing: seeds 1 to 12 (FIRST=1 SEEDS=200 JOBS=8; WRITERS=one: one server written to at a time, WRITERS=two: both; FIRST=1000: with restores, servers that come and go, full journals; SEED=17: that one, with its output)
 	DOVETAIL_TEST_STAGE=$(STAGE) DOVETAIL_CHAOS_FIRST=$(or $(SEED),$(FIRST),1) DOVETAIL_CHAOS_SEEDS=$(if $(SEED),1,$(or $(SEEDS),12)) DOVETAIL_CHAOS_JOBS=$(or $(JOBS),2) DOVETAIL_CHAOS_WRITERS=$(WRITERS) \
 	$(CARGO) test $(CARGO_FLAGS) --locked --no-default-features --test chaos -- $(if $(SEED),--nocapture)
 

@@ -37,9 +37,14 @@ fn a_dozen_seeds_converge() {
     let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     let first = number("DOVETAIL_CHAOS_FIRST").unwrap_or(1);
     let seeds = number("DOVETAIL_CHAOS_SEEDS").unwrap_or(12);
-    // "one": only schedules in which one server is written to at a time.
-    let one_writer = std::env::var("DOVETAIL_CHAOS_WRITERS").is_ok_and(|writers| writers == "one");
-    let is_played = |seed: &u64| !one_writer || !Plan::has_two_writers(*seed);
+    // Only schedules in which one server is written to at a time, or only the others.
+    let two_writers = match std::env::var("DOVETAIL_CHAOS_WRITERS").unwrap_or_default().as_str() {
+        "" => None,
+        "one" => Some(false),
+        "two" => Some(true),
+        other => panic!("DOVETAIL_CHAOS_WRITERS: {other}?"),
+    };
+    let is_played = |seed: &u64| two_writers.is_none_or(|two| Plan::has_two_writers(*seed) == two);
     let seeds: Vec<u64> = (first..).filter(is_played).take(seeds as usize).collect();
     let next = Mutex::new(seeds.iter());
     let failed = Mutex::new(Vec::new());
