@@ -31,6 +31,8 @@ pub const PATH_BYTES_MAX: usize = 4096;
 pub const OPS_MAX: usize = 4096;
 /// UID ranges in one operation.
 pub const RANGES_MAX: usize = 8192;
+/// UIDs that a message had before: each time that it clashes it gets another one.
+pub const WAS_MAX: usize = 8192;
 /// Mailboxes in one operation.
 pub const MAILBOXES_MAX: usize = 256;
 /// Keywords on one message, or in one update.
@@ -126,7 +128,8 @@ pub fn check_change(change: &Change) -> Result<(), ChangeError> {
 /// The memory that a change takes, roughly: an operation of four bytes in a frame has hundreds here.
 pub fn memory_of(change: &Change) -> usize {
     let of_op = |op: &Op| match &op.what {
-        Some(What::Save(save)) => size_of_val(save.keywords.as_slice()),
+        Some(What::Save(save)) => size_of_val(save.keywords.as_slice()) + size_of_val(save.was.as_slice()),
+        Some(What::Claim(claim)) => size_of_val(claim.was.as_slice()),
         Some(What::Flags(flags)) => {
             size_of_val(flags.messages.as_slice())
                 + (flags.add_keywords.len() + flags.remove_keywords.len()) * size_of::<String>()
@@ -189,7 +192,7 @@ pub fn check_path(path: &[String]) -> Result<(), ChangeError> {
 pub fn uids_of(change: &Change) -> Vec<(u32, u32)> {
     let one = |uid: &u32| (*uid, *uid);
     let of_op = |op: &Op| match &op.what {
-        Some(What::Save(save)) => save.birth.iter().map(|birth| one(&birth.uid)).collect(),
+        Some(What::Save(save)) => save.was.iter().chain(save.birth.iter().map(|birth| &birth.uid)).map(one).collect(),
         Some(What::Claim(claim)) => claim.was.iter().chain([&claim.uid]).map(one).collect(),
         Some(What::Nack(nack)) => vec![one(&nack.stands)],
         _ => ranges_of(op).iter().map(|range| (range.first_uid, range.last_uid)).collect::<Vec<_>>(),
@@ -372,7 +375,7 @@ fn check_op(op: &Op, mailbox: &Mailbox) -> Result<(), ChangeError> {
         }
         What::Claim(claim) => {
             check_guid("mailbox's GUID", &mailbox.guid)?;
-            check_count("former UIDs of a message", claim.was.len(), 0, RANGES_MAX)?;
+            check_count("former UIDs of a message", claim.was.len(), 0, WAS_MAX)?;
             check_renumbered(&claim.guid, claim.uid)
         }
         What::Nack(nack) => {
@@ -402,6 +405,7 @@ fn check_save(save: &Save) -> Result<(), ChangeError> {
     if save.guid.len() > MESSAGE_GUID_BYTES_MAX {
         return Err(ChangeError::MessageGuid(save.guid.len()));
     }
+    check_count("former UIDs of a message", save.was.len(), 0, WAS_MAX)?;
     check_keywords(&save.keywords)?;
     let body_fits = if save.body_inline { save.body.len() as u64 == save.size } else { save.body.is_empty() };
     if !body_fits {
@@ -477,7 +481,7 @@ fn check_count(what: &'static str, count: usize, min: usize, max: usize) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::proto::{Apart, Expunge, MailboxRename, Subscription};
+    use crate::wire::proto::{Apart, Birth, Expunge, MailboxRename, Subscription};
 
     fn change(what: What) -> Change {
         Change {
@@ -500,6 +504,15 @@ mod tests {
         let mut by_name_only = change(What::Subscription(Subscription { subscribed: true }));
         by_name_only.mailbox.as_mut().unwrap().guid.clear();
         assert_eq!(check_change(&by_name_only), Ok(()));
+    }
+
+    #[test]
+    fn the_uids_that_a_message_had_before_are_bounded_and_name_it() {
+        let birth = Some(Birth { uid: 9, guid: vec![1; 16], ..Default::default() });
+        let save = |was: Vec<u32>| change(What::Save(Save { was, birth: birth.clone(), ..Default::default() }));
+        assert_eq!(check_change(&save(vec![1; WAS_MAX])), Ok(()));
+        assert!(check_change(&save(vec![1; WAS_MAX + 1])).is_err());
+        assert_eq!(uids_of(&save(vec![4, 2])), [(4, 4), (2, 2), (9, 9)]);
     }
 
     #[test]

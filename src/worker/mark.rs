@@ -10,6 +10,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use super::storage::MARK_BYTES;
+use crate::change::WAS_MAX;
 use crate::indexlog::{fold, Append, Commit, Commits, Delta, Header, HeaderUpdate, Modify, UidRange, What};
 use crate::wire::proto::SeqOf;
 
@@ -180,12 +181,13 @@ impl Moved {
         Moved(logs.iter().flat_map(|log| moves(log)).map(|(from, to)| (to, from)).collect())
     }
 
-    /// The UIDs that the message had before this one, the last first.
+    /// The UIDs that the message had before this one, the last first; not more than may be told.
     pub fn before(&self, uid: u32) -> Vec<u32> {
         // A UID is given once, but a log is read as it is.
         let is_lower = |from: &u32, to: u32| *from < to;
         std::iter::successors(Some(uid), |to| self.0.get(to).copied().filter(|from| is_lower(from, *to)))
             .skip(1)
+            .take(WAS_MAX)
             .collect()
     }
 }

@@ -114,7 +114,7 @@ fn without_a_peer_the_client_is_told_ok_after_the_timeout_once_and_it_is_counted
 
 fn it_fails_and_is_there_once_when_it_is_tried_again(format: Format) {
     let user = format!("story-ack-fail-{format:?}").to_lowercase();
-    // Longer than a first change of a mailbox may wait for what lies before it, twice, on a busy machine.
+    // The second mail once took longer than two seconds, beside a simulation.
     let t = pair(&user, format, "peers:1", "5s", "fail");
     t.expects_in_log("is not acknowledged as dovetail_ack wants");
     t.expects_in_log("could not be replicated");

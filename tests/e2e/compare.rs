@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::cluster::snapshot::table;
 use crate::cluster::{wait_until, Cluster, Format, Server, Setup, Snapshot};
 use crate::scene::{mail, mail_of_size, stories, Scene, SOON};
+use crate::servers::set_peers;
 
 /// What stands in the list of what failed is compared after half a minute.
 const BY_ITSELF: Duration = Duration::from_secs(120);
@@ -327,10 +328,7 @@ fn mail_that_nobody_has_told_of_is_compared_where_the_journal_has_no_room() {
     let mut imap = t.a().imap(user);
     (0..100).for_each(|n| drop(imap.append("INBOX", &mail(&format!("mail {n}")))));
     drop(imap);
-    for (server, peer) in [(t.a(), t.b()), (t.b(), t.a())] {
-        server.configure(&[(peer.name().to_owned(), format!("127.0.0.1:{}", peer.ports.relay))]);
-        server.reload();
-    }
+    t.servers().iter().for_each(|server| set_peers(server, t.servers(), None));
     t.a().wait_for_log("nobody has told of its messages, and the journal has no room for so many now");
     assert_eq!(t.converged_within(BY_ITSELF, user).messages("INBOX").len(), 100);
     wait_until(BY_ITSELF, "it was compared", || t.a().status()[0]["failed"] == "0");

@@ -32,7 +32,8 @@ fn are_equal(one: &Server, other: &Server, user: &str) -> Snapshot {
     result.expect("it was taken")
 }
 
-fn set_peers(server: &Server, all: &[Server], but: Option<&str>) {
+/// All others but that one, from now on.
+pub fn set_peers(server: &Server, all: &[Server], but: Option<&str>) {
     let others = all.iter().filter(|other| other.name() != server.name() && Some(other.name()) != but);
     let peers: Vec<_> =
         others.map(|other| (other.name().to_owned(), format!("127.0.0.1:{}", other.ports.relay))).collect();
